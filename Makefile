@@ -1,0 +1,42 @@
+# Two commands are enough: `make demo` and `make test`. Both build the environment from its lock.
+#   make test ENV=tfc   the same tests with TensorFlow and the official tensorflow-compression ops
+#   make test ARGS="tests/test_codec.py -x"
+#   make demo ARGS="--config.train.batch_size=64"
+ENV ?= core
+ARGS ?=
+PYTHON ?= python3
+VENV := $(if $(filter core,$(ENV)),.venv,.venv-$(ENV))
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format conformance benchmark clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m icm_jax.main --config=configs/omni_icm.py $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.ready
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+
+conformance:
+	$(MAKE) .venv-conformance/.ready ENV=conformance
+	.venv-conformance/bin/python -m pytest -W default tests/conformance $(ARGS)
+
+$(VENV)/.ready: requirements/$(ENV).txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "icm_jax needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/$(ENV).txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""icm_jax: learned image coding for machines as well as for humans."""
