@@ -2,4 +2,4 @@
 
 
 class IcmError(ValueError):
-    """Input that cannot be used: the message says what was given, what was expected and what to do."""
+    """Input that cannot be used; says what was given, what was expected and what to do."""
