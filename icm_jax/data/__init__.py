@@ -1,1 +1,38 @@
+"""Data on the host: sources of coded images and resumable batches. No JAX here."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+from icm_jax.data import sources
+from icm_jax.errors import IcmError
+
+
+class Dataset(NamedTuple):
+    """keys: what examples have beside the image ("label", "mask"); open: (config, split)."""
+
+    keys: tuple[str, ...]
+    open: Callable[..., sources.Source]
+
+
+DATASETS = {
+    "scenes": Dataset(("label", "mask"), sources.scenes_source),
+    "folder": Dataset(("label",), sources.folder),
+    "coco_json": Dataset(("label",), sources.coco_json),
+    "mask_folder": Dataset(("mask",), sources.mask_folder),
+    "imagenet2012": Dataset(
+        ("label",), sources.tfds_source("imagenet2012", lambda example: example["label"])
+    ),
+    "coco/2014": Dataset(("label",), sources.tfds_source("coco/2014", sources.largest_object)),
+    "coco/2017": Dataset(("label",), sources.tfds_source("coco/2017", sources.largest_object)),
+    "voc/2012": Dataset(("label",), sources.tfds_source("voc/2012", sources.largest_object)),
+}
+
+
+def open_source(config, split: str) -> sources.Source:
+    """The source that `config.name` names; `split` is "train" or "validation".
+
+    Raises: IcmError for an unknown name, absent data, or files of another structure.
+    """
+    if config.name not in DATASETS:
+        raise IcmError(f"unknown data set {config.name!r}; choose one of {', '.join(DATASETS)}")
+    return DATASETS[config.name].open(config, split)

@@ -1,1 +1,1 @@
-
+"""Flax modules, each one paper figure; no losses, no data."""

@@ -1,0 +1,229 @@
+"""Omni-ICM's two codecs of backbone features (Feng et al. 2022; papers.md 5).
+
+    image -> head -> f -> filter: encoder -> y -> decoder -> f'        (stage 1, factorised prior)
+    image -> head -> f -> filter -> f' -> analysis -> y, z -> synthesis -> f_hat      (stage 2)
+
+The head is a frozen ResNet front with running BatchNorm statistics. Parameters live under `head`,
+`filter` and `feature_codec`.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from icm_jax import entropy, ops
+from icm_jax.codecs.codec import Codec, Prior, Segment
+from icm_jax.coding import tables
+from icm_jax.nets import resnet
+from icm_jax.nets.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
+
+
+class InformationFilter(nn.Module):
+    """Encoder (÷8), factorised prior and decoder of stage 1."""
+
+    features: int
+    channels: int
+    hidden: int
+
+    def setup(self):
+        self.encoder = Analysis(self.channels, self.hidden, halvings=3)
+        self.prior = entropy.Factorised()
+        self.decoder = Synthesis(self.features, self.hidden, doublings=3)
+
+    def __call__(self, f):
+        y = self.encoder(f)
+        return self.prior(y), self.decode(y, f.shape[1:3])
+
+    def encode(self, f):
+        return self.encoder(f)
+
+    def bits(self, y):
+        return self.prior(y)
+
+    def decode(self, y, shape):
+        return ops.crop_to(self.decoder(y), *shape)
+
+
+class FeatureCodec(nn.Module):
+    """Analysis (÷4), scale hyperprior and synthesis of stage 2."""
+
+    features: int
+    channels: int
+    hidden: int
+    hyper_channels: int
+
+    def setup(self):
+        self.analysis = Analysis(self.channels, self.hidden, halvings=2, kernel=5)
+        self.synthesis = Synthesis(self.features, self.hidden, doublings=2)
+        self.hyper_analysis = HyperAnalysis(self.hyper_channels)
+        self.hyper_synthesis = HyperSynthesis(self.hyper_channels, self.channels)
+        self.prior = entropy.Factorised()
+
+    def __call__(self, f):
+        y, z = self.encode(f)
+        return self.prior(z), self.index(z, y.shape), self.decode(y, f.shape[1:3])
+
+    def encode(self, f):
+        y = self.analysis(f)
+        return y, self.hyper_analysis(y)
+
+    def hyper_bits(self, z):
+        return self.prior(z)
+
+    def index(self, z, shape):
+        return ops.crop_to(self.hyper_synthesis(z), *shape[1:3])
+
+    def decode(self, y, shape):
+        return ops.crop_to(self.synthesis(y), *shape)
+
+
+def halved(size: int, times: int) -> int:
+    """`size` after `times` halvings, each rounded up."""
+    return -(-size // 2**times)
+
+
+@functools.cache
+def filter_codec(variant: str, width: int, channels: int, hidden: int) -> Codec:
+    """The information filter as a codec of its own: segment y, output "feature" (f')."""
+    head = resnet.Head(variant, width)
+    module = InformationFilter(resnet.feature_channels(variant, width), channels, hidden)
+
+    def run(variables, *args, method):
+        return module.apply({"params": variables["params"]["filter"]}, *args, method=method)
+
+    def prior(variables, decoded, shape):
+        return Prior(lambda y: run(variables, y, method="bits"), _channel_index(shape))
+
+    def init(key, image):
+        f, variables = _init_head(head, key, image)
+        variables["params"]["filter"] = module.init(jax.random.fold_in(key, 1), f)["params"]
+        return variables
+
+    return Codec(
+        config=("omni_filter", (("variant", variant), ("width", width), ("channels", channels),
+                                ("hidden", hidden))),
+        parts=("head", "filter"),
+        init=init,
+        analyse=lambda variables, inputs: {
+            "y": run(variables, _feature(head, variables, inputs), method="encode")
+        },
+        segments=(
+            Segment(
+                "y",
+                lambda h, w: (halved(h, 5), halved(w, 5), channels),
+                prior,
+                lambda v: entropy.factorised_tables(v["params"]["filter"]["prior"]),
+            ),
+        ),
+        outputs=_Outputs(
+            feature=lambda variables, decoded, shape: run(
+                variables, decoded["y"], (halved(shape[0], 2), halved(shape[1], 2)), method="decode"
+            )
+        ),
+    )
+
+
+@functools.cache
+def feature_codec(
+    variant: str,
+    width: int,
+    filter_channels: int,
+    filter_hidden: int,
+    channels: int,
+    hidden: int,
+    hyper_channels: int,
+) -> Codec:
+    """Codec of the filtered feature f': segments z and y, output "feature" (f_hat).
+
+    `analyse` also takes {"feature": f'}, where it has been computed already.
+    """
+    inner = filter_codec(variant, width, filter_channels, filter_hidden)
+    features = resnet.feature_channels(variant, width)
+    module = FeatureCodec(features, channels, hidden, hyper_channels)
+
+    def run(variables, *args, method):
+        return module.apply({"params": variables["params"]["feature_codec"]}, *args, method=method)
+
+    def analyse(variables, inputs):
+        y, z = run(variables, filtered(inner, variables, inputs), method="encode")
+        return {"z": z, "y": y}
+
+    def hyperprior(variables, decoded, shape):
+        return Prior(lambda z: run(variables, z, method="hyper_bits"), _channel_index(shape))
+
+    def conditional(variables, decoded, shape):
+        index = run(variables, decoded["z"], shape, method="index")
+        return Prior(lambda y: entropy.gaussian_bits(y, index), entropy.table_index(index))
+
+    def init(key, image):
+        variables = inner.init(key, image)
+        f = jnp.zeros((1, halved(image.shape[1], 2), halved(image.shape[2], 2), features))
+        own = module.init(jax.random.fold_in(key, 2), f)["params"]
+        variables["params"]["feature_codec"] = own
+        return variables
+
+    return Codec(
+        config=("omni_feature", (("variant", variant), ("width", width),
+                                 ("filter_channels", filter_channels),
+                                 ("filter_hidden", filter_hidden), ("channels", channels),
+                                 ("hidden", hidden), ("hyper_channels", hyper_channels))),
+        parts=("head", "filter", "feature_codec"),
+        init=init,
+        analyse=analyse,
+        segments=(
+            Segment(
+                "z",
+                lambda h, w: (halved(h, 6), halved(w, 6), hyper_channels),
+                hyperprior,
+                lambda v: entropy.factorised_tables(v["params"]["feature_codec"]["prior"]),
+            ),
+            Segment(
+                "y",
+                lambda h, w: (halved(h, 4), halved(w, 4), channels),
+                conditional,
+                lambda v: tables.gaussian_tables(),
+            ),
+        ),
+        outputs=_Outputs(
+            feature=lambda variables, decoded, shape: run(
+                variables, decoded["y"], (halved(shape[0], 2), halved(shape[1], 2)), method="decode"
+            )
+        ),
+    )
+
+
+def filtered(inner: Codec, variables, inputs) -> jax.Array:
+    """f' of {"image"} through head and filter in rounding mode, or {"feature"} as it is."""
+    if "feature" in inputs:
+        return inputs["feature"]
+    shape = inputs["image"].shape[1:3]
+    latents = jax.tree.map(ops.quantise, inner.analyse(variables, inputs))
+    return inner.outputs["feature"](variables, latents, shape)
+
+
+class _Outputs(dict):
+    """A dict that a codec, which is a static argument of compiled functions, may hold."""
+
+    def __init__(self, **outputs):
+        super().__init__(outputs)
+
+    def __hash__(self):
+        return id(self)
+
+
+def _feature(head, variables, inputs):
+    if "feature" in inputs:
+        return inputs["feature"]
+    own = {name: tree["head"] for name, tree in variables.items() if "head" in tree}
+    return head.apply(own, ops.normalise(inputs["image"]), train=False)
+
+
+def _init_head(head, key, image):
+    f, own = head.init_with_output(key, ops.normalise(image[:1]), train=False)
+    return f, {name: {"head": tree} for name, tree in own.items()}
+
+
+def _channel_index(shape):
+    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32).reshape(1, 1, 1, -1), shape)

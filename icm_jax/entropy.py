@@ -1,0 +1,180 @@
+"""Entropy models: the deep factorised prior and the Gaussian conditional.
+
+In training they give the bits of noisy latents (Ballé et al. 2017, 2018); for coding they say, once
+the parameters are final, which integer tables stand for them. The bits are -log2 of the density
+convolved with U(-1/2, 1/2), that is of a difference of two CDFs, taken in the log domain on the
+side where no digits are lost; so there is no floor that would cut the gradient.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icm_jax import ops
+from icm_jax.coding import tables
+from icm_jax.errors import IcmError
+
+_LN2 = math.log(2.0)
+
+
+class Factorised(nn.Module):
+    """Deep factorised prior (Ballé et al. 2018, appendix 6.1): one learned CDF per channel.
+
+    Attributes:
+      filters: widths of the hidden layers of each channel's CDF network.
+      init_scale: spread of the initial density.
+    """
+
+    filters: tuple[int, ...] = (3, 3)
+    init_scale: float = 10.0
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """Bits of each element of y: float [..., C] -> float32 [..., C]."""
+        channels = y.shape[-1]
+        params = self._params(channels)
+        flat = y.astype(jnp.float32).reshape(-1, channels).T[:, None, :]  # [C, 1, M]
+        lower, upper = (_cdf_logits(params, flat + shift, jnp) for shift in (-0.5, 0.5))
+        bits = -_log_sigmoid_difference(lower, upper) / _LN2
+        return bits[:, 0, :].T.reshape(y.shape)
+
+    def _params(self, channels: int) -> dict:
+        widths = (1, *self.filters, 1)
+        scale = self.init_scale ** (1 / (len(self.filters) + 1))
+        params = {}
+        for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            value = math.log(math.expm1(1 / scale / fan_out))
+            params[f"matrix_{layer}"] = self.param(
+                f"matrix_{layer}", nn.initializers.constant(value), (channels, fan_out, fan_in)
+            )
+            params[f"bias_{layer}"] = self.param(
+                f"bias_{layer}",
+                lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -0.5, 0.5),
+                (channels, fan_out, 1),
+            )
+            if layer < len(self.filters):
+                params[f"factor_{layer}"] = self.param(
+                    f"factor_{layer}", nn.initializers.zeros, (channels, fan_out, 1)
+                )
+        return params
+
+
+def _cdf_logits(params, x, xp):
+    """Logits of the CDF at x [C, 1, M]; `xp` is jax.numpy, or numpy for float64 when freezing."""
+    layers = sum(name.startswith("matrix") for name in params)
+    for layer in range(layers):
+        matrix = xp.logaddexp(params[f"matrix_{layer}"], xp.zeros_like(params[f"matrix_{layer}"]))
+        x = xp.matmul(matrix, x) + params[f"bias_{layer}"]
+        if layer < layers - 1:
+            x = x + xp.tanh(params[f"factor_{layer}"]) * xp.tanh(x)
+    return x
+
+
+def _log_sigmoid_difference(lower, upper):
+    """log(sigmoid(upper) - sigmoid(lower)) for upper > lower, accurate in both tails."""
+    # By symmetry to the left tail: sigmoid(u) - sigmoid(l) = sigmoid(-l) - sigmoid(-u).
+    right = lower + upper > 0
+    small = jnp.where(right, -upper, lower)
+    large = jnp.where(right, -lower, upper)
+    big, little = jax.nn.log_sigmoid(large), jax.nn.log_sigmoid(small)
+    return big + _log1mexp(big - little)
+
+
+def _log1mexp(x):
+    """log(1 - exp(-x)) for x > 0 (Mächler 2012)."""
+    x = jnp.maximum(x, 1e-30)
+    near = x < _LN2
+    # Both branches see arguments at which their gradients are finite.
+    return jnp.where(
+        near,
+        jnp.log(-jnp.expm1(-jnp.where(near, x, _LN2))),
+        jnp.log1p(-jnp.exp(-jnp.where(near, _LN2, x))),
+    )
+
+
+def factorised_tables(
+    params: dict, precision: int = tables.PRECISION, tail_mass: float = tables.TAIL_MASS
+) -> tables.Tables:
+    """Freezes a factorised prior: integer tables with a row per channel.
+
+    Latents are rounded to whole numbers, not to whole distances from a median: then test mode and
+    decoding round alike before and after freezing. The tails are found by bisection in float64, so
+    that training needs no auxiliary loss.
+
+    Raises: IcmError if a parameter is not finite or a channel's support is wider than 2^15.
+    """
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    if not all(np.isfinite(value).all() for value in params.values()):
+        raise IcmError("the factorised prior has parameters that are not finite; retrain")
+    target = math.log(tail_mass / 2) - math.log1p(-tail_mass / 2)
+    first = np.floor(_solve(params, target)).astype(np.int64)
+    last = np.ceil(_solve(params, -target)).astype(np.int64)
+    if (last - first > 1 << 15).any():
+        raise IcmError(
+            f"channel {int(np.argmax(last - first))} of a factorised prior spans more than 2^15 "
+            "integers; lower the learning rate or clip gradients"
+        )
+    pmfs = []
+    for channel in range(len(first)):
+        own = {name: value[channel : channel + 1] for name, value in params.items()}
+        edges = np.arange(first[channel], last[channel] + 2) - 0.5
+        logits = _cdf_logits(own, edges[None, None, :], np)[0, 0]
+        below, above = logits[:-1], logits[1:]
+        flip = below + above > 0
+        below, above = np.where(flip, -above, below), np.where(flip, -below, above)
+        pmfs.append(_sigmoid(above) - _sigmoid(below))
+    return tables.from_pmfs(pmfs, first.astype(np.int32), precision)
+
+
+def _sigmoid(x):
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def _solve(params: dict, logit: float) -> np.ndarray:
+    """float64 [C]: where each channel's CDF logit, which increases, equals `logit`."""
+    channels = len(params["bias_0"])
+    low, high = np.full(channels, -1.0), np.full(channels, 1.0)
+    at = lambda x: _cdf_logits(params, x[:, None, None], np)[:, 0, 0]  # noqa: E731
+    for _ in range(40):
+        low, high = np.where(at(low) > logit, 2 * low, low), np.where(at(high) < logit, 2 * high, high)
+    for _ in range(100):
+        middle = (low + high) / 2
+        above = at(middle) > logit
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    return (low + high) / 2
+
+
+def gaussian_bits(y: jax.Array, index: jax.Array, mean: jax.Array | None = None) -> jax.Array:
+    """Bits of each element of y under N(mean, scale²) * U(-1/2, 1/2), float32 like y.
+
+    Args:
+      y: float [...], noisy or quantised latents.
+      index: float [...], the scale's place in the table of 64 scales, as the hyper-synthesis gives
+        it; a real number in training, whole where a decoder has to agree.
+      mean: float [...] or None for zero (Ballé 2018; Minnen 2018 with a mean).
+    """
+    centred = y.astype(jnp.float32) if mean is None else (y - mean).astype(jnp.float32)
+    scale = scale_of(index)
+    centre = -jnp.abs(centred)
+    log_upper, log_lower = (_log_normal_cdf((centre + s) / scale) for s in (0.5, -0.5))
+    return -(log_upper + _log1mexp(log_upper - log_lower)) / _LN2
+
+
+def _log_normal_cdf(x):
+    return jax.scipy.special.log_ndtr(x)
+
+
+def scale_of(index: jax.Array) -> jax.Array:
+    """The scale at a real-valued place of the 64-entry table, kept inside it (papers.md 6.2)."""
+    top = len(tables.SCALES) - 1
+    index = ops.upper_bound(ops.lower_bound(index.astype(jnp.float32), 0.0), float(top))
+    low, high = math.log(tables.SCALES[0]), math.log(tables.SCALES[-1])
+    return jnp.exp(low + index * ((high - low) / top))
+
+
+def table_index(index: jax.Array) -> jax.Array:
+    """int32 table row for a real-valued scale index: truncated and kept inside the table."""
+    return jnp.clip(index.astype(jnp.float32), 0.0, len(tables.SCALES) - 1.0).astype(jnp.int32)

@@ -1,0 +1,138 @@
+"""Layers of learned codecs: GDN, resampling convolutions, residual blocks, projector."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from icm_jax import ops
+
+_PEDESTAL = 2.0**-36
+
+
+class GDN(nn.Module):
+    """Generalised divisive normalisation (Ballé et al. 2016), or its inverse.
+
+    y_i = x_i / sqrt(β_i + Σ_j γ_ij x_j²); `simplified` is tensorflow-compression's default,
+    y_i = x_i / (β_i + Σ_j γ_ij |x_j|). The inverse multiplies. β >= 1e-6 and γ >= 0 are kept by
+    storing sqrt(value + 2^-36) under a lower bound with a helpful gradient (papers.md 6.1).
+    γ has the layout (in, out).
+    """
+
+    inverse: bool = False
+    simplified: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float [..., C] -> float [..., C]."""
+        channels = x.shape[-1]
+        beta = self._bounded("beta", jnp.ones((channels,)), 1e-6)
+        gamma = self._bounded("gamma", 0.1 * jnp.eye(channels), 0.0)
+        pool = jnp.abs(x) if self.simplified else jnp.square(x)
+        norm = jnp.matmul(pool, gamma.astype(self.dtype))
+        norm = norm + beta.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.simplified:
+            return x * norm if self.inverse else x / norm
+        return x * jnp.sqrt(norm) if self.inverse else x * jax.lax.rsqrt(norm)
+
+    def _bounded(self, name: str, initial: jax.Array, minimum: float) -> jax.Array:
+        stored = self.param(name, lambda _: jnp.sqrt(jnp.maximum(initial + _PEDESTAL, _PEDESTAL)))
+        return jnp.square(ops.lower_bound(stored, (minimum + _PEDESTAL) ** 0.5)) - _PEDESTAL
+
+
+class Down(nn.Module):
+    """k×k convolution with stride 2 and padding k // 2, computed as space-to-depth + stride 1.
+
+    Same result as the strided form; on XLA's CPU backend the gradient of the strided form is an
+    order of magnitude slower. The parameter is the plain k×k kernel. Odd sides are padded.
+    """
+
+    features: int
+    kernel: int = 3
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float [N, H, W, C] -> float [N, ceil(H/2), ceil(W/2), features]."""
+        size, channels = self.kernel, x.shape[-1]
+        kernel = self.param(
+            "kernel",
+            nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+            (size, size, channels, self.features),
+        ).astype(self.dtype)
+        y = down_by_two(x.astype(self.dtype), kernel)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = y + bias.reshape(1, 1, 1, -1)
+        return y
+
+
+def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Stride-2 cross-correlation with zero padding k // 2 on the left, as many as needed right."""
+    n, h, w, c = x.shape
+    x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+    if jax.default_backend() != "cpu" or kernel.shape[0] == 1:
+        pad = kernel.shape[0] // 2
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), [(pad, max(pad - 1, 0))] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    h, w = (h + 1) // 2, (w + 1) // 2
+    x = x.reshape(n, h, 2, w, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, 4 * c)
+    size, features = kernel.shape[0], kernel.shape[-1]
+    left = size // 2  # output o reads inputs 2o - left ... 2o - left + size - 1
+    lead = left % 2  # zeros in front make the window start on an even input
+    blocks = (size + lead + 1) // 2
+    kernel = jnp.pad(kernel, ((lead, 2 * blocks - size - lead),) * 2 + ((0, 0), (0, 0)))
+    kernel = kernel.reshape(blocks, 2, blocks, 2, c, features).transpose(0, 2, 1, 3, 4, 5)
+    before = (left + lead) // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.reshape(blocks, blocks, 4 * c, features),
+        (1, 1),
+        [(before, blocks - 1 - before)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class Up(nn.Module):
+    """Sub-pixel convolution: 3×3 to 4·features channels, then depth to space (Shi et al. 2016)."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float [N, H, W, C] -> float [N, 2H, 2W, features]."""
+        n, h, w, _ = x.shape
+        x = nn.Conv(4 * self.features, (3, 3), dtype=self.dtype)(x)
+        x = x.reshape(n, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
+        return x.reshape(n, 2 * h, 2 * w, self.features)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv3×3(ReLU(conv3×3(ReLU(x)))); no normalisation, as codecs have it."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.Conv(self.features, (3, 3), dtype=self.dtype)(nn.relu(x))
+        return x + nn.Conv(self.features, (3, 3), dtype=self.dtype)(nn.relu(y))
+
+
+class Projector(nn.Module):
+    """MLP with one hidden layer: W2 ReLU(W1 x) (Feng et al. 2022, stage 1)."""
+
+    hidden: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float [N, C] -> float [N, features]."""
+        x = nn.relu(nn.Dense(self.hidden, dtype=self.dtype)(x))
+        return nn.Dense(self.features, dtype=self.dtype)(x)
