@@ -1,7 +1,7 @@
 """Omni-ICM (Feng et al., ECCV 2022): all three stages, and what one would use otherwise.
 
-    python -m icm_jax.main --config=configs/omni_icm.py            # embedded data, minutes on a laptop
-    python -m icm_jax.main --config=configs/omni_icm.py:study      # 3 seeds, more rates, hours on a laptop
+    python -m icm_jax.main --config=configs/omni_icm.py            # embedded data, minutes
+    python -m icm_jax.main --config=configs/omni_icm.py:study      # 3 seeds, more rates, hours
     python -m icm_jax.main --config=configs/omni_icm.py:imagenet   # the paper's scale
 
 Runs, in this order and for every seed:
@@ -10,7 +10,7 @@ Runs, in this order and for every seed:
                          in α alone (`unfiltered` is the α = 0 twin)
                          stage2-λ: the feature codec at each λ, backbone frozen
                          classify-λ, linear-λ, segment-λ: tail and head trained on decoded features
-    rgb                  the unfiltered backbone trained on pixels, then fed with JPEG and WebP files
+    rgb                  the unfiltered backbone trained on pixels, fed with JPEG and WebP files
 """
 
 import ml_collections
@@ -50,7 +50,7 @@ def demo() -> dict:
             projector_hidden=128,
             embedding=64,
         ),
-        train=dict(batch_size=64, log_every=20, save_every=200, clip_norm=1.0, fsdp=1),
+        train=dict(batch_size=64, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
         stage1=dict(
             steps=400,
             learning_rate=1e-3,
@@ -66,13 +66,18 @@ def demo() -> dict:
         stage2=dict(
             steps=200,
             learning_rate=1e-3,
+            optimiser="adamw",
+            warmup_steps=20,
             lambdas=(0.3, 1.0, 3.0),
             feature_weights=(1.0, 1.0, 1.0),
         ),
         stage3=dict(
             steps=200,
             learning_rate=1e-3,
+            optimiser="adamw",
+            warmup_steps=20,
             tasks=("classify", "linear", "segment"),
+            aspp_rates=(1, 2, 3),
         ),
         rgb=dict(jpeg=(2, 5, 10, 20, 40, 80), webp=(0, 10, 25, 50, 75)),
     )
@@ -105,8 +110,8 @@ def tiny() -> dict:
     )
     config["train"].update(batch_size=8, log_every=2, save_every=4)
     config["stage1"].update(steps=6, warmup_steps=2, queue=64)
-    config["stage2"].update(steps=4, lambdas=(1.0,))
-    config["stage3"].update(steps=4)
+    config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
+    config["stage3"].update(steps=4, warmup_steps=2)
     config["rgb"].update(jpeg=(20,), webp=(20,))
     return config
 
@@ -141,16 +146,120 @@ def imagenet() -> dict:
         pretrain_filter_steps=100_000,
     )
     config["stage2"].update(steps=100_000, learning_rate=1e-4)
-    config["stage3"].update(steps=100_000, learning_rate=1e-4)
+    config["stage3"].update(steps=100_000, learning_rate=1e-4, aspp_rates=(6, 12, 18, 24))
     return config
 
 
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
-    """The list of runs, each complete in itself, in the order in which they depend on each other."""
-    keys = DATASETS[config.data.name].keys
+    """All runs, each complete in itself, in the order in which they depend on each other."""
+    keys = DATASETS[config.data.name].keys if config.data.name in DATASETS else ("label",)
     listed = []
     for seed in config.seeds:
         for arm in ARMS:
             listed += arm_runs(config, keys, seed, arm)
-        listed += rgb_runs(config, keys, seed)
+        listed.append(rgb_run(config, keys, seed))
+    return [run for run in listed if run is not None]
+
+
+def arm_runs(config, keys, seed: int, arm: str) -> list:
+    """Stage 1, then per λ stage 2 and the tasks of stage 3."""
+    base = f"seed{seed}/{arm}"
+    listed, begin = [], []
+    s1 = config.stage1
+    task = dict(config.model, **{k: s1[k] for k in ("negatives", "queue", "momentum")})
+    task |= dict(
+        name="contrastive",
+        temperature=s1.temperature,
+        alpha=s1.alpha if arm == "omni" else 0.0,
+        pretrain_filter=False,
+    )
+    if s1.pretrain_filter_steps:
+        warm = dict(task, pretrain_filter=True)
+        listed.append(
+            make_run(config, seed, f"{base}/filter", warm, config.stage1, s1.pretrain_filter_steps)
+        )
+        begin = [(f"{base}/filter", FILTER)]
+    listed.append(make_run(config, seed, f"{base}/stage1", task, config.stage1, start=begin))
+    for lmbda in config.stage2.lambdas:
+        codec = f"{base}/stage2-{lmbda:g}"
+        task = dict(
+            config.model,
+            name="compression",
+            lmbda=lmbda,
+            feature_weights=config.stage2.feature_weights,
+            relative=True,
+        )
+        start = [(f"{base}/stage1", BACKBONE + FILTER)]
+        listed.append(make_run(config, seed, codec, task, config.stage2, start=start))
+        start = [(codec, BACKBONE + FILTER + CODEC)]
+        for name in config.stage3.tasks:
+            listed.append(
+                task_run(config, keys, seed, arm, f"{base}/{name}-{lmbda:g}", name, start)
+            )
+            if listed[-1] is not None:
+                listed[-1].labels.point = f"{lmbda:g}"
     return listed
+
+
+def task_run(config, keys, seed, arm, name, kind, start):
+    """Stage 3: a head (and the tail) on decoded features; None if the data has no such labels."""
+    needs = "mask" if kind == "segment" else "label"
+    if needs not in keys:
+        return None
+    task = dict(config.model, frontend="feature")
+    if kind == "segment":
+        task |= dict(name="segmentation", aspp_rates=config.stage3.aspp_rates)
+    else:
+        mode = "linear" if kind == "linear" else "finetune"
+        task |= dict(name="classification", mode=mode)
+    run = make_run(config, seed, name, task, config.stage3, start=start)
+    run.needs, run.evaluate = (needs,), ("stream",)
+    run.labels = dict(curve=kind, arm=arm, point="")
+    return run
+
+
+def rgb_run(config, keys, seed: int):
+    """The rival: the unfiltered backbone trained on pixels, fed with JPEG and WebP files."""
+    task = dict(config.model, frontend="pixels")
+    kind, needs = ("classify", "label") if "label" in keys else ("segment", "mask")
+    if kind == "classify":
+        task |= dict(name="classification", mode="finetune")
+    else:
+        task |= dict(name="segmentation", aspp_rates=config.stage3.aspp_rates)
+    name = f"seed{seed}/rgb/{kind}"
+    start = [(f"seed{seed}/unfiltered/stage1", BACKBONE)]
+    run = make_run(config, seed, name, task, config.stage3, start=start)
+    points = [f"jpeg-{q}" for q in config.rgb.jpeg] + [f"webp-{q}" for q in config.rgb.webp]
+    run.needs, run.evaluate = (needs,), ("pixels", *points)
+    run.labels = dict(curve=kind, arm="rgb", point="")
+    return run
+
+
+def make_run(config, seed, name, task, stage, steps=None, start=()) -> ml_collections.ConfigDict:
+    """One entry of the list; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
+    return ml_collections.ConfigDict(
+        dict(
+            name=name,
+            seed=seed,
+            task=task,
+            data=config.data.to_dict(),
+            optim=dict(
+                name=stage.optimiser,
+                learning_rate=stage.learning_rate,
+                schedule="cosine",
+                warmup_steps=stage.warmup_steps,
+                weight_decay=1e-4,
+                clip_norm=config.train.clip_norm,
+            ),
+            batch_size=config.train.batch_size,
+            steps=steps or stage.steps,
+            log_every=config.train.log_every,
+            save_every=config.train.save_every,
+            fsdp=config.train.fsdp,
+            ema=config.train.ema,
+            start=tuple(start),
+            needs=(),
+            evaluate=(),
+            labels={},
+        )
+    )

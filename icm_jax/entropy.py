@@ -6,6 +6,7 @@ convolved with U(-1/2, 1/2), that is of a difference of two CDFs, taken in the l
 side where no digits are lost; so there is no floor that would cut the gradient.
 """
 
+import itertools
 import math
 
 import flax.linen as nn
@@ -45,7 +46,7 @@ class Factorised(nn.Module):
         widths = (1, *self.filters, 1)
         scale = self.init_scale ** (1 / (len(self.filters) + 1))
         params = {}
-        for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             value = math.log(math.expm1(1 / scale / fan_out))
             params[f"matrix_{layer}"] = self.param(
                 f"matrix_{layer}", nn.initializers.constant(value), (channels, fan_out, fan_in)
@@ -139,7 +140,10 @@ def _solve(params: dict, logit: float) -> np.ndarray:
     low, high = np.full(channels, -1.0), np.full(channels, 1.0)
     at = lambda x: _cdf_logits(params, x[:, None, None], np)[:, 0, 0]  # noqa: E731
     for _ in range(40):
-        low, high = np.where(at(low) > logit, 2 * low, low), np.where(at(high) < logit, 2 * high, high)
+        low, high = (
+            np.where(at(low) > logit, 2 * low, low),
+            np.where(at(high) < logit, 2 * high, high),
+        )
     for _ in range(100):
         middle = (low + high) / 2
         above = at(middle) > logit

@@ -43,8 +43,9 @@ def quantise(x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
 
 def normalise(image: jax.Array, dtype=jnp.float32) -> jax.Array:
     """uint8 or float RGB on 0...255 [..., 3] to zero mean and unit variance per channel."""
-    mean, std = (jnp.asarray(v, jnp.float32).reshape((1,) * (image.ndim - 1) + (3,))
-                 for v in (MEAN, STD))
+    mean, std = (
+        jnp.asarray(v, jnp.float32).reshape((1,) * (image.ndim - 1) + (3,)) for v in (MEAN, STD)
+    )
     return ((image.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 

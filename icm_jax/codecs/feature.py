@@ -102,8 +102,10 @@ def filter_codec(variant: str, width: int, channels: int, hidden: int) -> Codec:
         return variables
 
     return Codec(
-        config=("omni_filter", (("variant", variant), ("width", width), ("channels", channels),
-                                ("hidden", hidden))),
+        config=(
+            "omni_filter",
+            (("variant", variant), ("width", width), ("channels", channels), ("hidden", hidden)),
+        ),
         parts=("head", "filter"),
         init=init,
         analyse=lambda variables, inputs: {
@@ -165,10 +167,18 @@ def feature_codec(
         return variables
 
     return Codec(
-        config=("omni_feature", (("variant", variant), ("width", width),
-                                 ("filter_channels", filter_channels),
-                                 ("filter_hidden", filter_hidden), ("channels", channels),
-                                 ("hidden", hidden), ("hyper_channels", hyper_channels))),
+        config=(
+            "omni_feature",
+            (
+                ("variant", variant),
+                ("width", width),
+                ("filter_channels", filter_channels),
+                ("filter_hidden", filter_hidden),
+                ("channels", channels),
+                ("hidden", hidden),
+                ("hyper_channels", hyper_channels),
+            ),
+        ),
         parts=("head", "filter", "feature_codec"),
         init=init,
         analyse=analyse,

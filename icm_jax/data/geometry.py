@@ -38,7 +38,9 @@ def decode_mask(data: bytes, name: str) -> np.ndarray:
     except (OSError, SyntaxError) as error:
         raise IcmError(f"cannot read the mask {name}: {error}; repair or remove it") from error
     if mask.ndim != 2 or mask.dtype != np.uint8:
-        raise IcmError(f"the mask {name} must have one 8-bit channel, not {mask.dtype} {mask.shape}")
+        raise IcmError(
+            f"the mask {name} must have one 8-bit channel, not {mask.dtype} {mask.shape}"
+        )
     return mask
 
 

@@ -78,12 +78,15 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
                 {"bbox": tfds.features.BBox(*box), "label": int(label)}
                 for box, label in zip(scene["boxes"], scene["labels"], strict=True)
             ]
-            yield index, {
-                "image": io.BytesIO(jpeg),
-                "label": int(scene["labels"][0]),
-                "objects": objects,
-                "mask": png,
-            }
+            yield (
+                index,
+                {
+                    "image": io.BytesIO(jpeg),
+                    "label": int(scene["labels"][0]),
+                    "objects": objects,
+                    "mask": png,
+                },
+            )
 
 
 def prepared(data_dir: str | os.PathLike, **sizes) -> tfds.core.DatasetBuilder:
@@ -98,8 +101,9 @@ def prepared(data_dir: str | os.PathLike, **sizes) -> tfds.core.DatasetBuilder:
     config = dataclasses.replace(config, name=name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        builder = Scenes(data_dir=os.fspath(pathlib.Path(data_dir)), config=config,
-                         file_format="array_record")
+        builder = Scenes(
+            data_dir=os.fspath(pathlib.Path(data_dir)), config=config, file_format="array_record"
+        )
         builder.download_and_prepare(file_format="array_record")
     return builder
 
@@ -199,7 +203,8 @@ def _object(rng, size, radius, label):
     edge = {
         "disc": 0.9 - r,
         "square": 0.7 - np.maximum(np.abs(u), np.abs(v)),
-        "triangle": 0.48 - np.max(
+        "triangle": 0.48
+        - np.max(
             [np.cos(t) * u + np.sin(t) * v for t in (0, 2 * math.pi / 3, 4 * math.pi / 3)], axis=0
         ),
         "star": 0.66 + 0.3 * np.cos(5 * angle) - r,

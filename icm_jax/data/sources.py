@@ -138,7 +138,7 @@ def mask_folder(config, split: str) -> Source:
 
 
 def tfds_source(name: str, label: Callable[[dict], int]) -> Callable:
-    """A loader of a prepared TFDS data set (array_record files below data.path or ~/tensorflow_datasets)."""
+    """Opens a prepared TFDS data set: array_record files below data.path or TFDS's own folder."""
 
     def open_source(config, split: str) -> Source:
         import tensorflow_datasets as tfds
@@ -198,7 +198,7 @@ def _prepare(name: str, config, reason: str) -> str:
     return (
         f"the TFDS data set {name} is not prepared ({reason}). Prepare it once where there is a "
         f'network: python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{place})'
-        '.download_and_prepare(file_format=\'array_record\')", then set --config.data.path to its '
+        ".download_and_prepare(file_format='array_record')\", then set --config.data.path to its "
         "data_dir"
     )
 

@@ -1,1 +1,5 @@
+"""Scores of predictions: sums and counts over batches, merged over processes, then scalars."""
 
+from icm_jax.evaluators.scores import Accuracy, MeanIoU, Score
+
+__all__ = ["Accuracy", "MeanIoU", "Score"]

@@ -77,7 +77,11 @@ def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu" or kernel.shape[0] == 1:
         pad = kernel.shape[0] // 2
         return jax.lax.conv_general_dilated(
-            x, kernel, (2, 2), [(pad, max(pad - 1, 0))] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x,
+            kernel,
+            (2, 2),
+            [(pad, max(pad - 1, 0))] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
     h, w = (h + 1) // 2, (w + 1) // 2
     x = x.reshape(n, h, 2, w, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, 4 * c)

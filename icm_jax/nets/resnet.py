@@ -53,7 +53,7 @@ def feature_channels(variant: str, width: int = 64) -> int:
 
 
 class Conv(nn.Module):
-    """k×k convolution without bias, zero padding dilation·(k // 2) on each side, He initialisation."""
+    """k×k convolution without bias, zero padding dilation·(k // 2) a side, He initialisation."""
 
     features: int
     kernel: int
@@ -248,7 +248,7 @@ class Tail(nn.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3×3 maximum with stride 2 and padding 1: float [N, H, W, C] -> [N, ceil(H/2), ceil(W/2), C]."""
+    """3×3/2 maximum, padding 1: float [N, H, W, C] -> [N, ceil(H/2), ceil(W/2), C]."""
     for axis in (1, 2):
         out = (x.shape[axis] + 1) // 2
         padding = [(0, 0)] * x.ndim

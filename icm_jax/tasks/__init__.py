@@ -1,1 +1,22 @@
+"""What is optimised: losses, predictions, parameter groups."""
 
+from icm_jax.errors import IcmError
+from icm_jax.tasks.classification import classification
+from icm_jax.tasks.compression import compression
+from icm_jax.tasks.contrastive import contrastive
+from icm_jax.tasks.segmentation import segmentation
+from icm_jax.tasks.task import Task
+
+TASKS = {
+    "contrastive": contrastive,
+    "compression": compression,
+    "classification": classification,
+    "segmentation": segmentation,
+}
+
+
+def build_task(config) -> Task:
+    """The task that `config.name` names. Raises IcmError for an unknown name."""
+    if config.name not in TASKS:
+        raise IcmError(f"unknown task {config.name!r}; choose one of {', '.join(TASKS)}")
+    return TASKS[config.name](config)

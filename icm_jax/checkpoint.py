@@ -1,0 +1,78 @@
+"""Saving and restoring a run with orbax: asynchronous, atomic, onto any number of devices."""
+
+import json
+import os
+import pathlib
+import warnings
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from icm_jax.errors import IcmError
+
+
+def manager(folder: str | os.PathLike, keep: int = 2) -> ocp.CheckpointManager:
+    """The checkpoints of one run; the newest `keep` are kept."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    return ocp.CheckpointManager(pathlib.Path(folder).absolute() / "checkpoints", options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
+    """Starts writing; the state may be donated right after. Raises IcmError if the disk refuses."""
+    try:
+        checkpoints.save(step, args=ocp.args.StandardSave(state), force=True)
+    except OSError as error:
+        raise IcmError(f"cannot save step {step}: {error}; earlier checkpoints are kept") from error
+
+
+def restore_newest(checkpoints: ocp.CheckpointManager, abstract):
+    """(state, step) of the newest whole checkpoint, or (None, 0).
+
+    Args:
+      abstract: tree of ShapeDtypeStruct with shardings; they may differ from those saved.
+
+    A checkpoint that cannot be read is passed over with a warning.
+    """
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)), step
+        except Exception as error:  # orbax, tensorstore and JSON have no common base
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logging.warning("checkpoint %d is damaged (%s); trying an older one", step, reason)
+            warnings.warn(f"checkpoint {step} is damaged and passed over", stacklevel=2)
+            checkpoints.delete(step)
+    return None, 0
+
+
+def load_variables(folder: str | os.PathLike):
+    """Final variables of a finished run, as NumPy arrays. Raises IcmError if there is none."""
+    folder = pathlib.Path(folder)
+    if not (folder / "done.json").is_file():
+        raise IcmError(f"the run {folder} has not finished; run it first (same command resumes it)")
+    step = json.loads((folder / "done.json").read_text())["step"]
+    with manager(folder) as checkpoints:
+        saved = checkpoints.restore(
+            step, args=ocp.args.StandardRestore(_host_template(folder, step))
+        )
+    return saved["variables"]
+
+
+def _host_template(folder: pathlib.Path, step: int):
+    path = folder.absolute() / "checkpoints" / str(step) / "default"
+    with ocp.StandardCheckpointer() as reader:
+        metadata = reader.metadata(path)
+    tree = getattr(metadata, "item_metadata", metadata)
+    tree = getattr(tree, "tree", tree)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+
+
+def write_json(path: str | os.PathLike, content) -> None:
+    """Writes JSON whole or not at all."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,129 @@
+"""Scores a finished run on the validation split, with bytes that were really written.
+
+Each entry of `run.evaluate` gives records, one per point of a curve:
+
+    "stream"     every image -> bytes of the frozen codec -> decoded feature -> prediction
+    "jpeg-q"     every image -> JPEG (or "webp-q") file at quality q -> decoded pixels -> prediction
+    "pixels"     the images as they are
+
+A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
+images, bpp (measured), bpp_estimated, bpp_header, bpp_<segment>, top1 / top5 or miou.
+"""
+
+import json
+import os
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+
+from icm_jax import checkpoint, views
+from icm_jax.codecs import codec as codecs
+from icm_jax.coding import container
+from icm_jax.data import open_source, pipeline
+from icm_jax.errors import IcmError
+from icm_jax.evaluators import Accuracy, MeanIoU, classical
+from icm_jax.evaluators.metrics import bpp
+from icm_jax.tasks import build_task
+from icm_jax.train import complete
+
+
+def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[dict]:
+    """Records of a finished run; computed once, then read from its folder."""
+    folder = pathlib.Path(base) / run.name
+    kept = folder / "records.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    if not run.evaluate:
+        return []
+    source = open_source(run.data, "validation")
+    config = complete(run.task, source)
+    task = build_task(config)
+    variables = checkpoint.load_variables(folder)
+    records = []
+    for point in run.evaluate:
+        frozen = codecs.freeze(task.codec, variables) if point == "stream" else None
+        if frozen is not None:
+            codecs.save(folder / "codec.icmc", frozen)
+        record = dict(run.labels)
+        record |= {"seed": run.seed, "kind": point, "run": run.name}
+        record |= score(task, variables, frozen, point, source, run, config)
+        records.append(record)
+    checkpoint.write_json(kept, records)
+    return records
+
+
+def score(task, variables, frozen, point: str, source, run, config) -> dict:
+    """Rate and accuracy of one point over the validation split (this machine's processes)."""
+    predict = jax.jit(task.predict)
+    if "mask" in run.needs:
+        tally, side = MeanIoU(config.mask_classes), config.size
+    else:
+        tally, side = Accuracy(), config.size
+    on_device = jax.device_put(variables, jax.devices()[0])
+    sizes, parts = [], []
+    batches = pipeline.evaluation_batches(
+        source, batch_size=run.batch_size, canvas=(run.data.canvas,) * 2
+    )
+    total = -(-source.length // run.batch_size)
+    for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {point}", unit="batch"):
+        count = int(batch["valid"].sum())
+        images = np.asarray(views.centre(batch["image"], side))
+        if "mask" in batch:
+            batch["mask"] = np.asarray(views.centre(batch["mask"], side))
+        if point == "stream":
+            features, own = through_stream(frozen, images[:count])
+            parts += own
+            inputs = {"feature": _padded(features, len(images))}
+        elif point == "pixels":
+            inputs = {"image": images}
+        else:
+            name, quality = point.split("-")
+            files = [classical.encode(image, name, int(quality)) for image in images[:count]]
+            sizes += [
+                (len(file), len(file) - (classical.table_bytes(file) if name == "jpeg" else 0))
+                for file in files
+            ]
+            inputs = {"image": _padded(np.stack([classical.decode(f) for f in files]), len(images))}
+        tally.update(jax.device_get(predict(on_device, inputs)), batch)
+    record = {**tally.result(), "images": source.length}
+    if parts:
+        names = parts[0]
+        record |= {name: bpp(np.mean([part[name] for part in parts]), side, side) for name in names}
+        worst = max(part["bpp"] - 1.01 * part["bpp_estimated"] for part in parts)
+        record["worst_gap_bytes"] = worst
+    elif sizes:
+        whole, bare = np.mean(sizes, axis=0)
+        record |= {"bpp": bpp(whole, side, side), "bpp_without_tables": bpp(bare, side, side)}
+    return record
+
+
+def through_stream(frozen, images: np.ndarray) -> tuple[np.ndarray, list[dict]]:
+    """(decoded features, sizes in bytes of each image), by way of real bytes.
+
+    Raises: IcmError if decoding does not give back the encoder's latents.
+    """
+    streams = codecs.encode(frozen, images)
+    features = codecs.decode(frozen, streams, "feature")
+    estimated = codecs.estimate(frozen, images)
+    sizes = []
+    for row, data in enumerate(streams):
+        stream = container.unpack(data)
+        bits = sum(float(values[row]) for values in estimated.values())
+        part = {
+            "bpp": len(data),
+            "bpp_estimated": bits / 8,
+            "bpp_header": container.overhead(stream),
+        }
+        for segment, string in zip(frozen.codec.segments, stream.strings, strict=True):
+            part[f"bpp_{segment.name}"] = len(string)
+        sizes.append(part)
+    if not np.isfinite(features).all():
+        raise IcmError("decoded features are not finite; the codec's training has failed")
+    return features, sizes
+
+
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])

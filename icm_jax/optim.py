@@ -1,0 +1,59 @@
+"""From a config to a learning-rate schedule and an optax chain."""
+
+import jax
+import optax
+
+from icm_jax.errors import IcmError
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+def make_schedule(config, steps: int) -> optax.Schedule:
+    """config: schedule, learning_rate, warmup_steps; warm-up is linear from 0, decay ends at 0.
+
+    Raises: IcmError for an unknown schedule or a warm-up that is not shorter than the run.
+    """
+    if config.schedule not in SCHEDULES:
+        raise IcmError(f"unknown schedule {config.schedule!r}; choose one of {SCHEDULES}")
+    if not 0 <= config.warmup_steps < steps:
+        raise IcmError(f"warmup_steps {config.warmup_steps} must be below the run's {steps} steps")
+    rate, rest = config.learning_rate, steps - config.warmup_steps
+    after = {
+        "constant": optax.constant_schedule(rate),
+        "cosine": optax.cosine_decay_schedule(rate, rest),
+        "linear": optax.linear_schedule(rate, 0.0, rest),
+    }[config.schedule]
+    if not config.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, rate, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimiser(config, steps: int) -> optax.GradientTransformation:
+    """config: name, weight_decay, clip_norm (0 = off) and the schedule's fields.
+
+    Weight decay, and the layer-wise rates of LARS, leave out vectors: biases, BatchNorm, GDN's β.
+    Raises: IcmError for an unknown optimiser.
+    """
+    schedule = make_schedule(config, steps)
+    decay = config.weight_decay
+    makers = {
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(decay, matrices), optax.sgd(schedule, momentum=0.9)
+        ),
+        "adam": lambda: optax.adam(schedule),
+        "adamw": lambda: optax.adamw(schedule, weight_decay=decay, mask=matrices),
+        "lars": lambda: optax.lars(
+            schedule, decay, weight_decay_mask=matrices, trust_ratio_mask=matrices
+        ),
+        "lamb": lambda: optax.lamb(schedule, weight_decay=decay, mask=matrices),
+    }
+    if config.name not in makers:
+        raise IcmError(f"unknown optimiser {config.name!r}; choose one of {', '.join(makers)}")
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return optax.chain(*clip, makers[config.name]())
+
+
+def matrices(params):
+    """Tree of bools: which parameters have two dimensions or more."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)

@@ -1,0 +1,66 @@
+"""Mesh, placement of parameters, and host batches as global arrays: 1 device to N processes."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from icm_jax.errors import IcmError
+
+AXES = ("data", "fsdp")
+_SMALL = 2**12  # elements below which sharding a parameter costs more than it saves
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices as (data, fsdp); parameters are sharded over `fsdp` devices, batches over all.
+
+    Raises: IcmError if `fsdp` does not divide the number of devices.
+    """
+    count = jax.device_count()
+    if fsdp < 1 or count % fsdp:
+        raise IcmError(f"train.fsdp is {fsdp}, which does not divide the {count} devices")
+    return Mesh(np.asarray(jax.devices()).reshape(count // fsdp, fsdp), AXES)
+
+
+def state_shardings(mesh: Mesh, shapes):
+    """A sharding for each array of a tree of shapes: the largest dimension that `fsdp` divides.
+
+    Small arrays, and those that no dimension divides, are replicated.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def place(shape):
+        spec = [None] * len(shape.shape)
+        if fsdp > 1 and math.prod(shape.shape) >= _SMALL:
+            fitting = [axis for axis, size in enumerate(shape.shape) if size % fsdp == 0]
+            if fitting:
+                spec[max(fitting, key=lambda axis: shape.shape[axis])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(place, shapes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises IcmError if the devices do not divide the batch."""
+    if batch_size % mesh.size:
+        raise IcmError(f"batch size {batch_size} does not divide over {mesh.size} devices")
+
+
+def global_batch(mesh: Mesh, batch: dict) -> dict:
+    """This process's rows [b, ...] as arrays of the global batch [B, ...]."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

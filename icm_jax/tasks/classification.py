@@ -1,0 +1,56 @@
+"""Classification with the tail on pixels or on decoded features (Omni-ICM, stage 3)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from icm_jax import views
+from icm_jax.errors import IcmError
+from icm_jax.nets.resnet import global_pool
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, mean_of, merge
+
+
+def classification(config) -> Task:
+    """The task; fields: the model's, classes, frontend ("pixels", "feature"), mode.
+
+    mode "finetune" trains the tail and the classifier (from pixels the head, too); "linear" trains
+    the classifier alone, on BatchNorm's running statistics.
+    """
+    if config.mode not in ("finetune", "linear"):
+        raise IcmError(f"unknown mode {config.mode!r}; choose finetune or linear")
+    trunk = build_trunk(config)
+    classifier = nn.Dense(config.classes)
+    tuned = config.mode == "finetune"
+
+    def logits_of(variables, images, feature, train):
+        features, stats = trunk.features(variables, images, feature, train)
+        pooled = global_pool(features[-1])
+        return classifier.apply({"params": variables["params"]["classifier"]}, pooled), stats
+
+    def init(key, batch):
+        keys = jax.random.split(key)
+        images = views.centre(batch["image"][:1], config.size)
+        variables = trunk.init(keys[0], images)
+        features, _ = trunk.features(variables, images, None, False)
+        merge(variables, "classifier", classifier.init(keys[1], global_pool(features[-1])))
+        return variables
+
+    def loss(variables, batch, key, step):
+        del step
+        images, _ = views.mild(batch["image"], config.size, key=key)
+        logits, stats = logits_of(variables, images, None, tuned)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+        total = mean_of(losses, batch["valid"])
+        return total, Aux({"top1": mean_of(right, batch["valid"])}, {"batch_stats": stats})
+
+    def predict(variables, batch):
+        images = views.centre(batch["image"], config.size) if "image" in batch else None
+        return {"logits": logits_of(variables, images, batch.get("feature"), False)[0]}
+
+    def groups(name):
+        trained = ("head", "tail", "classifier") if trunk.codec is None else ("tail", "classifier")
+        return TRAIN if name == "classifier" or (tuned and name in trained) else FROZEN
+
+    return Task(init, loss, predict, groups, trunk.codec)

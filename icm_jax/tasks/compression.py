@@ -1,0 +1,68 @@
+"""Stage 2 of Omni-ICM: the feature codec, backbone and filter frozen.
+
+    L = bits per pixel + λ · (d(f, f_hat) + Σ_i w_i · d(φ_i f, φ_i f_hat)),   i = layers 2 to 4
+
+φ_i are the layers of the frozen tail (Feng et al. 2022, stage 2). d is the mean squared error
+divided by the mean square of the target: features of two backbones have different scales, and with
+this a λ means the same for both. `relative=False` gives the plain error.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from icm_jax import views
+from icm_jax.codecs.codec import forward
+from icm_jax.codecs.feature import filter_codec, filtered
+from icm_jax.nets import resnet
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, build_feature_codec, merge
+
+
+def compression(config) -> Task:
+    """The task; fields: the model's, `lmbda` (λ), feature_weights (w_2, w_3, w_4), relative."""
+    tail = resnet.Tail(config.variant, config.width, dtype=jnp.dtype(config.dtype))
+    codec = build_feature_codec(config)
+    inner = filter_codec(config.variant, config.width, config.filter_channels, config.filter_hidden)
+    pixels = config.size**2
+
+    def init(key, batch):
+        keys = jax.random.split(key)
+        image = views.centre(batch["image"][:1], config.size)
+        variables = codec.init(keys[0], image)
+        f = filtered(inner, variables, {"image": image})
+        merge(variables, "tail", tail.init(keys[1], f, train=False))
+        return {**variables, "constants": {"lambda": jnp.float32(config.lmbda)}}
+
+    def distance(target, given):
+        target, given = target.astype(jnp.float32), given.astype(jnp.float32)
+        error = jnp.square(target - given).mean()
+        return error / (jnp.square(target).mean() + 1e-12) if config.relative else error
+
+    def loss(variables, batch, key, step):
+        del step
+        keys = jax.random.split(key)
+        images, _ = views.mild(batch["image"], config.size, key=keys[0])
+        f = jax.lax.stop_gradient(filtered(inner, variables, {"image": images}))
+        result = forward(codec, variables, {"feature": f}, images.shape[1:3], key=keys[1])
+        f_hat = result.outputs["feature"]
+        deep, _ = apply(tail, variables, "tail", f, False)
+        deep_hat, _ = apply(tail, variables, "tail", f_hat, False)
+        bpp = sum(bits.mean() for bits in result.bits.values()) / pixels
+        errors = [distance(f, f_hat)]
+        errors += [
+            distance(jax.lax.stop_gradient(a), b) for a, b in zip(deep, deep_hat, strict=True)
+        ]
+        weighted = errors[0] + sum(
+            w * e for w, e in zip(config.feature_weights, errors[1:], strict=True)
+        )
+        total = bpp + variables["constants"]["lambda"] * weighted
+        return total, Aux({"bpp": bpp, "distortion_f": errors[0], "distortion": weighted}, {})
+
+    def predict(variables, batch):
+        images = views.centre(batch["image"], config.size)
+        result = forward(codec, variables, {"image": images}, images.shape[1:3])
+        return {"feature": result.outputs["feature"], "bits": sum(result.bits.values())}
+
+    def groups(name):
+        return TRAIN if name == "feature_codec" else FROZEN
+
+    return Task(init, loss, predict, groups, codec)

@@ -1,0 +1,163 @@
+"""Stage 1 of Omni-ICM: instance discrimination through the information filter.
+
+    view q -> head -> f -> filter encoder -> y (+noise -> bits; rounded -> filter decoder) -> tail
+           -> mean -> projector -> q            L = InfoNCE(q, k, negatives) + α · bits per pixel
+    view k -> the same with the momentum weights, no gradient -> k
+
+BatchNorm cannot leak between query and key: the key encoder normalises with an exponential moving
+average of the query's running statistics (EMAN, Cai et al. 2021) instead of statistics of its
+batch, so that a key depends on its own image alone; no shuffling between devices is needed.
+
+Rate and decoder see y differently, as in papers.md 5.2: the prior gets noisy latents, the decoder
+straight-through rounded ones.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from icm_jax import ops, views
+from icm_jax.codecs.codec import forward
+from icm_jax.codecs.feature import filter_codec, filtered
+from icm_jax.errors import IcmError
+from icm_jax.nets import resnet
+from icm_jax.nets.layers import Projector
+from icm_jax.nets.resnet import global_pool
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, merge
+
+NEGATIVES = ("queue", "batch", "both")
+PARTS = ("head", "filter", "tail", "projector")
+L1_WEIGHT = 128.0  # of filter pre-training (papers.md 5.2, stage 0)
+
+
+def info_nce(query, keys, queue, temperature: float, negatives: str):
+    """InfoNCE (Feng et al. 2022, stage 1): mean cross-entropy and top-1 of finding the own key.
+
+    Args:
+      query, keys: float [N, D], unit length; row i of both is the same image.
+      queue: float [K, D], unit length. temperature: τ.
+      negatives: "queue", "batch" (the other keys of the global batch) or "both".
+    Returns: (loss, accuracy), float32 scalars.
+    """
+    own = query @ keys.T  # [N, N]
+    if negatives == "queue":
+        logits = jnp.concatenate([jnp.diag(own)[:, None], query @ queue.T], axis=1)
+        labels = jnp.zeros(len(query), jnp.int32)
+    else:
+        parts = [own] if negatives == "batch" else [own, query @ queue.T]
+        logits, labels = jnp.concatenate(parts, axis=1), jnp.arange(len(query))
+    logits = logits / temperature
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32).mean()
+
+
+def contrastive(config) -> Task:
+    """The task; fields of `config`: variant, width, size, dtype, filter_channels, filter_hidden,
+    projector_hidden, embedding, alpha, negatives, queue, momentum, temperature, pretrain_filter.
+
+    `pretrain_filter` trains the filter alone, by bits + 128 · L1(f, f') on a frozen backbone.
+
+    Raises: IcmError for an unknown kind of negatives, or if a batch does not divide the queue.
+    """
+    if config.negatives not in NEGATIVES:
+        raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {NEGATIVES}")
+    dtype = jnp.dtype(config.dtype)
+    head = resnet.Head(config.variant, config.width, dtype)
+    tail = resnet.Tail(config.variant, config.width, dtype=dtype)
+    projector = Projector(config.projector_hidden, config.embedding, dtype)
+    codec = filter_codec(config.variant, config.width, config.filter_channels, config.filter_hidden)
+    pixels = config.size**2
+
+    def init(key, batch):
+        if config.queue % len(batch["image"]):
+            raise IcmError(
+                f"the batch size {len(batch['image'])} does not divide the queue {config.queue}"
+            )
+        keys = jax.random.split(key, 4)
+        image = views.centre(batch["image"][:1], config.size)
+        variables = codec.init(keys[0], image)
+        f = filtered(codec, variables, {"image": image})
+        merge(variables, "tail", tail.init(keys[1], f, train=False))
+        pooled = global_pool(apply(tail, variables, "tail", f, False)[0][-1])
+        merge(variables, "projector", projector.init(keys[2], pooled))
+        queue = jax.random.normal(keys[3], (config.queue, config.embedding))
+        copy = jax.tree.map(jnp.copy, {"p": variables["params"], "s": variables["batch_stats"]})
+        return {
+            **variables,
+            "key_params": copy["p"],
+            "key_stats": copy["s"],
+            "queue": {"keys": _unit(queue), "next": jnp.zeros((), jnp.int32)},
+            "constants": {"alpha": jnp.float32(config.alpha)},
+        }
+
+    def embed(variables, images, train, key):
+        """(embedding [N, D], bits [N], f, f', statistics) of images on 0...255."""
+        stats = dict(variables["batch_stats"])
+        x = ops.normalise(images)
+        f, stats["head"] = apply(head, variables, "head", x, train and not config.pretrain_filter)
+        result = forward(
+            codec, variables, {"feature": f}, images.shape[1:3], straight_through=True, key=key
+        )
+        passed = result.outputs["feature"]
+        features, stats["tail"] = apply(
+            tail, variables, "tail", passed, train and not config.pretrain_filter
+        )
+        pooled = global_pool(features[-1])
+        embedding = projector.apply({"params": variables["params"]["projector"]}, pooled)
+        return _unit(embedding.astype(jnp.float32)), result.bits["y"], f, passed, stats
+
+    def loss(variables, batch, key, step):
+        del step
+        keys = jax.random.split(key, 3)
+        follow = lambda old, new: config.momentum * old + (1 - config.momentum) * new  # noqa: E731
+        momentum = jax.lax.stop_gradient(
+            {
+                "params": jax.tree.map(follow, variables["key_params"], variables["params"]),
+                "batch_stats": jax.tree.map(
+                    follow, variables["key_stats"], variables["batch_stats"]
+                ),
+            }
+        )
+        query_view = views.contrastive(batch["image"], config.size, key=keys[0])
+        query, bits, f, passed, stats = embed(variables, query_view, True, keys[2])
+        bpp = bits.mean() / pixels
+        metrics = {"bpp": bpp}
+        queue = variables["queue"]
+        if config.pretrain_filter:
+            distance = jnp.abs(f.astype(jnp.float32) - passed).mean()
+            total = bpp + L1_WEIGHT * distance
+            metrics["l1"] = distance
+        else:
+            key_view = views.contrastive(batch["image"], config.size, key=keys[1])
+            positives = jax.lax.stop_gradient(embed(momentum, key_view, False, None)[0])
+            nce, accuracy = info_nce(
+                query, positives, queue["keys"], config.temperature, config.negatives
+            )
+            total = nce + variables["constants"]["alpha"] * bpp
+            metrics |= {"info_nce": nce, "top1": accuracy, "spread": query.std(axis=0).mean()}
+            queue = {
+                "keys": jax.lax.dynamic_update_slice(
+                    queue["keys"], positives, (queue["next"], jnp.zeros_like(queue["next"]))
+                ),
+                "next": (queue["next"] + len(positives)) % config.queue,
+            }
+        collections = {
+            "batch_stats": stats,
+            "key_params": momentum["params"],
+            "key_stats": momentum["batch_stats"],
+            "queue": queue,
+        }
+        return total, Aux(metrics, collections)
+
+    def predict(variables, batch):
+        images = views.centre(batch["image"], config.size)
+        return {"embedding": embed(variables, images, False, None)[0]}
+
+    def groups(name):
+        return TRAIN if name == "filter" or not config.pretrain_filter else FROZEN
+
+    return Task(init, loss, predict, groups, codec)
+
+
+def _unit(x):
+    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)

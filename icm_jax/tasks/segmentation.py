@@ -1,0 +1,56 @@
+"""Semantic segmentation: dilated tail and ASPP on pixels or decoded features (papers.md 1.3)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from icm_jax import views
+from icm_jax.nets.deeplab import ASPP
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, merge
+
+IGNORE = 255
+
+
+def segmentation(config) -> Task:
+    """The task; fields: the model's, mask_classes, frontend, aspp_rates. Ids of 255 are ignored."""
+    trunk = build_trunk(config, output_stride=8)
+    segmenter = ASPP(
+        config.mask_classes, rates=tuple(config.aspp_rates), dtype=jnp.dtype(config.dtype)
+    )
+
+    def logits_of(variables, images, feature, train):
+        features, stats = trunk.features(variables, images, feature, train)
+        logits = segmenter.apply({"params": variables["params"]["segmenter"]}, features[-1])
+        shape = (len(logits), config.size, config.size, config.mask_classes)
+        return jax.image.resize(logits, shape, "bilinear"), stats
+
+    def init(key, batch):
+        keys = jax.random.split(key)
+        images = views.centre(batch["image"][:1], config.size)
+        variables = trunk.init(keys[0], images)
+        features, _ = trunk.features(variables, images, None, False)
+        merge(variables, "segmenter", segmenter.init(keys[1], features[-1]))
+        return variables
+
+    def loss(variables, batch, key, step):
+        del step
+        images, masks = views.mild(batch["image"], config.size, batch["mask"], key=key)
+        logits, stats = logits_of(variables, images, None, True)
+        known = ((masks != IGNORE) & batch["valid"][:, None, None]).astype(jnp.float32)
+        labels = jnp.where(masks == IGNORE, 0, masks).astype(jnp.int32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        count = jnp.maximum(known.sum(), 1.0)
+        metrics = {"pixel_accuracy": (right * known).sum() / count}
+        return (losses * known).sum() / count, Aux(metrics, {"batch_stats": stats})
+
+    def predict(variables, batch):
+        images = views.centre(batch["image"], config.size) if "image" in batch else None
+        logits = logits_of(variables, images, batch.get("feature"), False)[0]
+        return {"segments": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
+
+    def groups(name):
+        trained = ("tail", "segmenter") if trunk.codec else ("head", "tail", "segmenter")
+        return TRAIN if name in trained else FROZEN
+
+    return Task(init, loss, predict, groups, trunk.codec)

@@ -1,0 +1,321 @@
+"""The only training loop, in seven acts: mesh, data, task, optimiser, state, restore, steps.
+
+Everything that happens at step t is a function of the run's config and t: the order of examples,
+the random keys, the learning rate. So a run that was killed and started again ends in the same
+bits, and the same code runs on one device and on many processes.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import tqdm
+
+from icm_jax import checkpoint, optim, sharding
+from icm_jax.data import open_source, pipeline
+from icm_jax.errors import IcmError
+from icm_jax.tasks import Task, build_task
+from icm_jax.tasks.task import TRAIN
+
+HARMLESS = ("log_every", "save_every", "fsdp")
+"""Fields that may differ when a run is resumed: they do not change what is computed."""
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """step: int32 scalar; variables: params and other collections; ema: averaged params or {}."""
+
+    step: jax.Array
+    variables: Any
+    opt_state: Any
+    ema: Any
+
+
+def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
+    """Trains one run in `base`/run.name, or resumes it, or returns at once if it is done.
+
+    Args:
+      run: see `configs/`; fields name, seed, task, data, optim, batch_size, steps, log_every,
+        save_every, fsdp, ema, start.
+      base: the folder of the experiment, where earlier runs lie that `run.start` names.
+
+    Returns: the metrics of the last logging interval.
+
+    Raises:
+      IcmError: unusable config, data or batch, a folder of another run, or a loss that is not
+        finite (named with its step; the last good checkpoint is kept).
+    """
+    folder = pathlib.Path(base) / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, run)
+    if (folder / "done.json").is_file():
+        return json.loads((folder / "done.json").read_text())["metrics"]
+    mesh = sharding.make_mesh(run.fsdp)
+    sharding.check_batch(mesh, run.batch_size)
+    source = open_source(run.data, "train")
+    task = build_task(complete(run.task, source))
+    optimiser = optim.make_optimiser(run.optim, run.steps)
+    start = [(checkpoint.load_variables(pathlib.Path(base) / n), p) for n, p in run.start]
+    with checkpoint.manager(folder) as checkpoints:
+        state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
+        batches = pipeline.batches(
+            source,
+            batch_size=run.batch_size,
+            seed=run.seed,
+            canvas=(run.data.canvas,) * 2,
+            start=first,
+            stop=run.steps,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        )
+        metrics = steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
+    if jax.process_index() == 0:
+        checkpoint.write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
+    return metrics
+
+
+def complete(config: ml_collections.ConfigDict, source) -> ml_collections.ConfigDict:
+    """The task's config with the numbers of classes that the data has."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.classes, config.mask_classes = len(source.classes), len(source.mask_classes)
+    return config
+
+
+def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple[TrainState, int]:
+    """(state on the mesh, its step): the newest whole checkpoint, or a fresh state.
+
+    Restoring goes: own checkpoint; else `task.init`, then parts of earlier runs named in `start`.
+    """
+    side = run.data.canvas
+    image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), jnp.uint8)
+
+    def init(key):
+        variables = task.init(key, {"image": jnp.zeros(image.shape, image.dtype)})
+        trained = trained_part(task, variables["params"])
+        ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), variables, optimiser.init(trained), ema)
+
+    key = jax.random.key(run.seed)
+    shapes = jax.eval_shape(init, key)
+    shardings = sharding.state_shardings(mesh, shapes)
+    abstract = jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+    saved, step = checkpoint.restore_newest(checkpoints, abstract)
+    if saved is not None:
+        return saved, step
+    state = jax.jit(init, out_shardings=shardings)(key)
+    variables = state.variables
+    for earlier, prefixes in start:
+        variables = copy_parts(variables, earlier, prefixes)
+    if start:
+        trained = trained_part(task, variables["params"])
+        ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
+        state = state.replace(variables=variables, ema=ema)
+        state = jax.jit(lambda s: s, out_shardings=shardings)(state)
+    return state, 0
+
+
+def copy_parts(variables: dict, earlier: dict, prefixes) -> dict:
+    """`variables` with the subtrees "collection/name" taken from another run's variables.
+
+    Parts that neither side has (a network without BatchNorm) are passed over.
+
+    Raises: IcmError if only one side has a part, or if shapes differ.
+    """
+    variables = {name: dict(tree) for name, tree in variables.items()}
+    for prefix in prefixes:
+        collection, name = prefix.split("/")
+        given, own = (tree.get(collection, {}).get(name) for tree in (earlier, variables))
+        if given is None and own is None:
+            continue
+        if given is None or own is None:
+            raise IcmError(f"cannot start from an earlier run: only one side has {prefix!r}")
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (given, own)]
+        if shapes[0] != shapes[1]:
+            raise IcmError(f"cannot start from an earlier run: {prefix!r} has another shape there")
+        variables[collection][name] = given
+    return variables
+
+
+def trained_part(task: Task, params: dict) -> dict:
+    """The top-level parameters that the task trains."""
+    return {name: tree for name, tree in params.items() if task.groups(name) == TRAIN}
+
+
+def make_step(task: Task, optimiser, ema: float):
+    """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient."""
+
+    def step(state: TrainState, batch, key):
+        params = state.variables["params"]
+        trained = trained_part(task, params)
+
+        def loss_of(trained):
+            variables = {**state.variables, "params": {**params, **trained}}
+            return task.loss(variables, batch, jax.random.fold_in(key, state.step), state.step)
+
+        (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
+        updates, opt_state = optimiser.update(gradients, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        averaged = state.ema
+        if ema:
+            averaged = optax.incremental_update(trained, averaged, 1 - ema)
+        variables = {**state.variables, **aux.collections, "params": {**params, **trained}}
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
+        state = TrainState(state.step + 1, variables, opt_state, averaged)
+        return state, metrics
+
+    return step
+
+
+def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder) -> dict:
+    """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step_of = jax.jit(
+        make_step(task, optimiser, run.ema),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    key = jax.device_put(jax.random.key(run.seed), sharding.replicated(mesh))
+    log = Log(folder, first, run.batch_size)
+    stop = _stop_signal()
+    bar = tqdm.tqdm(
+        total=run.steps,
+        initial=first,
+        desc=run.name,
+        unit="step",
+        disable=jax.process_index() > 0,
+        mininterval=1.0,
+    )
+    metrics = {}
+    with bar:
+        for number, batch in zip(range(first, run.steps), batches, strict=True):
+            state, measured = step_of(state, sharding.global_batch(mesh, batch), key)
+            log.add(number + 1, measured)
+            bar.update()
+            last = number + 1 == run.steps
+            saves = last or (number + 1) % run.save_every == 0 or stop.is_set()
+            if saves or (number + 1) % run.log_every == 0:
+                metrics = log.write()
+                bar.set_postfix_str(_short(metrics))
+            if saves:
+                checkpoint.save(checkpoints, number + 1, state)
+            if stop.is_set() and not last:
+                checkpoints.wait_until_finished()
+                bar.close()
+                raise SystemExit(f"stopped at step {number + 1} of {run.name}; state is saved")
+    checkpoints.wait_until_finished()
+    return metrics
+
+
+class Log:
+    """metrics.jsonl of a run: means over intervals, without lines of steps that were undone."""
+
+    def __init__(self, folder: pathlib.Path, first: int, batch_size: int):
+        self._path, self._batch_size = folder / "metrics.jsonl", batch_size
+        self._pending: list[tuple[int, dict]] = []
+        self._since: float | None = None
+        self._writer = _tensorboard(folder)
+        if self._path.is_file() and jax.process_index() == 0:
+            kept = [
+                line
+                for line in self._path.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line)["step"] <= first
+            ]
+            self._path.write_text("".join(kept))
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Keeps a step's metrics, still on the device."""
+        self._pending.append((step, metrics))
+
+    def write(self) -> dict[str, float]:
+        """Means since the last call. Raises IcmError naming the first step that is not finite."""
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
+        for step, metrics in fetched:
+            for name, value in metrics.items():
+                if not np.isfinite(value):
+                    raise IcmError(
+                        f"{name} is {value} at step {step}; nothing was saved from then on. Lower "
+                        "the learning rate or set train.clip_norm, and run again to resume"
+                    )
+        step, names = fetched[-1][0], sorted(fetched[0][1])
+        means = {n: float(np.mean([m[n] for _, m in fetched], dtype=np.float64)) for n in names}
+        line = {"step": step, **means}
+        now = time.perf_counter()
+        if self._since is not None:  # the first interval would count compilation
+            line["images_per_second"] = self._batch_size * len(fetched) / (now - self._since)
+        self._since, self._pending = now, []
+        if jax.process_index() == 0:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        if self._writer:
+            self._writer.write_scalars(step, means)
+        return means
+
+
+def _tensorboard(folder: pathlib.Path):
+    """clu's TensorBoard writer where TensorFlow is installed, else None."""
+    if importlib.util.find_spec("tensorflow") is None or jax.process_index() > 0:
+        return None
+    from clu import metric_writers
+
+    return metric_writers.SummaryWriter(os.fspath(folder))
+
+
+def _short(metrics: dict) -> str:
+    return " ".join(
+        f"{name}={value:.3g}" for name, value in metrics.items() if name != "gradient_norm"
+    )
+
+
+@functools.cache
+def _stop_signal() -> threading.Event:
+    """Set once SIGTERM arrives: pods get it before they are taken away."""
+    event = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
+
+
+def _claim(folder: pathlib.Path, run: ml_collections.ConfigDict) -> None:
+    """Writes config.json, or checks that the folder's run is this one."""
+    path = folder / "config.json"
+    given = json.loads(run.to_json_best_effort())
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        differing = [
+            name
+            for name in sorted(set(_leaves(kept)) | set(_leaves(given)))
+            if name not in HARMLESS and _leaves(kept).get(name) != _leaves(given).get(name)
+        ]
+        if differing:
+            name = differing[0]
+            raise IcmError(
+                f"{folder} holds a run with another config ({', '.join(differing[:6])} differ: "
+                f"{name} was {_leaves(kept).get(name)!r}, is {_leaves(given).get(name)!r}); "
+                "choose another --workdir or remove that folder"
+            )
+    elif jax.process_index() == 0:
+        checkpoint.write_json(path, given)
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for name, value in tree.items():
+        nested = isinstance(value, dict)
+        found |= _leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found

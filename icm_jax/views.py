@@ -1,0 +1,150 @@
+"""Random views of a batch of images, on the device, inside the jitted step.
+
+Every example has its own key, folded in from its row in the global batch, so that views do not
+depend on how the batch is sharded. Cropping, resizing and blurring are products with small banded
+matrices: that is fast on every backend and needs no gather.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+# MoCo v2's augmentation (Chen et al. 2020): crop 0.2 to 1 of the area, jitter (0.4, 0.4, 0.4, 0.1)
+# with probability 0.8, greyscale 0.2, blur 0.5 with sigma 0.1 to 2, flip 0.5.
+CROP_SCALE = (0.2, 1.0)
+JITTER = (0.4, 0.4, 0.4, 0.1)
+JITTER_P, GREY_P, BLUR_P, FLIP_P = 0.8, 0.2, 0.5, 0.5
+BLUR_SIGMA = (0.1, 2.0)
+LUMA = (0.299, 0.587, 0.114)
+
+
+def contrastive(images: jax.Array, size: int, *, key: jax.Array) -> jax.Array:
+    """MoCo v2's views: uint8 [N, H, W, 3] -> float32 [N, size, size, 3] on 0...255."""
+
+    def one(image, key):
+        keys = jax.random.split(key, 4)
+        window = _random_window(keys[0], image.shape[:2], CROP_SCALE)
+        view = _resample(image.astype(jnp.float32) / 255.0, window, size)
+        view = _jitter(view, keys[1])
+        grey = jnp.broadcast_to(_luma(view), view.shape)
+        view = jnp.where(jax.random.bernoulli(keys[2], GREY_P), grey, view)
+        return 255.0 * _blur(view, keys[3])
+
+    return jax.vmap(one)(images, _row_keys(key, len(images)))
+
+
+def mild(
+    images: jax.Array,
+    size: int,
+    masks: jax.Array | None = None,
+    *,
+    scale: tuple[float, float] = (0.5, 1.0),
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Random resized crop and flip, the same for image and mask (nearest for masks).
+
+    Args:
+      images: uint8 [N, H, W, 3]. masks: uint8 [N, H, W] or None. scale: share of the area.
+    Returns: float32 [N, size, size, 3] on 0...255 and uint8 [N, size, size] or None.
+    """
+
+    def one(image, mask, key):
+        window = _random_window(key, image.shape[:2], scale)
+        view = _resample(image.astype(jnp.float32), window, size)
+        return view, None if mask is None else _nearest(mask, window, size)
+
+    axes = (0, None if masks is None else 0, 0)
+    return jax.vmap(one, axes)(images, masks, _row_keys(key, len(images)))
+
+
+def centre(images: jax.Array, size: int) -> jax.Array:
+    """The central [N, size, size, ...] of a canvas that is at least as large."""
+    top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
+    return images[:, top : top + size, left : left + size]
+
+
+def _row_keys(key: jax.Array, rows: int) -> jax.Array:
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+
+def _random_window(key, shape, scale):
+    """(top, left, height, width, flip?): area share and aspect 3/4 to 4/3, as Inception crops."""
+    keys = jax.random.split(key, 5)
+    height, width = (jnp.float32(side) for side in shape)
+    area = height * width * jax.random.uniform(keys[0], minval=scale[0], maxval=scale[1])
+    bound = math.log(4 / 3)
+    aspect = jnp.exp(jax.random.uniform(keys[1], minval=-bound, maxval=bound))
+    crop_width = jnp.minimum(jnp.sqrt(area * aspect), width)
+    crop_height = jnp.minimum(jnp.sqrt(area / aspect), height)
+    top = jax.random.uniform(keys[2]) * (height - crop_height)
+    left = jax.random.uniform(keys[3]) * (width - crop_width)
+    return top, left, crop_height, crop_width, jax.random.bernoulli(keys[4], FLIP_P)
+
+
+def _weights(start, extent, flip, size, length):
+    """[size, length]: antialiased bilinear weights of `size` samples of a window."""
+    step = extent / size
+    place = start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * step - 0.5
+    place = jnp.where(flip, place[::-1], place)
+    distance = jnp.abs(jnp.arange(length, dtype=jnp.float32)[None, :] - place[:, None])
+    weights = jnp.maximum(0.0, 1.0 - distance / jnp.maximum(step, 1.0))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _resample(image, window, size):
+    top, left, height, width, flip = window
+    rows = _weights(top, height, False, size, image.shape[0])
+    columns = _weights(left, width, flip, size, image.shape[1])
+    return _separable(image, rows, columns)
+
+
+def _separable(image, rows, columns):
+    return jnp.einsum("ph,hwc,qw->pqc", rows, image, columns, precision="highest")
+
+
+def _nearest(mask, window, size):
+    top, left, height, width, flip = window
+    steps = jnp.arange(size, dtype=jnp.float32) + 0.5
+    rows = jnp.clip((top + steps * height / size).astype(jnp.int32), 0, mask.shape[0] - 1)
+    columns = jnp.clip((left + steps * width / size).astype(jnp.int32), 0, mask.shape[1] - 1)
+    columns = jnp.where(flip, columns[::-1], columns)
+    return mask[rows[:, None], columns[None, :]]
+
+
+def _luma(image):
+    weights = jnp.asarray(LUMA, jnp.float32).reshape(1, 1, 3)
+    return (image * weights).sum(axis=-1, keepdims=True)
+
+
+def _jitter(image, key):
+    """Brightness, contrast, saturation, hue, in this order; hue as a rotation in YIQ."""
+    keys = jax.random.split(key, 5)
+    brightness, contrast, saturation = (
+        jax.random.uniform(k, minval=1 - strength, maxval=1 + strength)
+        for k, strength in zip(keys[:3], JITTER[:3], strict=True)
+    )
+    view = jnp.clip(image * brightness, 0.0, 1.0)
+    view = jnp.clip(contrast * view + (1 - contrast) * _luma(view).mean(), 0.0, 1.0)
+    view = jnp.clip(saturation * view + (1 - saturation) * _luma(view), 0.0, 1.0)
+    angle = 2 * math.pi * jax.random.uniform(keys[3], minval=-JITTER[3], maxval=JITTER[3])
+    view = jnp.clip(_rotate_hue(view, angle), 0.0, 1.0)
+    return jnp.where(jax.random.bernoulli(keys[4], JITTER_P), view, image)
+
+
+def _rotate_hue(image, angle):
+    to_yiq = jnp.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    cos, sin, one, zero = jnp.cos(angle), jnp.sin(angle), jnp.float32(1), jnp.float32(0)
+    turn = jnp.array([[one, zero, zero], [zero, cos, -sin], [zero, sin, cos]])
+    return jnp.einsum("ij,hwj->hwi", jnp.linalg.inv(to_yiq) @ turn @ to_yiq, image)
+
+
+def _blur(image, key):
+    keys = jax.random.split(key)
+    sigma = jax.random.uniform(keys[0], minval=BLUR_SIGMA[0], maxval=BLUR_SIGMA[1])
+    places = jnp.arange(image.shape[0], dtype=jnp.float32)
+    distance = places[:, None] - places[None, :]
+    kernel = jnp.exp(-0.5 * jnp.square(distance / sigma))
+    kernel = kernel / kernel.sum(axis=1, keepdims=True)
+    kernel = jnp.where(jax.random.bernoulli(keys[1], BLUR_P), kernel, jnp.eye(len(places)))
+    return _separable(image, kernel, kernel)
