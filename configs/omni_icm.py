@@ -78,6 +78,7 @@ def demo() -> dict:
             warmup_steps=20,
             tasks=("classify", "linear", "segment"),
             aspp_rates=(1, 2, 3),
+            output_stride=16,
         ),
         rgb=dict(jpeg=(2, 5, 10, 20, 40, 80), webp=(0, 10, 25, 50, 75)),
     )
@@ -146,7 +147,9 @@ def imagenet() -> dict:
         pretrain_filter_steps=100_000,
     )
     config["stage2"].update(steps=100_000, learning_rate=1e-4)
-    config["stage3"].update(steps=100_000, learning_rate=1e-4, aspp_rates=(6, 12, 18, 24))
+    config["stage3"].update(
+        steps=100_000, learning_rate=1e-4, aspp_rates=(6, 12, 18, 24), output_stride=8
+    )
     return config
 
 
@@ -208,7 +211,8 @@ def task_run(config, keys, seed, arm, name, kind, start):
         return None
     task = dict(config.model, frontend="feature")
     if kind == "segment":
-        task |= dict(name="segmentation", aspp_rates=config.stage3.aspp_rates)
+        own = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
+        task |= dict(name="segmentation", **own)
     else:
         mode = "linear" if kind == "linear" else "finetune"
         task |= dict(name="classification", mode=mode)
@@ -225,7 +229,8 @@ def rgb_run(config, keys, seed: int):
     if kind == "classify":
         task |= dict(name="classification", mode="finetune")
     else:
-        task |= dict(name="segmentation", aspp_rates=config.stage3.aspp_rates)
+        own = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
+        task |= dict(name="segmentation", **own)
     name = f"seed{seed}/rgb/{kind}"
     start = [(f"seed{seed}/unfiltered/stage1", BACKBONE)]
     run = make_run(config, seed, name, task, config.stage3, start=start)

@@ -264,7 +264,7 @@ def load(path: str | os.PathLike, builders: Mapping[str, Callable]) -> FrozenCod
     Raises: IcmError if the file is missing, damaged or not a codec. Nothing in it is executed.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stored, np.load(stored, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         name, items = json.loads(arrays["config"].tobytes())
         codec = builders[name](**{key: _tupled(value) for key, value in items})
@@ -283,9 +283,7 @@ def load(path: str | os.PathLike, builders: Mapping[str, Callable]) -> FrozenCod
         }
         frozen = FrozenCodec(codec, variables, tables)
         expected = arrays["fingerprint"].tobytes()
-    except (OSError, KeyError, TypeError, ValueError, zlib.error) as error:
-        raise IcmError(f"{path} is not a readable codec file: {error}") from error
-    except Exception as error:  # zipfile's own errors have no common base
+    except Exception as error:  # the errors of zipfile, zlib, JSON and NumPy have no common base
         raise IcmError(f"{path} is not a readable codec file: {error}") from error
     if frozen.fingerprint != expected:
         raise IcmError(f"{path} is damaged: its content does not match its fingerprint")

@@ -35,6 +35,6 @@ def table_bytes(data: bytes) -> int:
     while at + 4 <= len(data) and data[at] == 0xFF:
         length = int.from_bytes(data[at + 2 : at + 4], "big")
         if data[at + 1] == 0xDA:  # start of scan: entropy-coded data follow its header
-            return at + 2 + length + 2
+            return at + 2 + length
         at += 2 + length
     return len(data)

@@ -12,8 +12,11 @@ IGNORE = 255
 
 
 def segmentation(config) -> Task:
-    """The task; fields: the model's, mask_classes, frontend, aspp_rates. Ids of 255 are ignored."""
-    trunk = build_trunk(config, output_stride=8)
+    """The task; fields: the model's, mask_classes, frontend, aspp_rates, output_stride.
+
+    Pixels with the id 255 are ignored.
+    """
+    trunk = build_trunk(config, config.output_stride)
     segmenter = ASPP(
         config.mask_classes, rates=tuple(config.aspp_rates), dtype=jnp.dtype(config.dtype)
     )

@@ -1,0 +1,312 @@
+"""GDN, convolutions, entropy models and codecs against closed forms, NumPy and round trips."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.signal
+import scipy.stats
+
+from icm_jax import entropy, ops
+from icm_jax.codecs import CODECS, codec, feature_codec, filter_codec
+from icm_jax.coding import container, tables
+from icm_jax.errors import IcmError
+from icm_jax.nets.layers import GDN, Projector, Up, down_by_two
+
+CODERS = ["native"]
+if importlib.util.find_spec("tensorflow_compression_ops"):
+    CODERS.append("tfc")
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape, scale=1.0):
+    return jnp.asarray(RNG.normal(0, scale, shape), jnp.float32)
+
+
+def check_gradient(function, x, tolerance=1e-2):
+    """Directional derivative against central differences."""
+    direction = normal(*x.shape)
+    direction = direction / jnp.linalg.norm(direction)
+    step = 3e-2
+    numeric = (function(x + step * direction) - function(x - step * direction)) / (2 * step)
+    analytic = (jax.grad(function)(x) * direction).sum()
+    np.testing.assert_allclose(analytic, numeric, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("simplified", [False, True])
+def test_gdn_equals_its_formula_and_undoes_itself_when_diagonal(simplified):
+    x = normal(2, 3, 5, 4)
+    gdn = GDN(simplified=simplified)
+    variables = gdn.init(jax.random.key(0), x)
+    beta, gamma = np.float32([0.5, 1, 2, 3]), np.abs(RNG.normal(size=(4, 4))).astype(np.float32)
+    stored = {"beta": np.sqrt(beta + 2.0**-36), "gamma": np.sqrt(gamma + 2.0**-36)}
+    given = np.asarray(gdn.apply({"params": stored}, x))
+    pool = np.abs(x) if simplified else np.square(x)
+    norm = np.einsum("nhwi,io->nhwo", pool, gamma) + beta
+    norm = norm if simplified else np.sqrt(norm)
+    np.testing.assert_allclose(given, x / norm, rtol=1e-5)
+    inverse = GDN(inverse=True, simplified=simplified).apply({"params": stored}, x)
+    np.testing.assert_allclose(inverse, x * norm, rtol=1e-5)
+    initial = np.asarray(gdn.apply(variables, x))
+    expected = np.asarray(x) / (1 + 0.1 * np.abs(x) if simplified else np.sqrt(1 + 0.1 * x**2))
+    np.testing.assert_allclose(initial, expected, rtol=1e-5)
+    check_gradient(lambda x: jnp.sin(gdn.apply({"params": stored}, x)).sum(), x)
+
+
+def test_bounds_let_helpful_gradients_through():
+    x = jnp.array([-1.0, -1.0, 2.0, 2.0])
+    pull = jnp.array([1.0, -1.0, 1.0, -1.0])  # a step goes against the gradient
+    gradient = jax.grad(lambda x: (ops.lower_bound(x, 0.0) * pull).sum())(x)
+    np.testing.assert_array_equal(gradient, [0, -1, 1, -1])
+    gradient = jax.grad(lambda x: (ops.upper_bound(x, 1.0) * pull).sum())(x)
+    np.testing.assert_array_equal(gradient, [1, -1, 1, 0])
+    np.testing.assert_array_equal(ops.upper_bound(x, 1.0), [-1, -1, 1, 1])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1), (2, 9)])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_strided_convolution_equals_scipy(size, kernel):
+    x, weights = normal(1, *size, 2), normal(kernel, kernel, 2, 3)
+    given = np.asarray(down_by_two(x, weights))[0]
+    padded = np.pad(np.asarray(x)[0], ((0, size[0] % 2), (0, size[1] % 2), (0, 0)))
+    for out in range(3):
+        full = sum(
+            scipy.signal.correlate2d(padded[..., c], weights[..., c, out], "same") for c in range(2)
+        )
+        np.testing.assert_allclose(given[..., out], full[::2, ::2], atol=2e-5)
+    check_gradient(lambda w: jnp.sin(down_by_two(x, w)).sum(), weights)
+
+
+def test_sub_pixel_convolution_doubles_the_sides():
+    layer = Up(3)
+    x = normal(2, 4, 5, 6)
+    variables = layer.init(jax.random.key(0), x)
+    kernel = variables["params"]["Conv_0"]["kernel"]
+    y = np.asarray(layer.apply(variables, x))
+    assert y.shape == (2, 8, 10, 3)
+    inner = np.einsum("hwc,hwco->o", np.asarray(x)[0, 0:3, 1:4], kernel)
+    np.testing.assert_allclose(y[0, 2:4, 4:6].reshape(-1), inner, rtol=1e-4, atol=1e-5)
+
+
+def test_projector_has_one_hidden_layer():
+    layer, x = Projector(5, 2), normal(3, 4)
+    params = layer.init(jax.random.key(0), x)["params"]
+    hidden = np.maximum(x @ params["Dense_0"]["kernel"], 0)
+    np.testing.assert_allclose(
+        layer.apply({"params": params}, x), hidden @ params["Dense_1"]["kernel"], rtol=1e-5
+    )
+
+
+@pytest.fixture(scope="module")
+def prior():
+    """A factorised prior moved away from its initial state."""
+    module = entropy.Factorised()
+    params = module.init(jax.random.key(0), normal(1, 3))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    moved = [leaf + normal(*leaf.shape, scale=0.5) for leaf in leaves]
+    return module, jax.tree.unflatten(tree, moved)
+
+
+def cdf(params, x, channel):
+    """The prior's CDF, written out: float64 [n]."""
+    h = np.asarray(x, np.float64)[None, :]
+    for layer in range(3):
+        matrix = np.log1p(np.exp(np.asarray(params[f"matrix_{layer}"], np.float64)[channel]))
+        h = matrix @ h + np.asarray(params[f"bias_{layer}"], np.float64)[channel]
+        if layer < 2:
+            h = h + np.tanh(np.asarray(params[f"factor_{layer}"])[channel]) * np.tanh(h)
+    return 1 / (1 + np.exp(-h[0]))
+
+
+def test_factorised_bits_are_the_density_convolved_with_noise(prior):
+    module, params = prior
+    y = np.linspace(-12, 12, 49)
+    bits = module.apply({"params": params}, jnp.tile(y[:, None], (1, 3)).astype(jnp.float32))
+    for channel in range(3):
+        mass = cdf(params, y + 0.5, channel) - cdf(params, y - 0.5, channel)
+        np.testing.assert_allclose(bits[:, channel], -np.log2(mass), rtol=2e-4, atol=2e-4)
+    density = lambda x: (cdf(params, [x + 1e-4], 0) - cdf(params, [x - 1e-4], 0))[0] / 2e-4  # noqa: E731
+    integral, _ = scipy.integrate.quad(density, 1.0, 2.0)
+    np.testing.assert_allclose(
+        2.0 ** -module.apply({"params": params}, jnp.full((1, 3), 1.5))[0, 0], integral, rtol=1e-3
+    )
+
+
+def test_bits_stay_finite_with_gradients_far_in_the_tails(prior):
+    module, params = prior
+    far = jnp.array([[-3e4, 3e4, 1e3]])
+    value, gradient = jax.value_and_grad(lambda y: module.apply({"params": params}, y).sum())(far)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    assert gradient[0, 0] < 0 < gradient[0, 1]
+    index = jnp.zeros((2,))
+    value, gradient = jax.value_and_grad(lambda y: entropy.gaussian_bits(y, index).sum())(
+        jnp.array([-900.0, 900.0])
+    )
+    assert np.isfinite(value) and gradient[0] < 0 < gradient[1]
+
+
+def test_gaussian_bits_equal_scipy_and_finite_differences():
+    y, index = normal(40, scale=5.0), jnp.asarray(RNG.uniform(0, 50, 40), jnp.float32)
+    scale = np.exp(np.log(0.11) + np.asarray(index) * np.log(256 / 0.11) / 63)
+    lower, upper = ((-np.abs(np.float64(y)) + s) / scale for s in (-0.5, 0.5))
+    log_upper, log_lower = scipy.stats.norm.logcdf(upper), scipy.stats.norm.logcdf(lower)
+    expected = -(log_upper + np.log(-np.expm1(log_lower - log_upper))) / np.log(2)
+    np.testing.assert_allclose(entropy.gaussian_bits(y, index), expected, rtol=2e-4, atol=1e-5)
+    shifted = entropy.gaussian_bits(y + 3.0, index, jnp.full((40,), 3.0))
+    np.testing.assert_allclose(shifted, expected, rtol=1e-3, atol=1e-4)
+    wide = jnp.full((40,), 30.0)
+    check_gradient(lambda y: entropy.gaussian_bits(y, wide).sum(), y)
+
+
+def test_table_index_truncates_inside_the_table():
+    given = entropy.table_index(jnp.array([-3.0, 0.9, 20.99, 63.0, 400.0]))
+    np.testing.assert_array_equal(given, [0, 0, 20, 63, 63])
+
+
+def test_frozen_prior_holds_the_masses_of_the_float_prior(prior):
+    _, params = prior
+    frozen = entropy.factorised_tables(params)
+    for channel in range(3):
+        start, length = frozen.starts[channel], frozen.lengths[channel]
+        counts = np.diff(frozen.cdf[start + 1 : start + 2 + length])[:-1]
+        values = frozen.offsets[channel] + np.arange(length - 1)
+        mass = cdf(params, values + 0.5, channel) - cdf(params, values - 0.5, channel)
+        assert np.abs(counts / 2**16 - mass).max() < 2**-15
+        assert 1 - mass.sum() < 2 * tables.TAIL_MASS
+    broken = dict(params, bias_0=params["bias_0"] * np.nan)
+    with pytest.raises(IcmError, match="not finite"):
+        entropy.factorised_tables(broken)
+
+
+SMALL = dict(
+    variant="18",
+    width=8,
+    filter_channels=6,
+    filter_hidden=8,
+    channels=5,
+    hidden=8,
+    hyper_channels=4,
+)
+
+
+@pytest.fixture(scope="module", params=["omni_feature", "omni_filter"])
+def frozen(request):
+    if request.param == "omni_feature":
+        built = feature_codec(**SMALL)
+    else:
+        built = filter_codec("18", 8, 6, 8)
+    variables = jax.jit(built.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.uint8))
+    return codec.freeze(built, variables)
+
+
+def images(*shape):
+    return RNG.integers(0, 256, shape).astype(np.uint8)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 64)])
+def test_decoding_equals_test_mode_at_any_size(frozen, size, coder):
+    batch = images(2, *size, 3)
+    streams = codec.encode(frozen, batch, coder)
+    result = codec.forward(frozen.codec, frozen.on_device, {"image": batch}, size)
+    for row, stream in enumerate(streams):
+        latents, shape = codec.decode_latents(frozen, stream, coder)
+        assert shape == size
+        for name, latent in latents.items():
+            np.testing.assert_array_equal(latent[0], np.round(result.latents[name][row]))
+    features = codec.decode(frozen, streams, "feature", coder)
+    assert features.shape == (2, -(-size[0] // 4), -(-size[1] // 4), 8)
+    np.testing.assert_allclose(features, result.outputs["feature"], rtol=1e-3, atol=1e-3)
+    assert codec.encode(frozen, batch, "native") == streams
+
+
+def test_every_altered_byte_is_an_error(frozen):
+    stream = codec.encode(frozen, images(1, 16, 16, 3))[0]
+    for at in range(0, len(stream), 3):
+        altered = stream[:at] + bytes([stream[at] ^ 1]) + stream[at + 1 :]
+        with pytest.raises(IcmError):
+            codec.decode(frozen, [altered], "feature")
+
+
+def test_latents_that_decode_differently_are_an_error(frozen):
+    parts = container.unpack(codec.encode(frozen, images(1, 16, 16, 3))[0])
+    other = container.pack(parts._replace(latents_crc=parts.latents_crc ^ 1))
+    with pytest.raises(IcmError, match="floating point"):
+        codec.decode(frozen, [other], "feature")
+
+
+def test_only_frozen_codecs_write_and_only_their_own_read(frozen):
+    variables = {name: tree for name, tree in frozen.variables.items()}
+    with pytest.raises(IcmError, match="freeze"):
+        codec.encode(frozen.codec, images(1, 8, 8, 3))
+    changed = jax.tree.map(lambda x: x + 1e-3, variables)
+    other = codec.freeze(frozen.codec, changed)
+    with pytest.raises(IcmError, match="decode with the model that wrote it"):
+        codec.decode(other, codec.encode(frozen, images(1, 8, 8, 3)), "feature")
+    with pytest.raises(IcmError, match="no output"):
+        codec.decode(frozen, [], "picture")
+    with pytest.raises(IcmError, match="uint8"):
+        codec.encode(frozen, np.zeros((1, 8, 8, 3), np.float32))
+
+
+def test_latents_that_are_not_finite_are_refused(frozen):
+    broken = jax.tree.map(lambda x: x * np.nan, frozen.variables["params"]["head"])
+    params = dict(frozen.variables["params"], head=broken)
+    other = codec.FrozenCodec(frozen.codec, dict(frozen.variables, params=params), frozen.tables)
+    with pytest.raises(IcmError, match="not finite"):
+        codec.encode(other, images(1, 8, 8, 3))
+
+
+def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
+    path = tmp_path / "codec.icmc"
+    codec.save(path, frozen)
+    loaded = codec.load(path, CODECS)
+    assert loaded.fingerprint == frozen.fingerprint
+    batch = images(1, 9, 12, 3)
+    assert codec.encode(loaded, batch) == codec.encode(frozen, batch)
+    assert [p.name for p in tmp_path.iterdir()] == ["codec.icmc"]
+    data = path.read_bytes()
+    for damaged in (data[: len(data) // 2], b"", data.replace(b"omni", b"icmo")):
+        path.write_bytes(damaged)
+        with pytest.raises(IcmError, match=r"codec\.icmc"):
+            codec.load(path, CODECS)
+    with pytest.raises(IcmError, match="absent"):
+        codec.load(tmp_path / "absent", CODECS)
+
+
+def test_written_bytes_match_the_estimate():
+    """Latents drawn from the model itself: 1 % + 32 bytes, side information included."""
+    built = feature_codec(**SMALL)
+    variables = jax.jit(built.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.uint8))
+    params = jax.tree.map(jnp.copy, variables["params"])
+    last = params["feature_codec"]["analysis"]["Down_1"]
+    last["kernel"] = last["kernel"] * 0.05  # scales near the table's middle, as after training
+    frozen = codec.freeze(built, {**variables, "params": params})
+    batch = images(3, 96, 128, 3)
+    for row, stream in enumerate(codec.encode(frozen, batch)):
+        bits = sum(float(v[row]) for v in codec.estimate(frozen, batch).values())
+        assert abs(len(stream) - bits / 8) <= 0.01 * bits / 8 + 32
+
+
+def test_training_mode_gives_noise_and_gradients():
+    built = filter_codec("18", 8, 6, 8)
+    batch = images(2, 32, 32, 3)
+    variables = jax.jit(built.init)(jax.random.key(1), batch)
+
+    def rate(params, key):
+        result = codec.forward(
+            built, {**variables, "params": params}, {"image": batch}, (32, 32), key=key
+        )
+        return result.bits["y"].sum(), result.latents["y"]
+
+    (_, one), gradient = jax.value_and_grad(rate, has_aux=True)(
+        variables["params"], jax.random.key(0)
+    )
+    _, other = rate(variables["params"], jax.random.key(1))
+    assert 0 < np.abs(one - other).max() <= 1.0
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["filter"]["encoder"]))
+    quiet = codec.forward(built, variables, {"image": batch}, (32, 32)).latents["y"]
+    np.testing.assert_array_equal(quiet, np.round(quiet))

@@ -1,0 +1,81 @@
+"""Every reported number against a hand-computed or independent answer."""
+
+import numpy as np
+import pytest
+import scipy.interpolate
+
+from icm_jax.evaluators import Accuracy, MeanIoU, classical, metrics
+
+
+def test_accuracy_counts_valid_rows_once_in_any_batching():
+    logits = np.float32([[3, 1, 2, 0, 0, 0, 9], [0, 5, 1, 1, 1, 1, 1], [1, 2, 0, 0, 0, 0, 0]])
+    label = np.array([0, 1, 2])
+    whole, parts = Accuracy(), Accuracy()
+    whole.update({"logits": logits}, {"label": label, "valid": np.array([True, True, True])})
+    for row in range(3):
+        rows = [row, 0]
+        valid = np.array([True, False])
+        parts.update({"logits": logits[rows]}, {"label": label[rows], "valid": valid})
+    assert whole.result() == parts.result()
+    assert whole.result() == {"top1": 1 / 3, "top5": 2 / 3, "examples": 3}
+
+
+def test_constant_or_broken_logits_are_never_right():
+    score = Accuracy()
+    logits = np.float32([[0] * 10, [np.nan] * 10])
+    score.update({"logits": logits}, {"label": np.array([0, 0]), "valid": np.array([True, True])})
+    assert score.result()["top1"] == 0 and score.result()["top5"] == 0
+
+
+def test_mean_iou_by_hand():
+    score = MeanIoU(4)
+    mask = np.array([[[0, 0, 1], [1, 255, 2]]])
+    segments = np.array([[[0, 1, 1], [1, 3, 1]]])
+    score.update({"segments": segments}, {"mask": mask, "valid": np.array([True])})
+    # class 0: 1/2, class 1: 2/4, class 2: 0/1, class 3 absent (its only pixel is ignored)
+    assert score.result() == {"miou": 1 / 3, "pixel_accuracy": 3 / 5, "examples": 1}
+
+
+def test_rate_and_psnr_by_hand():
+    assert metrics.bpp(96, 16, 24) == 2.0
+    assert metrics.psnr(np.uint8([0, 255]), np.uint8([0, 255])) == float("inf")
+    assert metrics.psnr(np.uint8([0, 0]), np.uint8([255, 0])) == pytest.approx(3.0103, abs=1e-4)
+
+
+def test_interpolation_equals_scipy():
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 6):
+        x = np.cumsum(rng.uniform(0.1, 1, size))
+        y = np.cumsum(rng.normal(size=size))
+        at = np.linspace(x[0], x[-1], 50)
+        expected = scipy.interpolate.PchipInterpolator(x, y)(at)
+        np.testing.assert_allclose(metrics.pchip(x, y, at), expected, atol=1e-12)
+
+
+def test_bd_rate_of_scaled_rates_is_the_scale():
+    anchor = np.array([[0.1, 50], [0.2, 60], [0.4, 66], [0.8, 70]])
+    assert metrics.bd_rate(anchor, anchor * [0.6, 1]) == pytest.approx(-40)
+    assert metrics.bd_rate(anchor, anchor * [2, 1]) == pytest.approx(100)
+    noisy = np.insert(anchor * [0.6, 1], 2, [0.2, 55], axis=0)  # dearer and worse: dropped
+    assert metrics.bd_rate(anchor, noisy) == pytest.approx(-40)
+    assert np.isnan(metrics.bd_rate(anchor, anchor + [0, 30]))
+    assert np.isnan(metrics.bd_rate(anchor, anchor[:1]))
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "webp"])
+def test_classical_files_come_back_as_images(codec):
+    image = np.tile(np.arange(48, dtype=np.uint8)[:, None, None] * 5, (1, 40, 3))
+    small, large = (classical.encode(image, codec, quality) for quality in (5, 95))
+    assert len(small) < len(large)
+    assert metrics.psnr(image, classical.decode(large)) > 35
+
+
+def test_jpeg_tables_are_told_from_the_scan():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    data = classical.encode(image, "jpeg", 50)
+    start = classical.table_bytes(data)
+    assert data[:2] == b"\xff\xd8" and data[start - 14 : start - 12] == b"\xff\xda"
+    twice = classical.encode(np.tile(image, (2, 2, 1)), "jpeg", 50)
+    scans = [len(d) - classical.table_bytes(d) for d in (data, twice)]
+    assert 3.5 < scans[1] / scans[0] < 4.5

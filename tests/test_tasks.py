@@ -1,0 +1,268 @@
+"""Views, ResNet, InfoNCE and tasks against NumPy written out here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from icm_jax import views
+from icm_jax.errors import IcmError
+from icm_jax.nets import resnet
+from icm_jax.tasks import build_task
+from icm_jax.tasks.contrastive import info_nce
+
+RNG = np.random.default_rng(0)
+MODEL = dict(
+    variant="18",
+    width=4,
+    size=32,
+    dtype="float32",
+    filter_channels=4,
+    filter_hidden=4,
+    codec_channels=4,
+    codec_hidden=4,
+    hyper_channels=4,
+    projector_hidden=8,
+    embedding=6,
+)
+STAGE1 = dict(
+    MODEL,
+    name="contrastive",
+    negatives="both",
+    queue=8,
+    momentum=0.9,
+    temperature=0.2,
+    alpha=0.5,
+    pretrain_filter=False,
+)
+
+
+def images(rows=4, side=32):
+    return jnp.asarray(RNG.integers(0, 256, (rows, side, side, 3)).astype(np.uint8))
+
+
+def unit(*shape):
+    x = RNG.normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("negatives", ["queue", "batch", "both"])
+def test_info_nce_equals_its_formula(negatives):
+    q, k, queue, tau = unit(5, 7), unit(5, 7), unit(11, 7), 0.3
+    expected, right = [], []
+    for i in range(5):
+        positive = np.exp(q[i] @ k[i] / tau)
+        others = [] if negatives == "queue" else [q[i] @ k[j] for j in range(5) if j != i]
+        others += [] if negatives == "batch" else list(queue @ q[i])
+        expected.append(-np.log(positive / (positive + np.exp(np.array(others) / tau).sum())))
+        right.append(q[i] @ k[i] > max(others))
+    loss, accuracy = info_nce(q, k, queue, tau, negatives)
+    np.testing.assert_allclose(loss, np.mean(expected), rtol=1e-5)
+    np.testing.assert_allclose(accuracy, np.mean(right))
+    direction, step = unit(5, 7), 1e-2
+    of = lambda x: info_nce(x, k, queue, tau, negatives)[0]  # noqa: E731
+    numeric = (of(q + step * direction) - of(q - step * direction)) / (2 * step)
+    np.testing.assert_allclose((jax.grad(of)(q) * direction).sum(), numeric, rtol=1e-2, atol=1e-3)
+
+
+def test_views_are_keyed_by_row_and_stay_in_range():
+    batch = images()
+    one = views.contrastive(batch, 24, key=jax.random.key(0))
+    assert one.shape == (4, 24, 24, 3) and one.dtype == jnp.float32
+    assert one.min() >= 0 and one.max() <= 255 + 1e-3
+    # A row's view depends on its own image and place, not on the others.
+    other = views.contrastive(batch.at[1:].set(0), 24, key=jax.random.key(0))
+    np.testing.assert_allclose(one[0], other[0], atol=1e-3)
+    assert np.abs(one[1] - views.contrastive(batch, 24, key=jax.random.key(1))[1]).max() > 1
+
+
+def test_a_crop_of_everything_is_the_image_or_its_mirror():
+    batch = images(6, 16)
+    masks = batch[..., 0]
+    view, mask = views.mild(batch, 16, masks, scale=(1.0, 1.0), key=jax.random.key(3))
+    # Aspect may still shrink one side; where it does not, pixels are exact.
+    square = jnp.zeros((16, 16))
+    ramp = jnp.arange(16, dtype=jnp.float32)[None, :] + square
+    window = (jnp.float32(0), jnp.float32(0), jnp.float32(16), jnp.float32(16))
+    for flip in (False, True):
+        given = views._resample(ramp[..., None], (*window, jnp.bool_(flip)), 16)[..., 0]
+        np.testing.assert_allclose(given, ramp[:, ::-1] if flip else ramp, atol=1e-5)
+        given = views._nearest(masks[0], (*window, jnp.bool_(flip)), 16)
+        np.testing.assert_array_equal(given, masks[0][:, ::-1] if flip else masks[0])
+    assert view.shape == (6, 16, 16, 3) and mask.dtype == jnp.uint8
+    # Halving a ramp averages it: antialiased, no shift.
+    half = views._resample(ramp[..., None], (*window, jnp.bool_(False)), 8)[0, 2:-2, 0]
+    np.testing.assert_allclose(half, np.arange(8)[2:-2] * 2 + 0.5, atol=1e-4)
+
+
+def test_hue_turns_keep_luma():
+    image = jnp.asarray(RNG.uniform(0.3, 0.7, (5, 5, 3)), jnp.float32)
+    turned = views._rotate_hue(image, jnp.float32(0.4))
+    luma = np.array(views.LUMA, np.float32)
+    np.testing.assert_allclose(turned @ luma, image @ luma, atol=3e-3)
+    np.testing.assert_allclose(views._rotate_hue(turned, jnp.float32(-0.4)), image, atol=1e-4)
+
+
+def test_resnet_50_has_its_published_size():
+    head, tail = resnet.Head("50"), resnet.Tail("50")
+    x = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    f, h = jax.eval_shape(lambda x: head.init_with_output(jax.random.key(0), x, train=False), x)
+    c, t = jax.eval_shape(lambda f: tail.init_with_output(jax.random.key(0), f, train=False), f)
+    count = sum(np.prod(p.shape) for p in jax.tree.leaves([h["params"], t["params"]]))
+    assert count + 2048 * 1000 + 1000 == 25_557_032
+    assert f.shape == (1, 56, 56, 256) and [x.shape[1] for x in c] == [28, 14, 7]
+
+
+def test_dilated_tail_has_the_same_values_on_the_coarse_grid():
+    f = jnp.asarray(RNG.normal(size=(1, 16, 16, 4)), jnp.float32)
+    plain, dilated = (resnet.Tail("18", 4, output_stride=s) for s in (32, 8))
+    variables = plain.init(jax.random.key(0), f, train=False)
+    coarse = plain.apply(variables, f, train=False)[2]
+    fine = dilated.apply(variables, f, train=False)[2]
+    assert fine.shape == (1, 8, 8, 32)
+    np.testing.assert_allclose(fine[:, ::4, ::4], coarse, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def stage1():
+    task = build_task(ConfigDict(STAGE1))
+    batch = {"image": images()}
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    loss = jax.jit(task.loss)
+    return task, variables, batch, loss
+
+
+def test_alpha_is_data_and_weighs_the_rate(stage1):
+    _, variables, batch, loss = stage1
+    values = []
+    for alpha in (0.0, 2.0):
+        changed = {**variables, "constants": {"alpha": jnp.float32(alpha)}}
+        total, aux = loss(changed, batch, jax.random.key(1), jnp.int32(0))
+        values.append(float(total))
+    np.testing.assert_allclose(values[1] - values[0], 2 * aux.metrics["bpp"], rtol=1e-4)
+
+
+def test_momentum_and_queue_follow_their_rules(stage1):
+    task, variables, batch, loss = stage1
+    moved = {**variables, "params": jax.tree.map(lambda p: p + 1, variables["params"])}
+    _, aux = loss(moved, batch, jax.random.key(1), jnp.int32(0))
+    expected = jax.tree.map(lambda p: 0.9 * p + 0.1 * (p + 1), variables["key_params"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        aux.collections["key_params"],
+        expected,
+    )
+    first = aux.collections["queue"]
+    assert first["next"] == 4
+    np.testing.assert_array_equal(first["keys"][4:], variables["queue"]["keys"][4:])
+    assert np.abs(first["keys"][:4] - variables["queue"]["keys"][:4]).max() > 0.01
+    _, aux = loss({**moved, "queue": first}, batch, jax.random.key(2), jnp.int32(1))
+    assert aux.collections["queue"]["next"] == 0
+    np.testing.assert_array_equal(aux.collections["queue"]["keys"][:4], first["keys"][:4])
+    np.testing.assert_allclose(np.linalg.norm(first["keys"], axis=1), 1, rtol=1e-5)
+
+
+def test_a_key_depends_on_its_own_image_alone(stage1):
+    """BatchNorm must not leak: keys pushed for image 0 ignore the other images of the batch."""
+    _, variables, batch, loss = stage1
+    changed = {"image": batch["image"].at[1:].set(7)}
+    keys = [
+        loss(variables, b, jax.random.key(1), jnp.int32(0))[1].collections["queue"]["keys"]
+        for b in (batch, changed)
+    ]
+    np.testing.assert_allclose(keys[0][0], keys[1][0], atol=1e-5)
+    assert np.abs(keys[0][1] - keys[1][1]).max() > 1e-3
+
+
+def test_key_side_gets_no_gradient_and_every_query_part_does(stage1):
+    task, variables, batch, _ = stage1
+
+    def total(params, key_params):
+        changed = {**variables, "params": params, "key_params": key_params}
+        return task.loss(changed, batch, jax.random.key(1), jnp.int32(0))[0]
+
+    own, key = jax.grad(total, argnums=(0, 1))(variables["params"], variables["key_params"])
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(key))
+    for part in ("head", "filter", "tail", "projector"):
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(own[part])) > 0
+
+
+def test_bad_contrastive_configs_are_refused():
+    with pytest.raises(IcmError, match="negatives"):
+        build_task(ConfigDict(dict(STAGE1, negatives="none")))
+    task = build_task(ConfigDict(STAGE1))
+    with pytest.raises(IcmError, match="does not divide the queue"):
+        jax.eval_shape(task.init, jax.random.key(0), {"image": images(3)})
+    with pytest.raises(IcmError, match="unknown task"):
+        build_task(ConfigDict(dict(name="nothing")))
+
+
+def test_filter_pretraining_trains_the_filter_alone():
+    task = build_task(ConfigDict(dict(STAGE1, pretrain_filter=True)))
+    batch = {"image": images()}
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(0), jnp.int32(0))
+    np.testing.assert_allclose(total, aux.metrics["bpp"] + 128 * aux.metrics["l1"], rtol=1e-5)
+    assert [n for n in variables["params"] if task.groups(n) == "train"] == ["filter"]
+    jax.tree.map(
+        np.testing.assert_array_equal, aux.collections["batch_stats"], variables["batch_stats"]
+    )
+
+
+def test_stage_2_weighs_its_distortions():
+    config = dict(
+        MODEL, name="compression", lmbda=3.0, feature_weights=(0.0, 0.0, 0.0), relative=True
+    )
+    batch = {"image": images()}
+    results = []
+    for weights in ((0.0, 0.0, 0.0), (1.0, 2.0, 3.0)):
+        task = build_task(ConfigDict(dict(config, feature_weights=weights)))
+        variables = jax.jit(task.init)(jax.random.key(0), batch)
+        total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(0), jnp.int32(0))
+        np.testing.assert_allclose(
+            total, aux.metrics["bpp"] + 3 * aux.metrics["distortion"], rtol=1e-4
+        )
+        results.append(aux.metrics)
+    np.testing.assert_allclose(results[0]["distortion"], results[0]["distortion_f"], rtol=1e-5)
+    assert results[1]["distortion"] > results[0]["distortion"]
+    assert {n for n in variables["params"] if task.groups(n) == "train"} == {"feature_codec"}
+
+
+@pytest.mark.parametrize("frontend", ["pixels", "feature"])
+def test_classification_scores_only_valid_rows(frontend):
+    config = dict(MODEL, name="classification", frontend=frontend, mode="linear", classes=3)
+    task = build_task(ConfigDict(config))
+    batch = {"image": images(), "label": jnp.array([0, 1, 2, 0]), "valid": jnp.array([True] * 4)}
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    loss = jax.jit(task.loss)
+    half = {**batch, "valid": jnp.array([True, True, False, False])}
+    wrong = {**half, "label": jnp.array([0, 1, 0, 1])}
+    one, other = (loss(variables, b, jax.random.key(0), jnp.int32(0))[0] for b in (half, wrong))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    trained = {n for n in variables["params"] if task.groups(n) == "train"}
+    assert trained == {"classifier"}
+    assert task.predict(variables, batch)["logits"].shape == (4, 3)
+    assert (task.codec is None) == (frontend == "pixels")
+
+
+def test_segmentation_ignores_255():
+    config = dict(
+        MODEL,
+        name="segmentation",
+        frontend="pixels",
+        mask_classes=3,
+        aspp_rates=(1, 2),
+        output_stride=8,
+    )
+    task = build_task(ConfigDict(config))
+    mask = jnp.asarray(RNG.integers(0, 3, (4, 32, 32)).astype(np.uint8))
+    batch = {"image": images(), "mask": mask, "valid": jnp.array([True] * 4)}
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    ignored = {**batch, "mask": jnp.full_like(mask, 255)}
+    loss = jax.jit(task.loss)
+    assert loss(variables, ignored, jax.random.key(0), jnp.int32(0))[0] == 0
+    total = loss(variables, batch, jax.random.key(0), jnp.int32(0))[0]
+    np.testing.assert_allclose(total, np.log(3), rtol=0.1)  # ASPP starts near zero logits
+    segments = task.predict(variables, batch)["segments"]
+    assert segments.shape == (4, 32, 32) and segments.dtype == jnp.int32
