@@ -6,6 +6,7 @@
 
 Runs, in this order and for every seed:
 
+    filter               warm-up of the information filter on features of the untrained head, shared
     omni, unfiltered     stage1: contrastive learning through the information filter; the two differ
                          in α alone (`unfiltered` is the α = 0 twin)
                          stage2-λ: the feature codec at each λ, backbone frozen
@@ -42,9 +43,9 @@ def demo() -> dict:
             width=16,
             size=96,
             dtype="float32",
-            filter_channels=32,
-            filter_hidden=32,
-            codec_channels=32,
+            filter_channels=64,
+            filter_hidden=48,
+            codec_channels=48,
             codec_hidden=32,
             hyper_channels=16,
             projector_hidden=128,
@@ -52,16 +53,17 @@ def demo() -> dict:
         ),
         train=dict(batch_size=64, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
         stage1=dict(
-            steps=400,
-            learning_rate=1e-3,
+            steps=300,
+            learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=40,
             alpha=1.0,
-            negatives="both",
+            l1=30.0,
+            negatives="batch",
             queue=1024,
-            momentum=0.99,
+            momentum=0.9,
             temperature=0.2,
-            pretrain_filter_steps=0,
+            pretrain_filter_steps=200,
         ),
         stage2=dict(
             steps=200,
@@ -73,7 +75,7 @@ def demo() -> dict:
         ),
         stage3=dict(
             steps=200,
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=20,
             tasks=("classify", "linear", "segment"),
@@ -110,7 +112,7 @@ def tiny() -> dict:
         embedding=16,
     )
     config["train"].update(batch_size=8, log_every=2, save_every=4)
-    config["stage1"].update(steps=6, warmup_steps=2, queue=64)
+    config["stage1"].update(steps=6, warmup_steps=2, queue=64, pretrain_filter_steps=4)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
     config["stage3"].update(steps=4, warmup_steps=2)
     config["rgb"].update(jpeg=(20,), webp=(20,))
@@ -141,6 +143,7 @@ def imagenet() -> dict:
         optimiser="sgd",
         warmup_steps=0,
         alpha=0.1,
+        l1=0.1,
         negatives="queue",
         queue=65_536,
         momentum=0.999,
@@ -169,7 +172,7 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
     base = f"seed{seed}/{arm}"
     listed, begin = [], []
     s1 = config.stage1
-    task = dict(config.model, **{k: s1[k] for k in ("negatives", "queue", "momentum")})
+    task = dict(config.model, **{k: s1[k] for k in ("negatives", "queue", "momentum", "l1")})
     task |= dict(
         name="contrastive",
         temperature=s1.temperature,
@@ -177,11 +180,11 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
         pretrain_filter=False,
     )
     if s1.pretrain_filter_steps:
-        warm = dict(task, pretrain_filter=True)
-        listed.append(
-            make_run(config, seed, f"{base}/filter", warm, config.stage1, s1.pretrain_filter_steps)
-        )
-        begin = [(f"{base}/filter", FILTER)]
+        name = f"seed{seed}/filter"
+        begin = [(name, BACKBONE + FILTER)]
+        if arm == ARMS[0]:
+            warm = dict(task, pretrain_filter=True, alpha=0.0)
+            listed.append(make_run(config, seed, name, warm, s1, s1.pretrain_filter_steps))
     listed.append(make_run(config, seed, f"{base}/stage1", task, config.stage1, start=begin))
     for lmbda in config.stage2.lambdas:
         codec = f"{base}/stage2-{lmbda:g}"

@@ -92,7 +92,17 @@ def cli() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     logging.set_verbosity(logging.ERROR)
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser, with one line in place of a traceback where a config field does not exist."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        print(f"error: the config cannot be read as asked: {text}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

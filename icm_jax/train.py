@@ -190,7 +190,7 @@ def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
     )
-    key = jax.device_put(jax.random.key(run.seed), sharding.replicated(mesh))
+    key = jax.jit(lambda: jax.random.key(run.seed), out_shardings=sharding.replicated(mesh))()
     log = Log(folder, first, run.batch_size)
     stop = _stop_signal()
     bar = tqdm.tqdm(
@@ -246,11 +246,11 @@ class Log:
         """Means since the last call. Raises IcmError naming the first step that is not finite."""
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
         for step, metrics in fetched:
-            for name, value in metrics.items():
-                if not np.isfinite(value):
+            for name in sorted(metrics, key=lambda name: (name != "loss", name)):
+                if not np.isfinite(metrics[name]):
                     raise IcmError(
-                        f"{name} is {value} at step {step}; nothing was saved from then on. Lower "
-                        "the learning rate or set train.clip_norm, and run again to resume"
+                        f"{name} is {metrics[name]} at step {step}; nothing was saved from then on."
+                        " Lower the learning rate or set train.clip_norm, and run again to resume"
                     )
         step, names = fetched[-1][0], sorted(fetched[0][1])
         means = {n: float(np.mean([m[n] for _, m in fetched], dtype=np.float64)) for n in names}

@@ -58,7 +58,7 @@ def test_bd_rate_of_scaled_rates_is_the_scale():
     assert metrics.bd_rate(anchor, anchor * [2, 1]) == pytest.approx(100)
     noisy = np.insert(anchor * [0.6, 1], 2, [0.2, 55], axis=0)  # dearer and worse: dropped
     assert metrics.bd_rate(anchor, noisy) == pytest.approx(-40)
-    assert np.isnan(metrics.bd_rate(anchor, anchor + [0, 30]))
+    assert np.isnan(metrics.bd_rate(anchor, anchor + np.array([0, 30])))
     assert np.isnan(metrics.bd_rate(anchor, anchor[:1]))
 
 

@@ -34,6 +34,7 @@ STAGE1 = dict(
     momentum=0.9,
     temperature=0.2,
     alpha=0.5,
+    l1=0.0,
     pretrain_filter=False,
 )
 
@@ -137,14 +138,14 @@ def test_alpha_is_data_and_weighs_the_rate(stage1):
     _, variables, batch, loss = stage1
     values = []
     for alpha in (0.0, 2.0):
-        changed = {**variables, "constants": {"alpha": jnp.float32(alpha)}}
+        changed = {**variables, "constants": {"alpha": jnp.float32(alpha), "l1": jnp.float32(0)}}
         total, aux = loss(changed, batch, jax.random.key(1), jnp.int32(0))
         values.append(float(total))
     np.testing.assert_allclose(values[1] - values[0], 2 * aux.metrics["bpp"], rtol=1e-4)
 
 
 def test_momentum_and_queue_follow_their_rules(stage1):
-    task, variables, batch, loss = stage1
+    _, variables, batch, loss = stage1
     moved = {**variables, "params": jax.tree.map(lambda p: p + 1, variables["params"])}
     _, aux = loss(moved, batch, jax.random.key(1), jnp.int32(0))
     expected = jax.tree.map(lambda p: 0.9 * p + 0.1 * (p + 1), variables["key_params"])

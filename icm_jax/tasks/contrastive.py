@@ -53,7 +53,9 @@ def info_nce(query, keys, queue, temperature: float, negatives: str):
 
 def contrastive(config) -> Task:
     """The task; fields of `config`: variant, width, size, dtype, filter_channels, filter_hidden,
-    projector_hidden, embedding, alpha, negatives, queue, momentum, temperature, pretrain_filter.
+    projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
+    pretrain_filter. `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances
+    do not need to be told apart (papers.md 5.2); the paper's own loss has l1 = 0.
 
     `pretrain_filter` trains the filter alone, by bits + 128 · L1(f, f') on a frozen backbone.
 
@@ -87,7 +89,7 @@ def contrastive(config) -> Task:
             "key_params": copy["p"],
             "key_stats": copy["s"],
             "queue": {"keys": _unit(queue), "next": jnp.zeros((), jnp.int32)},
-            "constants": {"alpha": jnp.float32(config.alpha)},
+            "constants": {"alpha": jnp.float32(config.alpha), "l1": jnp.float32(config.l1)},
         }
 
     def embed(variables, images, train, key):
@@ -133,7 +135,10 @@ def contrastive(config) -> Task:
             nce, accuracy = info_nce(
                 query, positives, queue["keys"], config.temperature, config.negatives
             )
-            total = nce + variables["constants"]["alpha"] * bpp
+            distance = jnp.abs(jax.lax.stop_gradient(f).astype(jnp.float32) - passed).mean()
+            constants = variables["constants"]
+            total = nce + constants["alpha"] * bpp + constants["l1"] * distance
+            metrics |= {"l1": distance}
             metrics |= {"info_nce": nce, "top1": accuracy, "spread": query.std(axis=0).mean()}
             queue = {
                 "keys": jax.lax.dynamic_update_slice(

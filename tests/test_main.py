@@ -1,0 +1,156 @@
+"""The main job at its smallest, as a user types it, and what bad input prints."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from icm_jax.report import curves_of, principal_colours
+from icm_jax.tasks import build_task
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs" / "omni_icm.py"
+
+
+def main(workdir, *flags, scale="tiny", cache=None):
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", ICM_JAX_CACHE=str(cache or workdir))
+    environment.pop("XLA_FLAGS", None)
+    command = [
+        sys.executable,
+        "-m",
+        "icm_jax.main",
+        f"--config={CONFIG}:{scale}",
+        f"--workdir={workdir}",
+        *flags,
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("main")
+    done = main(workdir, "--config.stage3.tasks=('classify','segment')")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done
+
+
+def test_the_main_job_ends_with_a_report(finished):
+    workdir, done = finished
+    assert f"work directory: {workdir}" in done.stdout
+    assert f"report: {workdir}/report.html" in done.stdout
+    report = (workdir / "report.md").read_text()
+    for text in (
+        "Classification, tail fine-tuned",
+        "Semantic segmentation",
+        "Omni-ICM",
+        "α = 0 twin",
+        "jpeg",
+        "BD-rate",
+        "python -m icm_jax.main",
+        "jax ",
+    ):
+        assert text in report
+    for picture in ("rate_classify.png", "rate_segment.png", "features.png", "training.png"):
+        assert (workdir / picture).read_bytes()[:4] == b"\x89PNG"
+        assert picture in report
+    assert (workdir / "report.html").read_text().count("data:image/png;base64,") == 4
+
+
+def test_rates_are_those_of_written_bytes(finished):
+    workdir, _ = finished
+    for path in workdir.glob("seed0/*/classify-*/records.json"):
+        (record,) = json.loads(path.read_text())
+        parts = record["bpp_header"] + record["bpp_z"] + record["bpp_y"]
+        assert record["bpp"] == pytest.approx(parts)
+        assert record["worst_gap_bytes"] <= 32
+        assert record["images"] == record["examples"] == 24
+
+
+def test_running_again_does_nothing_but_the_report(finished):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
+    done = main(workdir, "--config.stage3.tasks=('classify','segment')")
+    assert done.returncode == 0
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config.data.name=folder"], "data.path is empty"),
+        (["--config.data.name=imagenet2012"], "not prepared"),
+        (["--config.train.batch_size=7"], "does not divide"),
+        (["--config.stage1.optimiser=sdg"], "unknown optimiser 'sdg'"),
+        (["--config.train.batchsize=7"], "batchsize"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, finished, flags, message):
+    done = main(tmp_path, *flags, cache=finished[0])
+    assert done.returncode != 0
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_workdir_of_another_experiment_is_refused(finished):
+    done = main(finished[0], "--config.stage1.alpha=3.0")
+    assert done.returncode == 2 and "alpha was" in done.stderr
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("omni_icm", CONFIG)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("scale", ["demo", "study", "tiny", "imagenet"])
+def test_every_run_of_every_scale_builds(scale):
+    module = load()
+    config = module.get_config(scale)
+    names = set()
+    for run in module.runs(config):
+        assert run.name not in names and all(earlier in names for earlier, _ in run.start)
+        names.add(run.name)
+    kinds = {}
+    for run in module.runs(config):
+        kinds.setdefault((run.task.name, run.task.get("frontend"), run.task.get("mode")), run)
+    for run in kinds.values():
+        with run.task.unlocked():
+            run.task.classes, run.task.mask_classes = 12, 13
+        side = run.data.canvas
+        image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), np.uint8)
+        batch = {
+            "image": image,
+            "label": jax.ShapeDtypeStruct((run.batch_size,), np.int32),
+            "mask": jax.ShapeDtypeStruct((run.batch_size, side, side), np.uint8),
+            "valid": jax.ShapeDtypeStruct((run.batch_size,), np.bool_),
+        }
+        task = build_task(run.task)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        variables = jax.eval_shape(task.init, key, batch)
+        step = jax.ShapeDtypeStruct((), np.int32)
+        total, _ = jax.eval_shape(task.loss, variables, batch, key, step)
+        assert total.shape == () and total.dtype == np.float32
+
+
+def test_curves_average_seeds():
+    record = dict(kind="stream", arm="omni", point="1", bpp=0.2, top1=0.5)
+    other = dict(record, bpp=0.4, top1=0.7)
+    curve = curves_of([record, other, dict(kind="pixels", arm="rgb", point="", top1=0.9)])
+    np.testing.assert_allclose(curve["omni"], [[0.3, 0.6, 0.1, 0.1]])
+
+
+def test_principal_colours_follow_the_strongest_direction():
+    ramp = np.linspace(-1, 1, 64).reshape(1, 8, 8, 1)
+    features = np.concatenate([5 * ramp, 0.01 * ramp**2, 0 * ramp, 0 * ramp], axis=-1)
+    colours = principal_colours(features)
+    assert colours.min() >= 0 and colours.max() <= 1
+    assert abs(np.corrcoef(colours[..., 0].ravel(), ramp.ravel())[0, 1]) > 0.99

@@ -1,0 +1,300 @@
+"""The loop on the real data path: resume, kill, devices, processes, bad states."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from icm_jax import checkpoint, optim, sharding, train
+from icm_jax.errors import IcmError
+from icm_jax.tasks.task import Aux, Task
+
+# optax's and orbax's own code neither keeps to strict promotion nor is free of deprecations.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORKER = pathlib.Path(__file__).parent / "train_worker.py"
+
+
+def worker(base, *, devices=1, fsdp=1, wait=True, extra=(), **overrides):
+    """Runs a small stage 1 in a process of its own; returns the finished or running process."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(base).parent / "compiled")
+    given = json.dumps(dict(overrides, fsdp=fsdp))
+    process = subprocess.Popen(
+        [sys.executable, str(WORKER), str(base), given, *map(str, extra)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if not wait:
+        return process
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-3000:]
+    return process
+
+
+def losses(base):
+    lines = (pathlib.Path(base) / "run" / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines
+    ]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    worker(folder / "whole")
+    return folder / "whole"
+
+
+def test_a_killed_run_ends_in_the_same_bits(folder, undisturbed):
+    base, kills = folder / "killed", 0
+    for delay in (0.05, 0.6):
+        process = worker(base, wait=False)
+        log = base / "run" / "metrics.jsonl"
+        before = log.read_text() if log.is_file() else ""
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            if log.is_file() and log.read_text() != before:
+                break
+            time.sleep(0.02)
+        time.sleep(delay)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills > 0
+    worker(base)
+    assert losses(base) == losses(undisturbed)
+    one, other = (checkpoint.load_variables(b / "run") for b in (base, undisturbed))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_sigterm_saves_and_the_rest_is_the_same(folder, undisturbed):
+    base = folder / "stopped"
+    process = worker(base, wait=False)
+    log = base / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not log.is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "state is saved" in output and process.returncode != 0
+    worker(base)
+    one, other = (checkpoint.load_variables(b / "run") for b in (base, undisturbed))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("devices, fsdp", [(2, 1), (8, 4)])
+def test_devices_and_sharded_parameters_give_the_same_losses(folder, undisturbed, devices, fsdp):
+    base = folder / f"devices{devices}_{fsdp}"
+    worker(base, devices=devices, fsdp=fsdp)
+    same_losses(base, undisturbed)
+
+
+def test_two_processes_of_four_devices_give_the_same_losses(folder, undisturbed):
+    base = folder / "processes"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    both = [worker(base, devices=4, wait=False, extra=(address, 2, p)) for p in range(2)]
+    for process in both:
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output[-3000:]
+    same_losses(base, undisturbed)
+
+
+def same_losses(base, undisturbed):
+    for given, expected in zip(losses(base), losses(undisturbed), strict=True):
+        for name in expected:
+            np.testing.assert_allclose(
+                given[name], expected[name], rtol=2e-3, atol=2e-4, err_msg=name
+            )
+
+
+def test_a_finished_run_is_not_run_again(undisturbed):
+    before = (undisturbed / "run" / "metrics.jsonl").stat().st_mtime_ns
+    worker(undisturbed)
+    assert (undisturbed / "run" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def toy(scale=1.0):
+    """Least squares on the mean colour; `frozen` must not move."""
+
+    def init(key, batch):
+        del key, batch
+        return {"params": {"w": {"v": jnp.zeros((3,))}, "frozen": {"v": jnp.ones((2,))}}}
+
+    def loss(variables, batch, key, step):
+        del key
+        x = batch["image"].astype(jnp.float32).mean(axis=(1, 2)) / 255.0
+        error = x @ variables["params"]["w"]["v"] - 1.0 + variables["params"]["frozen"]["v"].sum()
+        bad = jnp.where(step == 5, jnp.float32(scale), 1.0)
+        return jnp.square(error).mean() * bad, Aux({}, {})
+
+    return Task(init, loss, None, lambda name: "train" if name == "w" else "frozen")
+
+
+def toy_run(**changes):
+    run = dict(
+        name="run",
+        seed=0,
+        data=dict(canvas=4),
+        batch_size=2,
+        steps=8,
+        log_every=2,
+        save_every=2,
+        fsdp=1,
+        ema=0.9,
+        start=(),
+        optim=dict(
+            name="sgd",
+            learning_rate=0.1,
+            schedule="constant",
+            warmup_steps=0,
+            weight_decay=0.0,
+            clip_norm=0.0,
+        ),
+    )
+    return ml_collections.ConfigDict(dict(run, **changes))
+
+
+def toy_batches(first, stop):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (stop, 2, 4, 4, 3)).astype(np.uint8)
+    for step in range(first, stop):
+        yield {"image": images[step]}
+
+
+def toy_fit(folder, run, task):
+    folder.mkdir(parents=True, exist_ok=True)
+    mesh = sharding.make_mesh(run.fsdp)
+    optimiser = optim.make_optimiser(run.optim, run.steps)
+    with checkpoint.manager(folder) as checkpoints:
+        state, first = train.make_state(task, optimiser, run, mesh, checkpoints)
+        batches = toy_batches(first, run.steps)
+        train.steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
+        return train.make_state(task, optimiser, run, mesh, checkpoints)
+
+
+def test_steps_equal_gradient_descent_by_hand(tmp_path):
+    state, step = toy_fit(tmp_path, toy_run(), toy())
+    w, ema = np.zeros(3), np.zeros(3)
+    trace = np.zeros(3)
+    for batch in toy_batches(0, 8):
+        x = batch["image"].mean(axis=(1, 2)) / 255.0
+        gradient = 2 * ((x @ w + 1.0)[:, None] * x).mean(axis=0)
+        trace = gradient + 0.9 * trace
+        w = w - 0.1 * trace
+        ema = 0.9 * ema + 0.1 * w
+    assert step == 8
+    np.testing.assert_allclose(state.variables["params"]["w"]["v"], w, rtol=1e-4)
+    np.testing.assert_allclose(state.ema["w"]["v"], ema, rtol=1e-4)
+    np.testing.assert_array_equal(state.variables["params"]["frozen"]["v"], [1, 1])
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
+    with pytest.raises(IcmError, match="loss is nan at step 6"):
+        toy_fit(tmp_path, toy_run(), toy(np.nan))
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 4
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    run = toy_run()
+    toy_fit(tmp_path, run, toy())
+    for file in (tmp_path / "checkpoints" / "8").rglob("*"):
+        if file.is_file() and file.stat().st_size > 0:
+            file.write_bytes(b"\0" * (file.stat().st_size // 2))
+    mesh = sharding.make_mesh(1)
+    optimiser = optim.make_optimiser(run.optim, run.steps)
+    with (
+        checkpoint.manager(tmp_path) as checkpoints,
+        pytest.warns(UserWarning, match="passed over"),
+    ):
+        _, step = train.make_state(toy(), optimiser, run, mesh, checkpoints)
+    assert step == 6
+
+
+def test_parts_are_copied_or_refused():
+    own = {"params": {"a": {"v": np.zeros(2)}, "b": {"v": np.zeros(2)}}}
+    earlier = {"params": {"a": {"v": np.ones(2)}, "c": {"v": np.ones(2)}}}
+    copied = train.copy_parts(own, earlier, ["params/a", "batch_stats/a"])
+    assert copied["params"]["a"]["v"].tolist() == [1, 1] and own["params"]["a"]["v"][0] == 0
+    with pytest.raises(IcmError, match="only one side has 'params/c'"):
+        train.copy_parts(own, earlier, ["params/c"])
+    earlier["params"]["b"] = {"v": np.ones(3)}
+    with pytest.raises(IcmError, match="another shape"):
+        train.copy_parts(own, earlier, ["params/b"])
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    train._claim(tmp_path, toy_run())
+    train._claim(tmp_path, toy_run(log_every=1))
+    with pytest.raises(IcmError, match=r"optim\.learning_rate was 0\.1, is 0\.2"):
+        train._claim(tmp_path, toy_run(optim=dict(toy_run().optim, learning_rate=0.2)))
+
+
+def test_schedules_are_their_formulas():
+    config = ml_collections.ConfigDict(dict(schedule="cosine", learning_rate=2.0, warmup_steps=4))
+    schedule = optim.make_schedule(config, 12)
+    expected = [2 * t / 4 if t < 4 else 1 + np.cos(np.pi * (t - 4) / 8) for t in range(12)]
+    np.testing.assert_allclose([schedule(t) for t in range(12)], expected, atol=1e-6)
+    for bad in (dict(schedule="step"), dict(warmup_steps=12)):
+        with pytest.raises(IcmError):
+            optim.make_schedule(ml_collections.ConfigDict(dict(config, **bad)), 12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
+def test_optimisers_descend_and_do_not_decay_vectors(name):
+    config = dict(toy_run().optim, name=name, weight_decay=0.1, learning_rate=0.05)
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100)
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones((2,))}
+    updates, _ = optimiser.update(
+        jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params
+    )
+    decayed = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(decayed["vector"], 1)
+    if name != "adam":
+        assert (decayed["matrix"] < 1).all()
+    with pytest.raises(IcmError, match="unknown optimiser"):
+        optim.make_optimiser(ml_collections.ConfigDict(dict(config, name="sdg")), 100)
+
+
+def test_parameters_are_sharded_over_their_largest_fitting_side():
+    mesh = sharding.make_mesh(2)
+    shapes = {
+        "big": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32),
+        "odd": jax.ShapeDtypeStruct((65, 129), jnp.float32),
+        "small": jax.ShapeDtypeStruct((4, 4), jnp.float32),
+    }
+    specs = {k: tuple(v.spec) for k, v in sharding.state_shardings(mesh, shapes).items()}
+    assert specs == {"big": (None, None, "fsdp"), "odd": (None, None), "small": (None, None)}
+    with pytest.raises(IcmError, match="does not divide"):
+        sharding.make_mesh(3)
+    with pytest.raises(IcmError, match="batch size 3"):
+        sharding.check_batch(mesh, 3)

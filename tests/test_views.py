@@ -1,0 +1,124 @@
+"""Views against one-image NumPy versions, their randomness and their independence of sharding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from icm_jax import views
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (4, 20, 28, 3)).astype(np.uint8)
+
+
+def sample(line, place, width):
+    """Value at a real place of a [L, ...] line: triangle filter, renormalised at the ends."""
+    weights = np.maximum(0, 1 - np.abs(np.arange(len(line)) - place) / max(width, 1))
+    return np.tensordot(weights / weights.sum(), line, 1)
+
+
+def resized(image, top, left, height, width, flip, size):
+    rows = [
+        sample(image, top + (i + 0.5) * height / size - 0.5, height / size) for i in range(size)
+    ]
+    columns = np.swapaxes(np.array(rows), 0, 1)
+    out = [
+        sample(columns, left + (i + 0.5) * width / size - 0.5, width / size) for i in range(size)
+    ]
+    out = np.swapaxes(np.array(out), 0, 1)
+    return out[:, ::-1] if flip else out
+
+
+@pytest.mark.parametrize(
+    "window", [(0, 0, 20, 28, False), (3.3, 5.9, 14.2, 9.5, True), (8.0, 2.5, 5.0, 4.2, False)]
+)
+@pytest.mark.parametrize("size", [6, 24])
+def test_resampling_equals_numpy(window, size):
+    image = IMAGES[0].astype(np.float32)
+    given = views._resample(image, tuple(jnp.asarray(v) for v in map(np.float32, window)), size)
+    np.testing.assert_allclose(given, resized(image, *window, size), atol=2e-2)
+
+
+def test_masks_follow_their_image():
+    """A mask drawn into the image comes out at the same places, whatever the window and flip."""
+    masks = np.zeros((64, 20, 28), np.uint8)
+    for i in range(64):
+        row, column = RNG.integers(0, 14), RNG.integers(0, 20)
+        masks[i, row : row + 6, column : column + 8] = 9
+    images = np.repeat(masks[..., None], 3, -1) * 20
+    view, mask = views.mild(images, 40, masks, key=jax.random.key(1))
+    assert set(np.unique(mask)) <= {0, 9}
+    # Edges are soft in the image, at a corner by no more than 3/4 of the step of 180.
+    off = np.abs(view[..., 0] - 20.0 * mask.astype(jnp.float32))
+    assert off.max() <= 136 and (off > 1).mean() < 0.1 and mask.any()
+
+
+def test_windows_keep_their_area_aspect_and_place():
+    keys = jax.random.split(jax.random.key(0), 2000)
+    draw = jax.vmap(lambda key: jnp.stack(views._random_window(key, (40, 60), (0.2, 0.5))[:4]))
+    top, left, height, width = np.asarray(draw(keys)).T
+    flips = jax.vmap(lambda key: views._random_window(key, (40, 60), (0.2, 0.5))[4])(keys)
+    area, aspect = height * width / 2400, width / height
+    assert area.min() > 0.199 and area.max() < 0.501 and abs(area.mean() - 0.35) < 0.01
+    assert aspect.min() > 0.749 and aspect.max() < 1.334 and abs(np.log(aspect).mean()) < 0.02
+    assert top.min() >= 0 and (top + height).max() <= 40.001
+    assert left.min() >= 0 and (left + width).max() <= 60.001
+    assert abs(np.asarray(flips).mean() - 0.5) < 0.05
+
+
+def test_blur_is_a_gaussian_of_unit_sum(monkeypatch):
+    monkeypatch.setattr(views, "BLUR_P", 1.0)
+    monkeypatch.setattr(views, "BLUR_SIGMA", (1.5, 1.5))
+    point = np.zeros((25, 25, 1), np.float32)
+    point[12, 12] = 1
+    given = np.asarray(views._blur(jnp.asarray(point), jax.random.key(0)))[..., 0]
+    line = np.exp(-0.5 * ((np.arange(25) - 12) / 1.5) ** 2)
+    np.testing.assert_allclose(given, np.outer(line, line) / line.sum() ** 2, atol=1e-6)
+    flat = jnp.full((25, 25, 3), 0.3)
+    np.testing.assert_allclose(views._blur(flat, jax.random.key(0)), flat, rtol=1e-5)
+
+
+def test_jitter_is_the_composition_of_its_parts(monkeypatch):
+    """With one strength at a time the change is that operation's own, and none is the identity."""
+    monkeypatch.setattr(views, "JITTER_P", 1.0)
+    image = RNG.uniform(0.4, 0.6, (6, 6, 3)).astype(np.float32)
+    luma = image @ np.array([0.299, 0.587, 0.114], np.float32)
+    monkeypatch.setattr(views, "JITTER", (0.0, 0.0, 0.0, 0.0))
+    np.testing.assert_allclose(views._jitter(image, jax.random.key(2)), image, atol=1e-5)
+    anchors = (np.zeros_like(image), np.full_like(image, luma.mean()), luma[..., None] + 0 * image)
+    for number, anchor in enumerate(anchors):
+        strengths = [0.0] * 4
+        strengths[number] = 0.4
+        monkeypatch.setattr(views, "JITTER", tuple(strengths))
+        given = np.asarray(views._jitter(image, jax.random.key(2)))
+        factor = ((given - anchor) * (image - anchor)).sum() / ((image - anchor) ** 2).sum()
+        assert 0.6 <= factor <= 1.4 and abs(factor - 1) > 1e-3
+        np.testing.assert_allclose(given, anchor + factor * (image - anchor), atol=1e-5)
+
+
+def test_probabilities_of_contrastive_views():
+    """Of 600 constant colour images, about 20 % come out grey."""
+    images = np.broadcast_to(np.array([200, 40, 90], np.uint8), (600, 8, 8, 3))
+    view = np.asarray(views.contrastive(images, 8, key=jax.random.key(5)))
+    grey = np.ptp(view, axis=-1).max((1, 2)) < 1
+    assert 0.15 < grey.mean() < 0.25
+    same = np.abs(view - images).max((1, 2, 3)) < 0.5  # neither jittered nor grey
+    assert 0.11 < same.mean() < 0.21
+
+
+def test_views_do_not_depend_on_sharding():
+    devices = jax.devices()
+    mesh = Mesh(np.array(devices), ("data",))
+    sharded = jax.device_put(IMAGES, NamedSharding(mesh, PartitionSpec("data")))
+    for view in (views.contrastive, lambda *a, key: views.mild(*a, key=key)[0]):
+        function = jax.jit(lambda x, key, view=view: view(x, 16, key=key))
+        whole, split = (function(x, jax.random.key(0)) for x in (IMAGES, sharded))
+        assert len(devices) == 1 or len(split.sharding.device_set) == len(devices)
+        np.testing.assert_allclose(whole, split, atol=1e-3)
+        np.testing.assert_array_equal(whole, function(IMAGES, jax.random.key(0)))
+
+
+def test_centre_is_the_middle():
+    np.testing.assert_array_equal(views.centre(IMAGES, 12), IMAGES[:, 4:16, 8:20])
+    np.testing.assert_array_equal(views.centre(IMAGES[..., 0], 20), IMAGES[:, :, 4:24, 0])

@@ -1,0 +1,32 @@
+"""One process of tests/test_train.py: trains a small stage 1 with the real loop.
+
+python train_worker.py BASE OVERRIDES_JSON [COORDINATOR COUNT INDEX]
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import warnings
+
+import jax
+
+warnings.simplefilter("ignore")
+if len(sys.argv) > 3:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+
+from icm_jax import train  # noqa: E402
+
+base = pathlib.Path(sys.argv[1])
+path = pathlib.Path(__file__).resolve().parent.parent / "configs" / "omni_icm.py"
+spec = importlib.util.spec_from_file_location("omni_icm", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+config = module.get_config("tiny")
+config.data.path = str(base.parent / "data")
+config.stage1.learning_rate = 1e-4  # gentle: rounding differences must not be amplified
+config.stage1.pretrain_filter_steps = 0
+run = module.runs(config)[0]
+run.update(name="run", steps=10, save_every=3, log_every=1, **json.loads(sys.argv[2]))
+train.train(run, base)
