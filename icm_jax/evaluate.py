@@ -31,7 +31,11 @@ from icm_jax.train import complete
 
 
 def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[dict]:
-    """Records of a finished run; computed once, then read from its folder."""
+    """Records of a finished run; computed once, then read from its folder.
+
+    Every process scores the whole split, the first one writes: reading a checkpoint is collective,
+    the rest needs no word between processes.
+    """
     folder = pathlib.Path(base) / run.name
     kept = folder / "records.json"
     if kept.is_file():
@@ -45,18 +49,19 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     records = []
     for point in run.evaluate:
         frozen = codecs.freeze(task.codec, variables) if point == "stream" else None
-        if frozen is not None:
+        if frozen is not None and jax.process_index() == 0:
             codecs.save(folder / "codec.icmc", frozen)
         record = dict(run.labels)
         record |= {"seed": run.seed, "kind": point, "run": run.name}
         record |= score(task, variables, frozen, point, source, run, config)
         records.append(record)
-    checkpoint.write_json(kept, records)
+    if jax.process_index() == 0:
+        checkpoint.write_json(kept, records)
     return records
 
 
 def score(task, variables, frozen, point: str, source, run, config) -> dict:
-    """Rate and accuracy of one point over the validation split (this machine's processes)."""
+    """Rate and accuracy of one point over the validation split."""
     predict = jax.jit(task.predict)
     if "mask" in run.needs:
         tally, side = MeanIoU(config.mask_classes), config.size

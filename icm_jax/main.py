@@ -63,8 +63,7 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
             if first:
                 print(f"[{number}/{len(runs)}] {run.name}", flush=True)
             train_run(run, workdir)
-            if first:
-                evaluate(run, workdir)
+            evaluate(run, workdir)
     if first:
         write_json(workdir / "command.json", _command())
         report = write_report(config, runs, workdir)

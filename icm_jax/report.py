@@ -14,17 +14,14 @@ import platform
 import subprocess
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from icm_jax import views
 from icm_jax.codecs import CODECS
 from icm_jax.codecs import codec as codecs
 from icm_jax.data import open_source, pipeline
 from icm_jax.evaluators.metrics import bd_rate
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TITLES = {
     "classify": "Classification, tail fine-tuned",
@@ -81,7 +78,8 @@ def curves_of(records: list[dict], rate: str = "bpp") -> dict[str, np.ndarray]:
 
 
 def _draw_curves(records, path, curve):
-    figure, axes = plt.subplots(figsize=(7.5, 5), dpi=120)
+    figure = Figure(figsize=(7.5, 5), dpi=120)
+    axes = figure.subplots()
     for name, rows in curves_of(records).items():
         axes.errorbar(
             rows[:, 0],
@@ -160,7 +158,10 @@ def _bd_table(records) -> list[list[str]]:
     for name in curves:
         if "omni" in curves and name != "omni":
             value = bd_rate(curves[name][:, :2], curves["omni"][:, :2])
-            text = "quality ranges do not overlap" if np.isnan(value) else f"{value:+.1f} %"
+            text = f"{value:+.1f} %"
+            if np.isnan(value):
+                few = min(len(curves[name]), len(curves["omni"])) < 2
+                text = "needs two points" if few else "ranges of rising quality do not overlap"
             rows.append([NAMES[name], text])
     return rows
 
@@ -185,13 +186,8 @@ def _samples(config, runs, workdir) -> list[tuple[str, object]]:
         pipeline.evaluation_batches(source, batch_size=4, canvas=(config.data.canvas,) * 2)
     )
     images = np.asarray(views.centre(batch["image"], config.model.size))
-    figure, axes = plt.subplots(
-        len(images),
-        len(columns) + 1,
-        squeeze=False,
-        dpi=110,
-        figsize=(1.7 * (len(columns) + 1), 1.8 * len(images)),
-    )
+    figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.8 * len(images)), dpi=110)
+    axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image)
     for number, ((arm, point), frozen) in enumerate(columns, 1):
@@ -224,9 +220,8 @@ def principal_colours(features: np.ndarray) -> np.ndarray:
 def _draw_training(runs, workdir):
     logs = {run.name: _read_lines(workdir / run.name / "metrics.jsonl") for run in runs}
     kinds = sorted({run.task.name for run in runs})
-    figure, axes = plt.subplots(
-        1, len(kinds), squeeze=False, dpi=110, figsize=(4.2 * len(kinds), 3.4)
-    )
+    figure = Figure(figsize=(4.2 * len(kinds), 3.4), dpi=110)
+    axes = figure.subplots(1, len(kinds), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         for run in runs:
             if run.task.name == kind and logs[run.name]:
@@ -234,7 +229,10 @@ def _draw_training(runs, workdir):
                     [line["step"] for line in logs[run.name]],
                     [line["loss"] for line in logs[run.name]],
                     linewidth=1,
+                    label=run.name,
                 )
+        if axis.lines:
+            axis.legend(fontsize=5)
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
@@ -320,13 +318,12 @@ def _html(parts, workdir) -> str:
 
 def _save(figure, path: pathlib.Path) -> str:
     figure.savefig(path, bbox_inches="tight")
-    plt.close(figure)
     return path.name
 
 
 def _write(path: pathlib.Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -1,4 +1,4 @@
-"""Scores of predictions: sums and counts over batches, merged over processes, then scalars."""
+"""Scores of predictions: sums and counts over batches, then scalars."""
 
 from icm_jax.evaluators.scores import Accuracy, MeanIoU, Score
 

@@ -2,6 +2,11 @@
 
 import numpy as np
 
+from icm_jax.errors import IcmError
+
+WINDOW = 11
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
 
 def bpp(size: float, height: int, width: int) -> float:
     """Bits per pixel of `size` bytes."""
@@ -12,6 +17,69 @@ def psnr(reference: np.ndarray, given: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays; infinite for equal ones."""
     error = np.mean(np.square(reference.astype(np.float64) - given.astype(np.float64)))
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+
+
+def ssim(reference: np.ndarray, given: np.ndarray) -> float:
+    """Structural similarity (Wang et al. 2004) of two uint8 [H, W] or [H, W, C], C averaged.
+
+    Raises: IcmError if shapes differ or a side is shorter than the window of 11 pixels.
+    """
+    return float(_similarity(*_planes(reference, given, WINDOW))[0].mean())
+
+
+def ms_ssim(reference: np.ndarray, given: np.ndarray) -> float:
+    """Multi-scale SSIM (Wang et al. 2003, eq. 7), five scales, of uint8 [H, W] or [H, W, C].
+
+    Contrast and structure count at each scale, luminance at the coarsest; negative means of a
+    scale count as zero. Scales are halved by averaging 2 × 2 pixels, odd edges dropped.
+
+    Raises: IcmError if shapes differ or a side is shorter than 176 pixels.
+    """
+    x, y = _planes(reference, given, WINDOW << (len(SCALE_WEIGHTS) - 1))
+    product = np.ones(len(x))
+    for scale, weight in enumerate(SCALE_WEIGHTS):
+        whole, structure = _similarity(x, y)
+        last = scale == len(SCALE_WEIGHTS) - 1
+        product *= np.maximum(whole if last else structure, 0) ** weight
+        x, y = _halved(x), _halved(y)
+    return float(product.mean())
+
+
+def _planes(reference, given, smallest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Both images as float64 [C, H, W]."""
+    if reference.shape != given.shape or min(reference.shape[:2]) < smallest:
+        raise IcmError(
+            f"images of shapes {reference.shape} and {given.shape}; expected equal shapes with "
+            f"sides of at least {smallest} pixels: crop both alike, or report PSNR"
+        )
+    x, y = (np.atleast_3d(image).astype(np.float64) for image in (reference, given))
+    return np.moveaxis(x, -1, 0), np.moveaxis(y, -1, 0)
+
+
+def _similarity(x, y) -> tuple[np.ndarray, np.ndarray]:
+    """(SSIM, its contrast-structure factor), each [C]: means over the windows that fit."""
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_x, mean_y = _blurred(x), _blurred(y)
+    variances = _blurred(x * x) - mean_x**2 + _blurred(y * y) - mean_y**2
+    structure = (2 * (_blurred(x * y) - mean_x * mean_y) + c2) / (variances + c2)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return (luminance * structure).mean(axis=(1, 2)), structure.mean(axis=(1, 2))
+
+
+def _blurred(x: np.ndarray) -> np.ndarray:
+    """Gaussian window of 11 pixels, σ = 1.5, without padding: [C, H - 10, W - 10]."""
+    at = np.arange(WINDOW) - WINDOW // 2
+    window = np.exp(-(at**2) / (2 * 1.5**2))
+    window /= window.sum()
+    for axis in (1, 2):
+        x = np.lib.stride_tricks.sliding_window_view(x, WINDOW, axis=axis) @ window
+    return x
+
+
+def _halved(x: np.ndarray) -> np.ndarray:
+    height, width = (side // 2 for side in x.shape[1:])
+    even = x[:, : 2 * height, : 2 * width]
+    return even.reshape(len(x), height, 2, width, 2).mean(axis=(2, 4))
 
 
 def bd_rate(anchor: np.ndarray, curve: np.ndarray) -> float:

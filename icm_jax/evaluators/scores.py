@@ -1,10 +1,10 @@
-"""Task scores as sums over examples: any batching and any number of hosts give the same result."""
+"""Task scores as sums over examples: any batching gives the same result."""
 
 import abc
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
+
+from icm_jax.errors import IcmError
 
 IGNORE = 255
 
@@ -18,7 +18,7 @@ class Score(abc.ABC):
 
     @abc.abstractmethod
     def result(self) -> dict[str, float]:
-        """The scores over everything added on all processes."""
+        """The scores over everything added."""
 
 
 class Accuracy(Score):
@@ -31,15 +31,15 @@ class Accuracy(Score):
         logits = np.asarray(predicted["logits"], np.float32)[batch["valid"]]
         labels = np.asarray(batch["label"])[batch["valid"]]
         own = logits[np.arange(len(labels)), labels][:, None]
-        rank = (logits >= own).sum(axis=1)  # 1 for the best, NaN never counts as right
-        rank = np.where(np.isfinite(own[:, 0]), rank, logits.shape[1] + 1)
-        self._sums += [(rank <= 1).sum(), (rank <= 5).sum(), len(labels)]
+        rank = (logits >= own).sum(axis=1)  # 1 for the best
+        whole = np.isfinite(logits).all(axis=1)  # comparisons with NaN would flatter the rank
+        self._sums += [(whole & (rank <= 1)).sum(), (whole & (rank <= 5)).sum(), len(labels)]
 
     def result(self):
-        first, fifth, count = merged(self._sums)
+        first, fifth, count = self._sums
         return {
-            "top1": first / max(count, 1),
-            "top5": fifth / max(count, 1),
+            "top1": float(first / max(count, 1)),
+            "top5": float(fifth / max(count, 1)),
             "examples": int(count),
         }
 
@@ -48,6 +48,8 @@ class MeanIoU(Score):
     """Mean intersection over union of "segments" [N, H, W] against "mask", 255 ignored.
 
     Classes that appear neither in predictions nor in masks do not count.
+
+    Raises: IcmError (`update`) for an id outside 0 ... classes - 1.
     """
 
     def __init__(self, classes: int):
@@ -59,12 +61,18 @@ class MeanIoU(Score):
         segments = np.asarray(predicted["segments"])[batch["valid"]]
         masks = np.asarray(batch["mask"])[batch["valid"]].astype(np.int64)
         known = masks != IGNORE
+        for name, ids in (("mask", masks[known]), ("prediction", segments[known])):
+            if ids.size and not 0 <= ids.min() <= ids.max() < classes:
+                raise IcmError(
+                    f"a {name} has class ids {ids.min()} to {ids.max()}; expected 0 to "
+                    f"{classes - 1} (or {IGNORE} in masks, which is ignored): check the classes"
+                )
         pairs = masks[known] * classes + segments[known]
         self._confusion += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
         self._examples += len(masks)
 
     def result(self):
-        confusion, examples = merged(self._confusion), merged(np.array([self._examples]))[0]
+        confusion, examples = self._confusion, self._examples
         hits = np.diag(confusion)
         union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
         iou = hits[union > 0] / union[union > 0]
@@ -74,10 +82,3 @@ class MeanIoU(Score):
             "pixel_accuracy": float(accuracy),
             "examples": int(examples),
         }
-
-
-def merged(sums: np.ndarray) -> np.ndarray:
-    """The sum over all processes."""
-    if jax.process_count() == 1:
-        return sums
-    return np.asarray(multihost_utils.process_allgather(sums)).sum(axis=0)

@@ -1,0 +1,149 @@
+"""What a report states, against numbers worked out by hand; and that gaps are named, not fatal."""
+
+import json
+import re
+
+import ml_collections
+import numpy as np
+import pytest
+
+from icm_jax import report
+
+RATES = (0.1, 0.2, 0.4, 0.8)
+SHARES = (0.50, 0.60, 0.66, 0.70)
+
+
+def stream(arm, point, bpp, top1, seed=0):
+    """A record as `icm_jax.evaluate` writes it for the learned codec."""
+    run = f"seed{seed}/{arm}/classify-{point}"
+    own = {"curve": "classify", "arm": arm, "point": point, "seed": seed, "kind": "stream"}
+    rates = {"bpp": bpp, "bpp_estimated": 0.9 * bpp, "bpp_header": 0.1 * bpp, "images": 20}
+    return {**own, **rates, "top1": top1, "top5": min(1.0, top1 + 0.25), "run": run}
+
+
+def pixels(kind, top1, **rates):
+    """A record of the network on pixels: as they are, or from JPEG or WebP files."""
+    own = {"curve": "classify", "arm": "rgb", "point": "", "seed": 0, "kind": kind, "images": 20}
+    return {**own, "top1": top1, "top5": 0.9, "run": "seed0/rgb/classify", **rates}
+
+
+def full_records():
+    records = []
+    for number, (rate, share) in enumerate(zip(RATES, SHARES, strict=True)):
+        records.append(stream("unfiltered", str(number), rate, share))
+        records.append(stream("omni", str(number), 0.6 * rate, share))
+        bare = {"bpp": 2 * rate, "bpp_without_tables": rate}
+        records.append(pixels(f"jpeg-{10 * number}", share, **bare))
+        records.append(pixels(f"webp-{10 * number}", share - 0.45, bpp=rate))
+    return [*records, pixels("pixels", 0.75)]
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """(config, runs, work directory) with one finished run and one that never started."""
+    config = ml_collections.ConfigDict(
+        {"name": "trial", "data": {"name": "folder"}, "rate": {"α": 0.5}}
+    )
+    runs = [
+        ml_collections.ConfigDict({"name": n, "task": {"name": "classification"}, "evaluate": ()})
+        for n in ("finished", "absent")
+    ]
+    own = tmp_path / "finished"
+    own.mkdir()
+    (own / "records.json").write_text(json.dumps(full_records()))
+    (own / "done.json").write_text("{}")
+    lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (10, 20)]
+    (own / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "command.json").write_text(json.dumps({"command": "python -m trial --x=<1>"}))
+    return config, runs, tmp_path
+
+
+def test_points_are_averaged_over_seeds_with_their_spread():
+    records = [
+        stream("omni", "1", 0.2, 0.5, seed=0),
+        stream("omni", "1", 0.4, 0.7, seed=1),
+        stream("omni", "3", 0.1, 0.4),
+    ]
+    rows = report.curves_of(records)["omni"]
+    # sorted by rate; mean and standard deviation (over n) of (0.2, 0.4) and (0.5, 0.7)
+    np.testing.assert_allclose(rows, [[0.1, 0.4, 0, 0], [0.3, 0.6, 0.1, 0.1]], atol=1e-12)
+
+
+def test_rivals_are_curves_of_their_own_and_bare_pixels_are_none():
+    curves = report.curves_of(full_records())
+    assert sorted(curves) == ["jpeg", "omni", "unfiltered", "webp"]
+    np.testing.assert_allclose(curves["jpeg"][:, 0], 2 * np.array(RATES))
+    bare = report.curves_of(full_records(), "bpp_without_tables")
+    assert list(bare) == ["jpeg"]
+    np.testing.assert_allclose(bare["jpeg"][:, 0], RATES)
+
+
+def test_quality_is_miou_where_there_is_one():
+    assert report.quality_of({"top1": 0.3}) == 0.3
+    assert report.quality_of({"miou": 0.2, "top1": 0.3}) == 0.2
+
+
+def test_table_states_measured_beside_estimated_rate():
+    head, row = report._curve_table([stream("omni", "3", 0.25, 0.5)])
+    cells = dict(zip(head, row, strict=True))
+    assert cells["bpp measured"] == "0.2500"
+    assert cells["bpp estimated"] == "0.2250"
+    assert cells["header bpp"] == "0.0250"
+    assert cells["top-1 [%]"] == "50.0" and cells["top-5 [%]"] == "75.0"
+    assert cells["point"] == "λ = 3" and cells["images"] == "20"
+
+
+def test_bd_rates_are_those_of_the_scaled_rates():
+    rows = dict(report._bd_table(full_records())[1:])
+    assert rows["α = 0 twin"] == "-40.0 %"  # 0.6 of its rates
+    assert rows["JPEG"] == "-70.0 %"  # 0.6 of half its rates
+    assert "do not overlap" in rows["WebP"]  # its best is below our worst
+
+
+def test_principal_colours_separate_what_differs_most():
+    rng = np.random.default_rng(0)
+    features = rng.normal(scale=0.01, size=(2, 4, 4, 6))
+    features[0, ..., 2] += 5.0  # the two images differ along one channel above all
+    colours = report.principal_colours(features)
+    assert colours.shape == (2, 4, 4, 3)
+    assert colours.min() >= 0 and colours.max() <= 1
+    first = np.sort(colours[..., 0].mean(axis=(1, 2)))
+    assert first[0] < 0.1 and first[1] > 0.9
+    np.testing.assert_allclose(report.principal_colours(features + 7.0), colours, atol=1e-6)
+    flat = report.principal_colours(np.ones((1, 2, 2, 4)))
+    assert np.isfinite(flat).all()
+
+
+def test_report_is_complete_and_self_contained(experiment):
+    config, runs, workdir = experiment
+    path = report.write_report(config, runs, workdir)
+    page = path.read_text(encoding="utf-8")
+    sources = re.findall(r'src="([^"]{0,30})', page)
+    assert len(sources) == 2 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert "python -m trial --x=&lt;1&gt;" in page and "--x=<1>" not in page
+    text = (workdir / "report.md").read_text(encoding="utf-8")
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    for stated in ("jax ", "numpy ", "commit ", "-40.0 %", "python -m trial --x=<1>", "CPU cores"):
+        assert stated in text
+    assert not list(workdir.glob("*.tmp"))
+
+
+def test_report_names_what_is_missing(experiment):
+    config, runs, workdir = experiment
+    text = report.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
+    assert "Not finished yet: absent" in text and "No frozen codec yet." in text
+    empty = workdir / "empty"
+    empty.mkdir()
+    text = report.write_report(config, runs, empty).with_suffix(".md").read_text(encoding="utf-8")
+    assert "Not finished yet: finished, absent" in text
+
+
+def test_same_records_give_the_same_files(experiment):
+    config, runs, workdir = experiment
+    first = {}
+    for _ in range(2):
+        report.write_report(config, runs, workdir)
+        files = {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
+        assert files == (first or files)
+        first = files
