@@ -10,6 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from icm_jax.errors import IcmError
+
 # MoCo v2's augmentation (Chen et al. 2020): crop 0.2 to 1 of the area, jitter (0.4, 0.4, 0.4, 0.1)
 # with probability 0.8, greyscale 0.2, blur 0.5 with sigma 0.1 to 2, flip 0.5.
 CROP_SCALE = (0.2, 1.0)
@@ -59,7 +61,15 @@ def mild(
 
 
 def centre(images: jax.Array, size: int) -> jax.Array:
-    """The central [N, size, size, ...] of a canvas that is at least as large."""
+    """The central [N, size, size, ...] of images or masks [N, H, W, ...].
+
+    Raises: IcmError if the canvas is smaller than `size`.
+    """
+    if min(images.shape[1:3]) < size:
+        raise IcmError(
+            f"a canvas of {images.shape[1]} × {images.shape[2]} pixels holds no view of {size}; "
+            "set data.canvas to at least model.size"
+        )
     top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
     return images[:, top : top + size, left : left + size]
 

@@ -12,7 +12,7 @@ BASE = {"errors"}
 ALLOWED = {
     "errors": set(),
     "ops": set(),
-    "views": set(),
+    "views": BASE,
     "coding": BASE,
     "data": BASE,
     "nets": BASE | {"ops"},

@@ -147,13 +147,14 @@ def test_alpha_is_data_and_weighs_the_rate(stage1):
 def test_momentum_and_queue_follow_their_rules(stage1):
     _, variables, batch, loss = stage1
     moved = {**variables, "params": jax.tree.map(lambda p: p + 1, variables["params"])}
-    _, aux = loss(moved, batch, jax.random.key(1), jnp.int32(0))
-    expected = jax.tree.map(lambda p: 0.9 * p + 0.1 * (p + 1), variables["key_params"])
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-        aux.collections["key_params"],
-        expected,
-    )
+    for step, m in ((0, 0.0), (10, 0.5), (1000, 0.9)):  # a copy at first, config.momentum at last
+        _, aux = loss(moved, batch, jax.random.key(1), jnp.int32(step))
+        expected = jax.tree.map(lambda p, m=m: m * p + (1 - m) * (p + 1), variables["key_params"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            aux.collections["key_params"],
+            expected,
+        )
     first = aux.collections["queue"]
     assert first["next"] == 4
     np.testing.assert_array_equal(first["keys"][4:], variables["queue"]["keys"][4:])
@@ -267,3 +268,57 @@ def test_segmentation_ignores_255():
     np.testing.assert_allclose(total, np.log(3), rtol=0.1)  # ASPP starts near zero logits
     segments = task.predict(variables, batch)["segments"]
     assert segments.shape == (4, 32, 32) and segments.dtype == jnp.int32
+
+
+def test_segmentation_loss_equals_numpy():
+    """Cross-entropy over the known pixels of valid rows; the view is the identity in this test."""
+    config = dict(MODEL, name="segmentation", frontend="pixels", mask_classes=3, aspp_rates=(1,))
+    task = build_task(ConfigDict(dict(config, output_stride=8)))
+    mask = RNG.integers(0, 3, (4, 32, 32)).astype(np.uint8)
+    mask[:, :20] = 255
+    batch = {"image": images(), "mask": jnp.asarray(mask), "valid": jnp.array([True] * 3 + [False])}
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    bias = np.array([0.1, -0.4, 0.9], np.float32)
+    segmenter = jax.tree.map(jnp.zeros_like, variables["params"]["segmenter"])
+    segmenter["rate1"]["bias"] = jnp.asarray(bias)  # every pixel has these logits, in any view
+    variables["params"]["segmenter"] = segmenter
+    total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(4), jnp.int32(0))
+    _, seen = views.mild(batch["image"], 32, batch["mask"], key=jax.random.key(4))
+    seen = np.asarray(seen)[:3]
+    known = seen[seen != 255]
+    expected = (np.log(np.exp(bias).sum()) - bias)[known].mean()
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_allclose(aux.metrics["pixel_accuracy"], (known == 2).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(STAGE1, dtype="bfloat16"),
+        dict(MODEL, name="compression", lmbda=100.0, feature_weights=(1.0,) * 3, relative=True),
+    ],
+    ids=["contrastive-bfloat16", "compression"],
+)
+def test_a_few_steps_lower_the_loss(config):
+    """Noise, queue and keys are held, so that what is lowered stays the same function."""
+    task = build_task(ConfigDict(config))
+    batch = {"image": images()}
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    frozen = {n: p for n, p in variables["params"].items() if task.groups(n) != "train"}
+    trained = {n: p for n, p in variables["params"].items() if n not in frozen}
+
+    @jax.jit
+    def step(trained):
+        def loss_of(trained):
+            own = {**variables, "params": {**frozen, **trained}}
+            return task.loss(own, batch, jax.random.key(0), jnp.int32(1000))[0]
+
+        loss, gradient = jax.value_and_grad(loss_of)(trained)
+        # By signs, as Adam's first step: alike for parameters of all scales.
+        return loss, jax.tree.map(lambda p, g: p - 1e-3 * jnp.sign(g), trained, gradient)
+
+    losses = []
+    for _ in range(8):
+        loss, trained = step(trained)
+        losses.append(float(loss))
+    assert np.isfinite(losses).all() and min(losses[-2:]) < losses[0]

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icm_jax import views
+from icm_jax.errors import IcmError
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (4, 20, 28, 3)).astype(np.uint8)
@@ -122,3 +123,5 @@ def test_views_do_not_depend_on_sharding():
 def test_centre_is_the_middle():
     np.testing.assert_array_equal(views.centre(IMAGES, 12), IMAGES[:, 4:16, 8:20])
     np.testing.assert_array_equal(views.centre(IMAGES[..., 0], 20), IMAGES[:, :, 4:24, 0])
+    with pytest.raises(IcmError, match="20 × 28 pixels holds no view of 24"):
+        views.centre(IMAGES, 24)

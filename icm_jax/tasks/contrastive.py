@@ -51,6 +51,16 @@ def info_nce(query, keys, queue, temperature: float, negatives: str):
     return loss, (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32).mean()
 
 
+def momentum_at(step, momentum: float) -> jax.Array:
+    """min(momentum, t / (t + 10)): the key encoder begins as a copy of the query encoder.
+
+    Without the warm-up a filter taken from pre-training would meet keys from an untrained one, and
+    with a momentum of 0.999 keys would be normalised by initial statistics for thousands of steps.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(jnp.float32(momentum), step / (step + 10.0))
+
+
 def contrastive(config) -> Task:
     """The task; fields of `config`: variant, width, size, dtype, filter_channels, filter_hidden,
     projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
@@ -109,9 +119,9 @@ def contrastive(config) -> Task:
         return _unit(embedding.astype(jnp.float32)), result.bits["y"], f, passed, stats
 
     def loss(variables, batch, key, step):
-        del step
         keys = jax.random.split(key, 3)
-        follow = lambda old, new: config.momentum * old + (1 - config.momentum) * new  # noqa: E731
+        m = momentum_at(step, config.momentum)
+        follow = lambda old, new: m * old + (1 - m) * new  # noqa: E731
         momentum = jax.lax.stop_gradient(
             {
                 "params": jax.tree.map(follow, variables["key_params"], variables["params"]),
