@@ -70,7 +70,7 @@ def demo() -> dict:
             learning_rate=1e-3,
             optimiser="adamw",
             warmup_steps=20,
-            lambdas=(0.3, 1.0, 3.0),
+            lambdas=(1.0, 10.0),
             feature_weights=(1.0, 1.0, 1.0),
         ),
         stage3=dict(

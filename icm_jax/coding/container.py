@@ -11,7 +11,8 @@
     ...     the strings, in the codec's order
     4       CRC-32 of everything before it, little-endian
 
-At most 28 bytes beside the strings for three segments and images below 2^21 pixels a side.
+Beside the strings that is 20 bytes for one segment and up to 27 for three, as long as strings and
+sides stay below 2^14; at most 32 for three segments below 2 MiB.
 """
 
 import zlib
@@ -48,6 +49,8 @@ def pack(stream: Stream) -> bytes:
         raise IcmError(f"a fingerprint has 4 bytes, not {len(stream.fingerprint)}")
     if not (1 <= height < _MAX_SIDE and 1 <= width < _MAX_SIDE):
         raise IcmError(f"image sides must be 1 to {_MAX_SIDE - 1} pixels, not {height}×{width}")
+    if not 0 <= stream.latents_crc < 1 << 32:
+        raise IcmError(f"a CRC-32 has 32 bits; {stream.latents_crc} does not fit")
     if len(stream.strings) > _MAX_SEGMENTS:
         raise IcmError(f"{len(stream.strings)} segments; the format holds {_MAX_SEGMENTS}")
     body = b"".join(
@@ -115,5 +118,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         value |= (data[at] & 0x7F) << shift
         at += 1
         if not data[at - 1] & 0x80:
+            if shift and not data[at - 1]:
+                break  # a longer form than `_varint` writes
             return value, at
     raise IcmError("the stream's header is damaged")

@@ -1,7 +1,13 @@
 """The range coder: integers and table rows to a byte string and back.
 
 `coder="native"` runs anywhere (Numba, no TensorFlow); `coder="tfc"` calls the official
-tensorflow-compression ops. Both write the same bytes (state machine: papers.md 7.3).
+tensorflow-compression ops. Both write the same bytes (the rules of that library's C++ coder).
+
+    state   base and size - 1, 32 bits each: the interval [base, base + size) still open
+    symbol  its row's [cdf[k], cdf[k + 1]) / 2^p narrows the interval, rounding down
+    shift   when size <= 2^16 the two top bytes of base leave, and 16 bits come in below
+    carry   base + start over 2^32 adds one to the bytes already out
+    end     the roundest number of the interval; trailing zeros are implicit
 
 An integer outside its row is coded as the row's escape symbol, an Elias-gamma code of the distance
 and a sign, every bit of it at probability 1/2.
@@ -12,15 +18,13 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from icm_jax.coding.tables import Tables
+from icm_jax.coding.tables import LOOKUP_BITS, Tables
 from icm_jax.errors import IcmError
 
-_MASK = 0xFFFFFFFF
-_GAMMA_LIMIT = 1 << 30  # from here on the official ops end the process (signed overflow)
+_GAMMA_LIMIT = 1 << 30  # from here on the official ops never return
 
-_OK, _BAD_ROW, _NO_ESCAPE, _TOO_FAR, _BAD_STREAM = range(5)
+_OK, _NO_ESCAPE, _TOO_FAR, _BAD_STREAM = range(4)
 _REASONS = {
-    _BAD_ROW: "a table index is outside the tables",
     _NO_ESCAPE: "a value lies outside its table row, and that row has no escape symbol",
     _TOO_FAR: "a value lies 2^30 or more outside its table row",
     _BAD_STREAM: "the stream is truncated, altered or was written with other tables",
@@ -53,8 +57,7 @@ def encode(
     if symbols.shape != indexes.shape:
         raise IcmError(f"{len(symbols)} symbols but {len(indexes)} table indexes")
     _check_rows(indexes, tables)
-    values = symbols.astype(np.int64) - tables.offsets[indexes].astype(np.int64)
-    return _coder(coder)[0](values, indexes, tables)
+    return _coder(coder)[0](symbols, indexes, tables)
 
 
 def decode(data: bytes, indexes: np.ndarray, tables: Tables, coder: str = "native") -> np.ndarray:
@@ -66,39 +69,33 @@ def decode(data: bytes, indexes: np.ndarray, tables: Tables, coder: str = "nativ
     """
     indexes = _int32_vector(indexes, "indexes")
     _check_rows(indexes, tables)
-    values = _coder(coder)[1](bytes(data), indexes, tables)
-    symbols = values.astype(np.int64) + tables.offsets[indexes].astype(np.int64)
-    if len(symbols) and not (-(2**31) <= symbols.min() and symbols.max() < 2**31):
-        raise IcmError(f"cannot decode: {_REASONS[_BAD_STREAM]}")
-    return symbols.astype(np.int32)
+    return _coder(coder)[1](bytes(data), indexes, tables)
 
 
-def _encode_native(values: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
-    status, data = _encode_loop(values, indexes, tables.cdf, tables.starts, tables.lengths)
+def _encode_native(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
+    status, data = _encode_loop(symbols, indexes, tables.cdf, tables.rows)
     if status != _OK:
         raise IcmError(f"cannot encode: {_REASONS[status]}")
     return data.tobytes()
 
 
 def _decode_native(data: bytes, indexes: np.ndarray, tables: Tables) -> np.ndarray:
-    status, values = _decode_loop(
-        np.frombuffer(data, np.uint8), indexes, tables.cdf, tables.starts, tables.lengths
+    status, symbols = _decode_loop(
+        np.frombuffer(data, np.uint8), indexes, tables.cdf, tables.rows, tables.lookup
     )
     if status != _OK:
         raise IcmError(f"cannot decode: {_REASONS[status]}")
-    return values
+    return symbols
 
 
-def _encode_tfc(values: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
-    # The op trusts its input (an Elias-gamma code over 30 bits ends the process): check it here.
-    escape = tables.cdf[tables.starts] < 0
-    top = (tables.lengths - escape)[indexes]
-    outside = (values < 0) | (values >= top)
-    if (outside & ~escape[indexes]).any():
-        raise IcmError(f"cannot encode: {_REASONS[_NO_ESCAPE]}")
-    if (np.where(values < 0, -values, values - top + 1) >= _GAMMA_LIMIT).any():
-        raise IcmError(f"cannot encode: {_REASONS[_TOO_FAR]}")
+# The official ops trust their input: an escape of 2^30 or more, and a damaged stream, keep them
+# busy for ever. So the native coder, which is bounded, looks at everything first.
+
+
+def _encode_tfc(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
     ops = _tfc_ops()
+    _encode_native(symbols, indexes, tables)
+    values = symbols.astype(np.int64) - tables.offsets[indexes]
     handle = ops.create_range_encoder([], tables.cdf)
     handle = ops.entropy_encode_index(handle, indexes, values.astype(np.int32))
     return ops.entropy_encode_finalize(handle).numpy()
@@ -106,11 +103,12 @@ def _encode_tfc(values: np.ndarray, indexes: np.ndarray, tables: Tables) -> byte
 
 def _decode_tfc(data: bytes, indexes: np.ndarray, tables: Tables) -> np.ndarray:
     ops = _tfc_ops()
+    _decode_native(data, indexes, tables)
     handle = ops.create_range_decoder(data, tables.cdf)
     handle, values = ops.entropy_decode_index(handle, indexes, [len(indexes)], np.int32)
     if not ops.entropy_decode_finalize(handle).numpy():
         raise IcmError(f"cannot decode: {_REASONS[_BAD_STREAM]}")
-    return values.numpy()
+    return (values.numpy() + tables.offsets[indexes].astype(np.int64)).astype(np.int32)
 
 
 def _tfc_ops():
@@ -140,202 +138,209 @@ def _int32_vector(values: np.ndarray, name: str) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype != np.int32:
         raise IcmError(f"{name} must be int32 of rank 1, not {values.dtype} {values.shape}")
-    return values
+    view = np.ascontiguousarray(values).view()
+    view.flags.writeable = False  # one array type for Numba, hence one compilation
+    return view
 
 
 def _check_rows(indexes: np.ndarray, tables: Tables) -> None:
-    if len(indexes) and not (0 <= indexes.min() and indexes.max() < len(tables.starts)):
+    if len(indexes) and not (0 <= indexes.min() and indexes.max() < len(tables.rows)):
         raise IcmError(
             f"table indexes {indexes.min()} to {indexes.max()} are outside the tables' "
-            f"{len(tables.starts)} rows"
+            f"{len(tables.rows)} rows"
         )
 
 
-@numba.njit(cache=True)
-def _gamma_bits(value):
-    """Number of binary digits of `value` >= 1."""
-    bits = 0
-    while value > 0:
-        value >>= 1
-        bits += 1
-    return bits
+def _compiled(function: Callable) -> Callable:
+    """`function` compiled by Numba, kept on disk where some folder for it can be written."""
+    options = {"nogil": True, "error_model": "numpy"}  # errors are return values, no exceptions
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # read-only package and home: compile once per process
+        return numba.njit(**options)(function)
 
 
-@numba.njit(cache=True)
-def _put(state, low, high, precision, out):
-    """Narrows the interval to [low, high) / 2^precision. state: base, size-1, carry, zeros, end."""
-    base, last, carry, zeros, end = state
-    size = last + np.uint64(1)
+# Two rules of Numba shape what follows. uint64 with int64 makes float64: whatever meets the state
+# is uint64. An array handed to a function costs two atomic counts: only rare branches do that.
+_0, _1, _8, _16, _24 = (np.uint64(value) for value in (0, 1, 8, 16, 24))
+_FULL = np.uint64((1 << 32) - 1)
+_LOW = np.uint64((1 << 16) - 1)
+
+
+@_compiled
+def _narrow(base, last, low, high, precision):
+    """The part [low, high) / 2^precision of the interval; its base may have passed 2^32."""
+    size = last + _1
     start = (size * low) >> precision
-    last = ((size * high) >> precision) - np.uint64(1) - start
-    base = (base + start) & np.uint64(_MASK)
-    overflowed = base < start
-    if base + last > np.uint64(_MASK):  # a carry may still come: hold the bytes back
-        if last < np.uint64(1 << 16):
-            base = (base << np.uint64(16)) & np.uint64(_MASK)
-            last = (last << np.uint64(16)) | np.uint64(0xFFFF)
-            zeros += 2
-        return base, last, carry, zeros, end
-    if carry >= 0:
-        word, fill = (carry, 0) if overflowed else (carry - 1, 0xFF)
-        out[end] = word >> 8
-        out[end + 1] = word & 0xFF
-        out[end + 2 : end + 2 + zeros] = fill
-        end += 2 + zeros
-        carry, zeros = -1, 0
-    if last < np.uint64(1 << 16):
-        top = np.int64(base >> np.uint64(16))
-        base = (base << np.uint64(16)) & np.uint64(_MASK)
-        last = (last << np.uint64(16)) | np.uint64(0xFFFF)
-        if base + last <= np.uint64(_MASK):
-            out[end] = top >> 8
-            out[end + 1] = top & 0xFF
-            end += 2
-        else:
-            carry = top + 1
-    return base, last, carry, zeros, end
+    return base + start, ((size * high) >> precision) - _1 - start
 
 
-@numba.njit(cache=True)
-def _finish(state, out):
-    base, last, carry, _, end = state
-    if carry >= 0:
-        out[end] = carry >> 8
-        end += 1
-        if carry & 0xFF:
-            out[end] = carry & 0xFF
-            end += 1
-    elif base != 0:
-        byte = ((base - np.uint64(1)) >> np.uint64(24)) + np.uint64(1)
-        if byte <= (base + last) >> np.uint64(24):
-            out[end] = byte
-            end += 1
-        else:
-            word = ((base - np.uint64(1)) >> np.uint64(16)) + np.uint64(1)
-            out[end] = word >> np.uint64(8)
-            end += 1
-            if word & np.uint64(0xFF):
-                out[end] = word & np.uint64(0xFF)
-                end += 1
+@_compiled
+def _encode_loop(symbols, indexes, cdf, rows):
+    # Each act of coding sends at most two bytes out: the number of acts bounds the stream.
+    acts = len(symbols)
+    for n in range(len(symbols)):
+        gamma = _gamma(symbols[n], rows[indexes[n], 1], rows[indexes[n], 3])
+        if gamma > 0:
+            if rows[indexes[n], 2] > 0:
+                return _NO_ESCAPE, np.empty(0, np.uint8)
+            if gamma >= _GAMMA_LIMIT:
+                return _TOO_FAR, np.empty(0, np.uint8)
+            acts += 2 * _digits(gamma)
+    out = np.empty(2 * acts + 2, np.uint8)
+    base, last, end = _0, _FULL, 0
+    for n in range(len(symbols)):
+        row = np.uint32(indexes[n])
+        first, count, precision, offset = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
+        value = np.int64(symbols[n]) - offset
+        gamma = _gamma(symbols[n], count, offset)
+        at = np.uint32(first + (count if gamma > 0 else value))
+        low, high, bits = np.uint64(cdf[at]), np.uint64(cdf[at + 1]), np.uint64(abs(precision))
+        left = 2 * _digits(gamma)  # an escape's zeros, digits and sign, read as one number
+        while True:
+            base, last = _narrow(base, last, low, high, bits)
+            if base > _FULL:
+                base &= _FULL
+                _carry(out, end)
+            if last <= _LOW:
+                out[end] = base >> _24
+                out[end + 1] = base >> _16
+                end += 2
+                base = (base << _16) & _FULL
+                last = (last << _16) | _LOW
+            if left == 0:
+                break
+            left -= 1
+            low = np.uint64((2 * gamma + (value < 0)) >> left) & _1
+            high, bits = low + _1, _1
+    return _OK, out[: _finish(base, last, out, end)]
+
+
+@_compiled
+def _gamma(symbol, count, offset):
+    """What follows an escape: how far the symbol lies outside its row, 0 if it does not."""
+    value = np.int64(symbol) - offset
+    if value < 0:
+        return -value
+    return max(value - count + 1, 0)
+
+
+@_compiled
+def _digits(gamma):
+    digits = 0
+    while gamma > 0:
+        gamma >>= 1
+        digits += 1
+    return digits
+
+
+@_compiled
+def _carry(out, end):
+    # Never runs past the front: the interval began below 2^32 and only shrinks.
+    at = end - 1
+    while out[at] == 0xFF:
+        out[at] = 0
+        at -= 1
+    out[at] += np.uint8(1)
+
+
+@_compiled
+def _finish(base, last, out, end):
+    """Writes the roundest number of the interval, and says how many bytes are out."""
+    if base + last > _FULL:  # 2^32 itself lies inside: a carry and then zeros
+        _carry(out, end)
+        while out[end - 1] == 0:
+            end -= 1
+    elif base != _0:
+        value = ((base - _1) >> _24) + _1
+        if value <= (base + last) >> _24:
+            out[end] = value
+            return end + 1
+        value = ((base - _1) >> _16) + _1
+        out[end], out[end + 1] = value >> _8, value & np.uint64(0xFF)
+        end += 2 if out[end + 1] else 1
     return end
 
 
-@numba.njit(cache=True)
-def _encode_loop(values, indexes, cdf, starts, lengths):
-    # Each coding act moves at most 16 bits out, so the number of acts bounds the bytes.
-    acts = 0
-    for n in range(len(values)):
-        row = starts[indexes[n]]
-        ordinary = lengths[indexes[n]] - (1 if cdf[row] < 0 else 0)
-        acts += 1
-        if values[n] < 0 or values[n] >= ordinary:
-            if cdf[row] > 0:
-                return _NO_ESCAPE, np.zeros(0, np.uint8)
-            gamma = -values[n] if values[n] < 0 else values[n] - ordinary + 1
-            if gamma >= _GAMMA_LIMIT:
-                return _TOO_FAR, np.zeros(0, np.uint8)
-            acts += 2 * _gamma_bits(gamma)
-    out = np.zeros(2 * acts + 8, np.uint8)
-    state = (np.uint64(0), np.uint64(_MASK), np.int64(-1), np.int64(0), np.int64(0))
-    one = np.uint64(1)
-    for n in range(len(values)):
-        row = starts[indexes[n]]
-        escapes = cdf[row] < 0
-        precision = np.uint64(abs(cdf[row]))
-        ordinary = lengths[indexes[n]] - (1 if escapes else 0)
-        value = values[n]
-        symbol = value if 0 <= value < ordinary else np.int64(ordinary)
-        low, high = np.uint64(cdf[row + 1 + symbol]), np.uint64(cdf[row + 2 + symbol])
-        state = _put(state, low, high, precision, out)
-        if escapes and symbol == ordinary:
-            gamma = -value if value < 0 else value - ordinary + 1
-            bits = _gamma_bits(gamma)
-            for _ in range(bits - 1):
-                state = _put(state, np.uint64(0), one, one, out)
-            for shift in range(bits - 1, -1, -1):
-                bit = np.uint64((gamma >> shift) & 1)
-                state = _put(state, bit, bit + one, one, out)
-            sign = one if value < 0 else np.uint64(0)
-            state = _put(state, sign, sign + one, one, out)
-    end = _finish(state, out)
-    return _OK, out[:end]
-
-
-@numba.njit(cache=True)
-def _get(state, cdf, first, count, precision, data):
-    """Next symbol of the row whose CDF is cdf[first : first + count + 1]."""
-    base, last, value, at = state
-    size = last + np.uint64(1)
-    offset = (((value - base) & np.uint64(_MASK)) + np.uint64(1)) << precision
-    target = (offset + last) // size  # the least c with size * c >= offset
-    below, above = np.int64(0), np.int64(count)
-    while above - below > 1:
-        middle = (below + above) >> 1
-        if np.uint64(cdf[first + middle]) >= target:
-            above = middle
-        else:
-            below = middle
-    start = (size * np.uint64(cdf[first + below])) >> precision
-    last = ((size * np.uint64(cdf[first + above])) >> precision) - np.uint64(1) - start
-    base = (base + start) & np.uint64(_MASK)
-    if last < np.uint64(1 << 16):
-        base = (base << np.uint64(16)) & np.uint64(_MASK)
-        last = (last << np.uint64(16)) | np.uint64(0xFFFF)
-        value = (value << np.uint64(16)) & np.uint64(_MASK)
-        value |= _byte(data, at) << np.uint64(8) | _byte(data, at + 1)
-        at += 2
-    return below, (base, last, value, at)
-
-
-@numba.njit(cache=True)
-def _byte(data, at):
-    # Trailing zeros are not written.
-    return np.uint64(data[at]) if at < len(data) else np.uint64(0)
-
-
-@numba.njit(cache=True)
-def _decode_loop(data, indexes, cdf, starts, lengths):
-    values = np.zeros(len(indexes), np.int32)
-    half = np.array([0, 1, 2], np.int32)
-    one = np.uint64(1)
-    value = np.uint64(0)
-    for at in range(4):
-        value = value << np.uint64(8) | _byte(data, at)
-    state = (np.uint64(0), np.uint64(_MASK), value, np.int64(4))
+@_compiled
+def _decode_loop(data, indexes, cdf, rows, lookup):
+    symbols = np.empty(len(indexes), np.int32)
+    base, last, at = _0, _FULL, 4
+    word = _two_bytes(data, 0) << _16 | _two_bytes(data, 2)
     for n in range(len(indexes)):
-        row = starts[indexes[n]]
-        length = lengths[indexes[n]]
-        symbol, state = _get(state, cdf, row + 1, length, np.uint64(abs(cdf[row])), data)
-        if cdf[row] < 0 and symbol == length - 1:
-            bits = 0
-            bit, state = _get(state, half, 0, 2, one, data)
-            while bit == 0:
-                bits += 1
-                if bits > 29:
-                    return _BAD_STREAM, values
-                bit, state = _get(state, half, 0, 2, one, data)
-            gamma = np.int64(1)
-            for _ in range(bits):
-                bit, state = _get(state, half, 0, 2, one, data)
-                gamma = gamma << 1 | bit
-            sign, state = _get(state, half, 0, 2, one, data)
-            symbol = -gamma if sign else gamma + length - 2
-            if symbol > 0x7FFFFFFF:
-                return _BAD_STREAM, values
-        values[n] = symbol
-    return (_OK if _ends_well(state, len(data)) else _BAD_STREAM), values
+        row = np.uint32(indexes[n])
+        first, count, precision, offset = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
+        bits = np.uint64(abs(precision))
+        target = np.int64(_target(base, last, word, bits))
+        value = np.int64(lookup[row, (target - 1) >> max(abs(precision) - LOOKUP_BITS, 0)])
+        while cdf[first + value + 1] < target:
+            value += 1
+        low, high = np.uint64(cdf[first + value]), np.uint64(cdf[first + value + 1])
+        base, last = _narrow(base, last, low, high, bits)
+        base &= _FULL
+        if last <= _LOW:
+            base, last, word, at = _shift(base, last, word, at, data)
+        if value == count:  # only rows with an escape have this symbol
+            gamma, negative, base, last, word, at = _take_escape(base, last, word, at, data)
+            if gamma == 0:
+                return _BAD_STREAM, symbols
+            value = -gamma if negative else gamma + count - 1
+        value += offset
+        if value != np.int32(value):
+            return _BAD_STREAM, symbols
+        symbols[n] = value
+    return (_OK if _ends_well(base, last, word, at, len(data)) else _BAD_STREAM), symbols
 
 
-@numba.njit(cache=True)
-def _ends_well(state, length):
-    """The format's own end check: all bytes read, and the value is the one `_finish` chose."""
-    base, last, value, at = state
+@_compiled
+def _two_bytes(data, at):
+    # Trailing zeros are not written.
+    word = np.uint64(data[at]) << _8 if at < len(data) else _0
+    return word | np.uint64(data[at + 1]) if at + 1 < len(data) else word
+
+
+@_compiled
+def _target(base, last, word, precision):
+    """The least c with size * c > (word - base) * 2^precision: the symbol's CDF reaches it."""
+    offset = (((word - base) & _FULL) + _1) << precision
+    return (offset + last) // (last + _1)
+
+
+@_compiled
+def _shift(base, last, word, at, data):
+    word = (word << _16) & _FULL | _two_bytes(data, at)
+    return (base << _16) & _FULL, (last << _16) | _LOW, word, at + 2
+
+
+@_compiled
+def _take_escape(base, last, word, at, data):
+    """The gamma and the sign of an escape, and the state; gamma is 0 in a damaged stream."""
+    zeros, gamma, left = 0, 0, -1  # left: digits and sign still to come, once they are known
+    while left != 0:
+        bit = _0 if _target(base, last, word, _1) == _1 else _1
+        base, last = _narrow(base, last, bit, bit + _1, _1)
+        base &= _FULL
+        if last <= _LOW:
+            base, last, word, at = _shift(base, last, word, at, data)
+        if left > 0:
+            left -= 1
+        elif bit == _1:
+            left = zeros + 1
+        else:
+            zeros += 1
+            if 2 << zeros > _GAMMA_LIMIT:
+                return 0, 0, base, last, word, at
+        gamma = gamma << 1 | np.int64(bit)
+    return gamma >> 1, gamma & 1, base, last, word, at
+
+
+@_compiled
+def _ends_well(base, last, word, at, length):
+    """The format's own end check: all bytes read, and the word is the one `_finish` chose."""
     if at < length:
         return False
-    if base == 0 or base + last > np.uint64(_MASK):
-        return value == 0
-    previous = base - np.uint64(1)
-    shift = np.uint64(24)
-    if not (previous >> shift) < ((base + last) >> shift):
-        shift = np.uint64(16)
-    return value == ((previous >> shift) + np.uint64(1)) << shift
+    if base == _0 or base + last > _FULL:
+        return word == _0
+    before = base - _1
+    shift = _24 if before >> _24 < (base + last) >> _24 else _16
+    return word == ((before >> shift) + _1) << shift

@@ -23,6 +23,7 @@ from icm_jax.errors import IcmError
 
 PRECISION = 16
 TAIL_MASS = 2.0**-16
+LOOKUP_BITS = 8
 SCALES = np.exp(np.linspace(math.log(0.11), math.log(256.0), 64))
 """The field's 64 scales of a Gaussian conditional (Ballé et al. 2018), float64."""
 
@@ -54,10 +55,11 @@ class Tables:
             precision = abs(int(self.cdf[at]))
             if not 1 <= precision <= 16:
                 raise IcmError(f"table row {len(starts)} has precision {precision}, not 1 to 16")
-            ends = np.flatnonzero(self.cdf[at + 1 :] == 1 << precision)
+            longest = self.cdf[at + 1 : at + 2 + (1 << precision)]
+            ends = np.flatnonzero(longest == 1 << precision)
             if not len(ends):
                 raise IcmError(f"table row {len(starts)} does not end in 2^{precision}")
-            row = self.cdf[at + 1 : at + 2 + ends[0]]
+            row = longest[: ends[0] + 1]
             if len(row) < 2 or row[0] != 0 or (np.diff(row) < 1).any():
                 raise IcmError(f"table row {len(starts)} is not an increasing CDF from 0")
             starts.append(at)
@@ -68,6 +70,28 @@ class Tables:
     def lengths(self) -> np.ndarray:
         """int32 [R]: the number of symbols in each row, the escape included."""
         return (np.diff(self.starts, append=len(self.cdf)) - 2).astype(np.int32)
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """int32 [R, 4], what the coder needs of a row: where its leading 0 lies in `cdf`, the
+        number of its symbols without the escape, its precision (negative with an escape), its
+        offset."""
+        precision = self.cdf[self.starts]
+        columns = (self.starts + 1, self.lengths - (precision < 0), precision, self.offsets)
+        return _frozen_int32(np.stack(columns, axis=1), "rows", rank=2)
+
+    @functools.cached_property
+    def lookup(self) -> np.ndarray:
+        """uint16 [R, 2^LOOKUP_BITS]: the symbol that each bucket of a row's 2^p begins in."""
+        table = np.zeros((len(self.starts), 1 << LOOKUP_BITS), np.uint16)
+        for own, start, length in zip(table, self.starts, self.lengths, strict=True):
+            precision = abs(int(self.cdf[start]))
+            shift = max(precision - LOOKUP_BITS, 0)
+            begins = np.arange(1 << (precision - shift)) << shift
+            cdf = self.cdf[start + 1 : start + 2 + length]
+            own[: len(begins)] = np.searchsorted(cdf, begins, side="right") - 1
+        table.setflags(write=False)
+        return table
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -88,13 +112,18 @@ def from_pmfs(
       precision: bits of the integer probabilities, 1 to 16.
 
     Raises:
-      IcmError: a probability is negative or not finite, or a row has no room at this precision.
+      IcmError: a probability is negative or not finite, probabilities sum to more than 1, or a row
+        has no room at this precision.
     """
+    if not len(pmfs):
+        raise IcmError("tables need at least one row of probabilities")
     rows = []
     for number, pmf in enumerate(pmfs):
         pmf = np.asarray(pmf, np.float64)
         if pmf.ndim != 1 or not len(pmf) or not np.isfinite(pmf).all() or (pmf < 0).any():
             raise IcmError(f"row {number}: probabilities must be finite and not negative")
+        if pmf.sum() > 1 + 1e-6:
+            raise IcmError(f"row {number}: probabilities sum to {pmf.sum()}, more than 1")
         pmf = np.append(pmf, max(1.0 - pmf.sum(), 0.0))
         counts = quantise_pmf(pmf, precision)
         rows.append(np.concatenate([[-precision, 0], np.cumsum(counts)]))
@@ -112,9 +141,9 @@ def quantise_pmf(pmf: np.ndarray, precision: int) -> np.ndarray:
     Returns: int64 [L].
     Raises: IcmError if L > 2^precision.
     """
-    total = 1 << precision
-    if not 1 <= precision <= 16 or len(pmf) > total:
+    if not 1 <= precision <= 16 or len(pmf) > 1 << precision:
         raise IcmError(f"{len(pmf)} symbols do not fit {precision} bits of precision (1 to 16)")
+    total = 1 << precision
     counts = np.maximum(np.rint(pmf * total), 1).astype(np.int64)
     step = -1 if counts.sum() > total else 1
 
@@ -161,10 +190,14 @@ def _normal_cdf(x: np.ndarray) -> np.ndarray:
     return 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2.0))
 
 
-def _frozen_int32(values, name: str) -> np.ndarray:
+def _frozen_int32(values, name: str, rank: int = 1) -> np.ndarray:
     values = np.asarray(values)
-    if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
-        raise IcmError(f"{name} must be a rank-1 integer array, not {values.dtype} {values.shape}")
-    values = values.astype(np.int32)
-    values.setflags(write=False)
-    return values
+    if values.ndim != rank or not np.issubdtype(values.dtype, np.integer):
+        raise IcmError(
+            f"{name} must be a rank-{rank} integer array, not {values.dtype} {values.shape}"
+        )
+    copy = values.astype(np.int32)
+    if not np.array_equal(copy, values):
+        raise IcmError(f"{name} must fit 32 bits; it spans {values.min()} to {values.max()}")
+    copy.setflags(write=False)
+    return copy

@@ -1,0 +1,248 @@
+"""The range coder byte for byte: stored streams, the format's prose, damage, the official ops."""
+
+import importlib.util
+import json
+import pathlib
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from icm_jax.coding import range_coder
+from icm_jax.coding.tables import Tables
+from icm_jax.errors import IcmError
+
+HAS_TFC = importlib.util.find_spec("tensorflow_compression_ops") is not None
+NEEDS_TFC = pytest.mark.skipif(not HAS_TFC, reason="no official ops here (extra `tfc`)")
+CODERS = ["native", pytest.param("tfc", marks=[NEEDS_TFC, pytest.mark.tfc])]
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "range_coder.json").read_text())
+MANY = hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+
+
+class ProseCoder:
+    """The format's state machine as its description reads: carries wait, nothing is rewritten.
+
+    The package adds carries to bytes that are already out; this one holds a word and counts the
+    bytes behind it until it knows. Equal bytes, trailing zeros included, by another road.
+    """
+
+    def __init__(self):
+        self.base, self.last, self.word, self.behind, self.out = 0, 2**32 - 1, None, 0, b""
+
+    def put(self, low, high, precision):
+        size = self.last + 1
+        start, stop = size * low >> precision, (size * high >> precision) - 1
+        carried, self.base = divmod(self.base + start, 2**32)
+        self.last = stop - start
+        short = self.last < 2**16
+        if self.base + self.last >= 2**32:
+            if short:
+                self._shift()
+                self.behind += 2
+            return
+        if self.word is not None:
+            word, fill = (self.word, b"\x00") if carried else (self.word - 1, b"\xff")
+            self.out += word.to_bytes(2, "big") + self.behind * fill
+            self.word, self.behind = None, 0
+        if short:
+            top = self.base >> 16
+            self._shift()
+            if self.base + self.last < 2**32:
+                self.out += top.to_bytes(2, "big")
+            else:
+                self.word = top + 1
+
+    def _shift(self):
+        self.base, self.last = self.base << 16 & 0xFFFFFFFF, self.last << 16 | 0xFFFF
+
+    def finish(self):
+        if self.word is not None:
+            tail = self.word.to_bytes(2, "big")
+        elif self.base == 0:
+            return self.out
+        else:
+            byte = (self.base - 1 >> 24) + 1
+            if byte <= self.base + self.last >> 24:
+                return self.out + bytes([byte])
+            tail = ((self.base - 1 >> 16) + 1).to_bytes(2, "big")
+        return self.out + (tail if tail[1] else tail[:1])
+
+
+def prose_encode(symbols, indexes, rows, offsets):
+    coder = ProseCoder()
+    for symbol, index in zip(symbols, indexes, strict=True):
+        row, value = rows[index], symbol - offsets[index]
+        ordinary = len(row) - 2 - (row[0] < 0)
+        at = value if 0 <= value < ordinary else ordinary
+        coder.put(row[1 + at], row[2 + at], abs(row[0]))
+        if at == ordinary:
+            digits = bin(-value if value < 0 else value - ordinary + 1)[2:]
+            for bit in "0" * (len(digits) - 1) + digits + str(int(value < 0)):
+                coder.put(int(bit), int(bit) + 1, 1)
+    return coder.finish()
+
+
+@st.composite
+def messages(draw, always_escape):
+    """Rows of every precision, and symbols for them, most of them ordinary."""
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        p = draw(st.integers(1, 16))
+        inner = draw(st.sets(st.integers(1, (1 << p) - 1), max_size=9))
+        sign = -1 if always_escape else draw(st.sampled_from([-1, 1]))
+        rows.append([sign * p, 0, *sorted(inner), 1 << p])
+    offsets = [draw(st.integers(-(2**20), 2**20)) for _ in rows]
+    symbols, indexes = [], []
+    for _ in range(draw(st.integers(0, 80))):
+        index = draw(st.integers(0, len(rows) - 1))
+        top = len(rows[index]) - 2
+        far = st.integers(-(2**30) + 1, 2**30 - 2)
+        inside = st.integers(0, max(top - 2, 0) if rows[index][0] < 0 else top - 1)
+        near = st.integers(-3, top + 3)
+        value = draw(inside if rows[index][0] > 0 else st.one_of(inside, inside, near, far))
+        symbols.append(value + offsets[index])
+        indexes.append(index)
+    return rows, offsets, symbols, indexes
+
+
+def arrays(rows, offsets, symbols, indexes):
+    tables = Tables(np.concatenate(rows), np.array(offsets))
+    return np.array(symbols, np.int32), np.array(indexes, np.int32), tables
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("case", GOLDEN, ids=[case["name"] for case in GOLDEN])
+def test_stored_streams(case, coder):
+    """Written by the official ops 2.17.0 from stored integer tables."""
+    symbols, indexes, tables = arrays(
+        [case["cdf"]], case["offsets"], case["symbols"], case["indexes"]
+    )
+    data = range_coder.encode(symbols, indexes, tables, coder)
+    assert data.hex() == case["bytes"]
+    np.testing.assert_array_equal(range_coder.decode(data, indexes, tables, coder), symbols)
+
+
+@MANY
+@hypothesis.given(messages(always_escape=False))
+def test_bytes_equal_the_prose(message):
+    rows, offsets, symbols, indexes = message
+    values, index, tables = arrays(*message)
+    data = range_coder.encode(values, index, tables)
+    assert data == prose_encode(symbols, indexes, rows, offsets)
+    np.testing.assert_array_equal(range_coder.decode(data, index, tables), values)
+
+
+def test_long_carries():
+    """Messages whose interval keeps straddling a power of two: the carry runs through many 0xFF."""
+    row = [-16, 0, 32767, 32769, 65536]
+    tables = Tables(np.array(row), np.array([0]))
+    runs = 0
+    for length in range(1, 60):
+        for final in (0, 1, 2):
+            symbols = [1] * length + [final] + [1] * 3
+            indexes = np.zeros(len(symbols), np.int32)
+            data = range_coder.encode(np.array(symbols, np.int32), indexes, tables)
+            assert data == prose_encode(symbols, indexes, [row], [0])
+            runs += b"\xff\xff\xff\xff" in data
+            assert range_coder.decode(data, indexes, tables).tolist() == symbols
+    assert runs > 10  # else this test has lost its point
+
+
+@NEEDS_TFC
+@pytest.mark.tfc
+@MANY
+@hypothesis.given(messages(always_escape=False))
+def test_official_ops_agree_both_ways(message):
+    values, index, tables = arrays(*message)
+    native, official = (range_coder.encode(values, index, tables, c) for c in ("native", "tfc"))
+    assert native == official
+    for coder in ("native", "tfc"):
+        np.testing.assert_array_equal(range_coder.decode(native, index, tables, coder), values)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+@hypothesis.given(
+    message=messages(always_escape=True),
+    cut=st.integers(0, 99),
+    at=st.integers(0, 999),
+    flip=st.integers(1, 255),
+)
+def test_a_damaged_stream_ends_in_an_error_or_in_values(coder, message, cut, at, flip):
+    values, index, tables = arrays(*message)
+    data = bytearray(range_coder.encode(values, index, tables))
+    if data:
+        data[at % len(data)] ^= flip
+    try:
+        symbols = range_coder.decode(bytes(data[: len(data) - cut % 4]), index, tables, coder)
+    except IcmError:
+        return
+    assert symbols.dtype == np.int32 and symbols.shape == index.shape
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_an_endless_escape_is_refused(coder):
+    """Zeros without end after an escape: the bare official op never comes back from this."""
+    tables = Tables(np.array([-2, 0, 1, 4]), np.array([0]))
+    with pytest.raises(IcmError, match="truncated, altered"):
+        range_coder.decode(b"\x40", np.zeros(1, np.int32), tables, coder)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_the_longest_escape(coder):
+    """2^30 - 1 outside the row is coded; one more is refused by both ways."""
+    row, index = [-2, 0, 1, 4], np.zeros(1, np.int32)
+    tables = Tables(np.array(row), np.array([0]))
+    longest = prose_encode([-(2**30) + 1], [0], [row], [0])
+    assert range_coder.decode(longest, index, tables, coder).tolist() == [-(2**30) + 1]
+    with pytest.raises(IcmError, match="truncated, altered"):
+        range_coder.decode(prose_encode([-(2**30)], [0], [row], [0]), index, tables, coder)
+    with pytest.raises(IcmError, match="2\\^30 or more"):
+        range_coder.encode(np.array([-(2**30)], np.int32), index, tables, coder)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_bytes_left_over_are_refused(coder):
+    tables, index = Tables(np.array([-2, 0, 1, 4]), np.array([0])), np.zeros(1, np.int32)
+    data = range_coder.encode(np.array([-1], np.int32), index, tables)
+    with pytest.raises(IcmError, match="truncated, altered"):
+        range_coder.decode(data + bytes(8), index, tables, coder)
+
+
+@pytest.mark.parametrize("coder", CODERS)
+def test_the_ends_of_int32(coder):
+    """Offsets may lie anywhere; what leaves int32 while decoding is damage, not a wrapped value."""
+    row, top = [-2, 0, 3, 4], 2**31 - 1
+    tables = Tables(np.array(row * 2), np.array([top, -top - 1]))
+    symbols, indexes = np.array([top, -top - 1], np.int32), np.array([0, 1], np.int32)
+    data = range_coder.encode(symbols, indexes, tables, coder)
+    np.testing.assert_array_equal(range_coder.decode(data, indexes, tables, coder), symbols)
+    over = range_coder.encode(
+        np.array([5], np.int32), indexes[:1], Tables(np.array(row), np.array([0])), coder
+    )
+    with pytest.raises(IcmError, match="truncated, altered"):
+        range_coder.decode(over, indexes[:1], tables, coder)
+
+
+def test_strided_and_read_only_arrays_are_welcome():
+    tables = Tables(np.array([-4, 0, 5, 12, 16]), np.array([-1]))
+    symbols, indexes = np.arange(-4, 4, dtype=np.int32), np.zeros(8, np.int32)
+    symbols.setflags(write=False)
+    data = range_coder.encode(symbols[::2], indexes[::2], tables)
+    assert data == range_coder.encode(symbols[::2].copy(), indexes[:4], tables)
+    decoded = range_coder.decode(memoryview(data), indexes[::2], tables)
+    assert decoded.tolist() == [-4, -2, 0, 2] and decoded.flags.writeable
+
+
+def test_the_coder_is_named_or_refused():
+    tables = Tables(np.array([-1, 0, 1, 2]), np.array([0]))
+    with pytest.raises(IcmError, match="native, tfc"):
+        range_coder.encode(np.zeros(1, np.int32), np.zeros(1, np.int32), tables, "rans")
+
+
+def test_compiles_where_no_cache_can_be_written():
+    """A function without a file has no cache folder, as a read-only installation has none."""
+    names = {}
+    exec("def double(x):\n    return 2 * x", names)
+    assert range_coder._compiled(names["double"])(21) == 42
