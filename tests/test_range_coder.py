@@ -111,6 +111,26 @@ def arrays(rows, offsets, symbols, indexes):
     return np.array(symbols, np.int32), np.array(indexes, np.int32), tables
 
 
+# The vectors of TFC's format sheet: one table row, symbols, the whole string.
+PUBLISHED = [
+    ([-12, 0, 16, 4064, 4080, 4096], [], ""),
+    ([-12, 0, 16, 4064, 4080, 4096], [1] * 8, "08"),
+    ([-12, 0, 16, 4064, 4080, 4096], [0, 1, 2, 3, -1, 7, 1], "00fd02c0bff2a9"),
+    ([-12, 0, 1000, 3000, 4000, 4096], [0, 1, 2, 1, 1, 0, 2, 2, 1, 0, -3, 100, 1], "28b8e4bb6911"),
+    ([12, 0, 1, 4096], [0] * 5, "000000000000"),
+    ([-1, 0, 1, 2], [0, 1, -1], "6e"),
+]
+
+
+@pytest.mark.parametrize("coder", CODERS)
+@pytest.mark.parametrize("row, symbols, expected", PUBLISHED)
+def test_published_vectors(row, symbols, expected, coder):
+    symbols, indexes, tables = arrays([row], [0], symbols, [0] * len(symbols))
+    data = range_coder.encode(symbols, indexes, tables, coder)
+    assert data.hex() == expected
+    np.testing.assert_array_equal(range_coder.decode(data, indexes, tables, coder), symbols)
+
+
 @pytest.mark.parametrize("coder", CODERS)
 @pytest.mark.parametrize("case", GOLDEN, ids=[case["name"] for case in GOLDEN])
 def test_stored_streams(case, coder):
