@@ -10,7 +10,38 @@ from icm_jax.coding import container
 from icm_jax.errors import IcmError
 
 MANY = hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
-STREAM = container.Stream(b"abcd", 1, (480, 640), (b"z" * 20, b"y" * 900))
+STREAM = container.Stream(b"abcd", 0xDEADBEEF, (480, 1), (b"hyper", b"", b"latents" * 30))
+
+
+def test_golden_bytes():
+    data = container.pack(STREAM._replace(strings=(b"xyz", b"w")))
+    body = bytes.fromhex("49434d01 61626364 efbeadde e003 01 02 03 78797a 77")
+    assert data == body + zlib.crc32(body).to_bytes(4, "little")
+
+
+@MANY
+@hypothesis.given(
+    st.builds(
+        container.Stream,
+        st.binary(min_size=4, max_size=4),
+        st.integers(0, 2**32 - 1),
+        st.tuples(st.integers(1, 2**21 - 1), st.integers(1, 2**21 - 1)),
+        st.lists(st.binary(max_size=300), max_size=3).map(tuple),
+    )
+)
+def test_round_trip_and_overhead(stream):
+    assert container.unpack(container.pack(stream)) == stream
+    assert container.overhead(stream) <= 27
+
+
+def test_every_truncation_and_every_altered_byte_is_an_error():
+    data = container.pack(STREAM)
+    for length in range(len(data)):
+        with pytest.raises(IcmError):
+            container.unpack(data[:length])
+    for at in range(len(data)):
+        with pytest.raises(IcmError):
+            container.unpack(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
 
 
 def sealed(body: bytes) -> bytes:
@@ -40,10 +71,12 @@ def test_what_is_read_is_what_would_be_written(rest):
     "directory, message",
     [
         ("01 01 00 aa", "directory"),  # no segment, but a byte
-        ("01 01 01 02 aa", "directory"),  # two bytes claimed, one there
+        ("01 01 02 02 aa", "directory"),  # two bytes claimed, one there
+        ("01 01 03 01 01 aa", "directory"),  # the same over two strings
+        ("01 01 02 ffffffff0f aa", "directory"),  # gigabytes claimed
         ("01 01 41" + 64 * "00", "directory"),  # too many segments
         ("8100 01 01 01 aa", "damaged"),  # 1, written longer than needed
-        ("01 01 01 ffffffffff", "damaged"),  # a length without end
+        ("01 01 02 ffffffffff", "damaged"),  # a length without end
         ("00 01 01 01 aa", "impossible"),  # no rows
         ("80808001 01 01 01 aa", "impossible"),  # 2^21 rows
         ("80", "truncated"),
@@ -63,11 +96,11 @@ def test_other_formats_are_named():
         container.unpack(b"\xff\xd8\xff\xe0 a JPEG")
 
 
-@pytest.mark.parametrize("size", [0, 1, 127, 128, 16383])
-@pytest.mark.parametrize("segments", [1, 2, 3])
-def test_overhead_is_what_the_docstring_says(size, segments):
-    stream = STREAM._replace(shape=(16383, 16383), strings=(b"s" * size,) * segments)
-    assert container.overhead(stream) <= 21 + 2 * segments <= 27
+@pytest.mark.parametrize("side", [1, 127, 128, 16384, 65535])
+@pytest.mark.parametrize("sizes", [(0, 0, 0), (127, 128, 90_000), (16_383, 90_000, 3_000_000)])
+def test_overhead_is_at_most_28_bytes(side, sizes):
+    stream = STREAM._replace(shape=(side, side), strings=tuple(b"s" * size for size in sizes))
+    assert container.overhead(stream) <= 28
     assert container.unpack(container.pack(stream)) == stream
 
 
@@ -77,6 +110,8 @@ def test_overhead_is_what_the_docstring_says(size, segments):
         ({"latents_crc": 1 << 32}, "32 bits"),
         ({"latents_crc": -1}, "32 bits"),
         ({"shape": (1, 1 << 21)}, "pixels"),
+        ({"shape": (0, 4)}, "pixels"),
+        ({"fingerprint": b""}, "4 bytes"),
         ({"strings": (b"",) * 65}, "65 segments"),
     ],
 )

@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import scipy.stats
 
 from icm_jax.coding import tables
 from icm_jax.coding.tables import Tables
@@ -56,6 +57,35 @@ def test_of_equal_masses_the_first_ones_change(size):
     assert abs(changed[0]) == 1 and (np.diff(np.abs(changed)) <= 0).all()
 
 
+def test_ties_go_to_the_lowest_index():
+    assert tables.quantise_pmf(np.full(6, 1 / 6), 3).tolist() == [2, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "index, offset, cdf",
+    [
+        (0, -1, [0, 1, 4094, 4095, 4096]),
+        (10, -2, [0, 1, 378, 3717, 4094, 4095, 4096]),
+        (20, -4, [0, 13, 107, 500, 1429, 2665, 3594, 3987, 4081, 4094, 4096]),
+    ],
+)
+def test_gaussian_rows_equal_the_reference(index, offset, cdf):
+    """TFC's Gaussian set at 12 bits and tail mass 2^-8, evaluated in float64."""
+    gaussian = tables.gaussian_tables(precision=12, tail_mass=2.0**-8)
+    start = gaussian.starts[index]
+    assert gaussian.offsets[index] == offset
+    assert gaussian.cdf[start : start + len(cdf) + 1].tolist() == [-12, *cdf]
+    assert gaussian.lengths[[0, 31, 63]].tolist() == [4, 32, 1480]
+
+
+@pytest.mark.parametrize("scale", [0.11, 1.0, 37.0])
+def test_gaussian_masses_equal_scipy(scale):
+    values = np.arange(-200, 201)
+    upper, lower = (scipy.stats.norm.logcdf((-abs(values) + s) / scale) for s in (0.5, -0.5))
+    expected = np.exp(upper) * -np.expm1(lower - upper)
+    np.testing.assert_allclose(tables.gaussian_pmf(values, scale), expected, rtol=1e-9, atol=1e-300)
+
+
 @pytest.mark.parametrize("precision, tail_mass", [(16, tables.TAIL_MASS), (12, 2.0**-8)])
 def test_gaussian_rows_cost_less_than_one_percent(precision, tail_mass):
     """Escapes at their true price: Elias gamma and a sign. TFC's 12 bits cost up to 2 %."""
@@ -84,7 +114,8 @@ def test_lookup_names_the_symbol_in_which_a_bucket_begins(precisions, data):
     rows = []
     for p in precisions:
         inner = data.draw(st.sets(st.integers(1, (1 << p) - 1), max_size=20))
-        sign = data.draw(st.sampled_from([-1, 1]))
+        ambiguous = rows and rows[-1][-1] == p
+        sign = -1 if ambiguous else data.draw(st.sampled_from([-1, 1]))
         rows.append([sign * p, 0, *sorted(inner), 1 << p])
     made = Tables(np.concatenate(rows), np.arange(len(rows)))
     for row, own, lookup in zip(rows, made.rows, made.lookup, strict=True):
@@ -115,3 +146,24 @@ def test_lookup_names_the_symbol_in_which_a_bucket_begins(precisions, data):
 def test_unusable_masses_are_refused(pmfs, offsets, precision, message):
     with pytest.raises(IcmError, match=message):
         tables.from_pmfs([np.array(p) for p in pmfs], offsets, precision)
+
+
+@pytest.mark.parametrize("cdf", [[0, 1], [-12, 0, 5, 3, 4096], [-12, 1, 4096], [-17, 0, 1], []])
+def test_malformed_tables_are_refused(cdf):
+    with pytest.raises(IcmError):
+        Tables(np.array(cdf, np.int32), np.array([0]))
+
+
+def test_digest_tells_tables_apart():
+    one, other = (Tables(np.array([-1, 0, 1, 2]), np.array([offset])) for offset in (0, 1))
+    same = Tables(np.array([-1, 0, 1, 2]), np.array([0]))
+    assert one.digest == same.digest != other.digest
+    with pytest.raises(ValueError, match="read-only"):
+        one.cdf[1] = 1
+
+
+def test_a_header_that_continues_the_row_before_is_refused():
+    """The official ops read the 16 after [4, 0, 16] as one more symbol."""
+    with pytest.raises(IcmError, match="precision 16 after a row of precision 4"):
+        Tables(np.array([4, 0, 16, 16, 0, 65536]), np.array([0, 0]))
+    Tables(np.array([4, 0, 16, -16, 0, 65536]), np.array([0, 0]))

@@ -7,12 +7,12 @@
     4       CRC-32 of the integer latents, little-endian
     1-3 ×2  height and width of the image in pixels (LEB128)
     1       number of segments
-    1-5 ×n  length of each segment's string (LEB128)
+    1-5 ×n  length of each string but the last, which takes the rest (LEB128)
     ...     the strings, in the codec's order
     4       CRC-32 of everything before it, little-endian
 
-Beside the strings that is 20 bytes for one segment and up to 27 for three, as long as strings and
-sides stay below 2^14; at most 32 for three segments below 2 MiB.
+Beside the strings that is 19 to 23 bytes for one segment and at most 28 for three, for images below
+65,536 pixels a side, a first string below 16 KiB and a second below 2 MiB.
 """
 
 import zlib
@@ -62,7 +62,7 @@ def pack(stream: Stream) -> bytes:
             _varint(height),
             _varint(width),
             bytes([len(stream.strings)]),
-            *(_varint(len(string)) for string in stream.strings),
+            *(_varint(len(string)) for string in stream.strings[:-1]),
             *stream.strings,
         ]
     )
@@ -82,11 +82,13 @@ def unpack(data: bytes) -> Stream:
     (height, at), (width, at) = (pair := _read_varint(data, at)), _read_varint(data, pair[1])
     count, at = data[at], at + 1
     lengths = []
-    for _ in range(min(count, _MAX_SEGMENTS)):
+    for _ in range(min(count, _MAX_SEGMENTS) - 1):
         length, at = _read_varint(data, at)
         lengths.append(length)
-    if at + sum(lengths) != len(data) - 4 or len(lengths) != count:
+    rest = len(data) - 4 - at - sum(lengths)
+    if rest < 0 or count > _MAX_SEGMENTS or (count == 0 and rest):
         raise IcmError("the stream's directory does not match its length")
+    lengths += [rest] if count else []
     if not (1 <= height < _MAX_SIDE and 1 <= width < _MAX_SIDE):
         raise IcmError(f"the stream claims an impossible image of {height}×{width} pixels")
     strings = []

@@ -62,6 +62,12 @@ class Tables:
             row = longest[: ends[0] + 1]
             if len(row) < 2 or row[0] != 0 or (np.diff(row) < 1).any():
                 raise IcmError(f"table row {len(starts)} is not an increasing CDF from 0")
+            if (longest[ends[0] + 1 : ends[0] + 2] == 1 << precision).any():
+                # The official ops take such a header for one more symbol, of no probability.
+                raise IcmError(
+                    f"table row {len(starts) + 1} must not have the precision {1 << precision} "
+                    f"after a row of precision {precision}: its beginning would be ambiguous"
+                )
             starts.append(at)
             at += 2 + int(ends[0])
         return np.asarray(starts, np.int32)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from icm_jax.data import sources
+from icm_jax.data import scenes, sources
 from icm_jax.errors import IcmError
 
 
@@ -33,6 +33,8 @@ def open_source(config, split: str) -> sources.Source:
 
     Raises: IcmError for an unknown name, absent data, or files of another structure.
     """
+    if split not in scenes.SPLITS:
+        raise IcmError(f"no split {split!r}; choose one of {', '.join(scenes.SPLITS)}")
     if config.name not in DATASETS:
         raise IcmError(f"unknown data set {config.name!r}; choose one of {', '.join(DATASETS)}")
     return DATASETS[config.name].open(config, split)

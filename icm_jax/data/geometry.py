@@ -8,6 +8,9 @@ from PIL import Image
 
 from icm_jax.errors import IcmError
 
+IGNORE = 255
+"""The class id of pixels without one."""
+
 
 def decode_image(data: bytes, name: str, smallest: int = 0) -> np.ndarray:
     """RGB uint8 [H, W, 3] of a JPEG (or any format that Pillow reads).
@@ -17,7 +20,9 @@ def decode_image(data: bytes, name: str, smallest: int = 0) -> np.ndarray:
       smallest: a JPEG may be decoded at a fraction of its size as long as both sides keep this
         many pixels, which costs a fraction of the time.
 
-    Raises: IcmError if the bytes are not a whole image.
+    16-bit grey is scaled to 8 bits; transparency is dropped.
+
+    Raises: IcmError if the bytes are not a whole image, or one so large that Pillow refuses it.
     """
     try:
         if simplejpeg.is_jpeg(data):
@@ -25,23 +30,42 @@ def decode_image(data: bytes, name: str, smallest: int = 0) -> np.ndarray:
                 data, "RGB", min_height=smallest, min_width=smallest, strict=True
             )
         with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):  # Pillow's own conversion would saturate, not scale
+                grey = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
             return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise IcmError(f"cannot read the image {name}: {error}; repair or remove it") from error
 
 
-def decode_mask(data: bytes, name: str) -> np.ndarray:
-    """Class ids uint8 [H, W] of a PNG with one channel or a palette."""
+def decode_mask(data: bytes, name: str, classes: int = 256) -> np.ndarray:
+    """Class ids uint8 [H, W] of a PNG with one channel or a palette.
+
+    Raises: IcmError if it cannot be read, or has an id that is neither below `classes` nor 255.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             mask = np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise IcmError(f"cannot read the mask {name}: {error}; repair or remove it") from error
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise IcmError(
             f"the mask {name} must have one 8-bit channel, not {mask.dtype} {mask.shape}"
         )
+    strange = mask[(mask >= classes) & (mask != IGNORE)]
+    if strange.size:
+        raise IcmError(
+            f"the mask {name} has the class id {strange.max()}; its data set names {classes} "
+            f"classes, so ids are 0 to {classes - 1}, and {IGNORE} where nothing is known"
+        )
     return mask
+
+
+def check_aspect(image: np.ndarray, mask: np.ndarray, name: str) -> None:
+    """Raises IcmError if a mask [h, w] cannot lie over its (perhaps reduced) image [H, W, 3]."""
+    (height, width), (h, w) = image.shape[:2], mask.shape
+    if abs(h * width - w * height) > 2 * max(h, w):  # a reduced image has rounded sides
+        raise IcmError(f"the mask of {name} is {h} x {w}, which does not fit {height} x {width}")
 
 
 def fit(array: np.ndarray, canvas: tuple[int, int], resample=Image.Resampling.BILINEAR):

@@ -2,7 +2,8 @@
 
 Row r of step t is position t·B + r of an endless list of shuffled epochs, whatever the number of
 processes; process p reads its own rows alone. Host work is decoding and fitting to the canvas;
-every random view is made on the device.
+every random view is made on the device. Examples are loaded by threads, which is enough: the JPEG
+library and Pillow's resizing both let other threads run.
 """
 
 import functools
@@ -40,24 +41,25 @@ def batches(
       threads: decoding threads; default: all cores.
 
     Yields: {"image": uint8 [b, *canvas, 3], "valid": bool [b], "label": int32 [b] and
-      "mask": uint8 [b, *canvas] where the source has them}, b = B / processes.
+      "mask": uint8 [b, *canvas] where the source has them}, b = B / processes. Rows whose
+      example has no label (COCO images without an object) are not "valid".
 
     Raises: IcmError if B does not divide, the source is empty or an image cannot be read.
     """
     rows = _own_rows(batch_size, process, processes)
-    if source.length < 1:
-        raise IcmError(f"{source.name} has no examples")
+    _check(source)
+    if seed < 0:
+        raise IcmError(f"the seed must not be negative, not {seed}")
 
     @functools.lru_cache(maxsize=4)
     def permutation(epoch):
         return np.random.default_rng([seed, epoch]).permutation(source.length)
 
-    def load(step):
-        positions = (step * batch_size + row for row in rows)
-        numbers = [permutation(p // source.length)[p % source.length] for p in positions]
-        return _batch(source, numbers, canvas, len(rows))
+    def load(position):
+        number = permutation(position // source.length)[position % source.length]
+        return _example(source, int(number), canvas)
 
-    return _parallel(load, start, stop, threads)
+    return _parallel(load, rows, batch_size, start, stop, threads)
 
 
 def evaluation_batches(
@@ -70,15 +72,30 @@ def evaluation_batches(
     processes: int = 1,
     threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is padded with rows that are not "valid"."""
+    """Every example once, in order; the last batch is padded with rows that are not "valid".
+
+    Every process gets as many batches with the same keys, though all rows of its last may be
+    padding. Within a batch the "valid" rows come first.
+    """
     rows = _own_rows(batch_size, process, processes)
+    _check(source)
     length = source.length if limit is None else min(limit, source.length)
 
-    def load(step):
-        positions = (step * batch_size + row for row in rows)
-        return _batch(source, [p for p in positions if p < length], canvas, len(rows))
+    def load(position):
+        if position < length:
+            return _example(source, position, canvas)
+        example = _example(source, 0, canvas)  # its keys; the content is blanked
+        blanks = {"mask": geometry.IGNORE}
+        return {key: np.full_like(value, blanks.get(key, 0)) for key, value in example.items()}
 
-    return _parallel(load, 0, -(-length // batch_size), threads)
+    for batch in _parallel(load, rows, batch_size, 0, -(-length // batch_size), threads):
+        order = np.argsort(~batch["valid"], kind="stable")
+        yield {key: value[order] for key, value in batch.items()}
+
+
+def _check(source: Source) -> None:
+    if source.length < 1:
+        raise IcmError(f"{source.name} has no examples")
 
 
 def _own_rows(batch_size: int, process: int, processes: int) -> range:
@@ -88,27 +105,36 @@ def _own_rows(batch_size: int, process: int, processes: int) -> range:
     return range(process * own, (process + 1) * own)
 
 
-def _parallel(load, start: int, stop: int, threads: int | None):
-    threads = threads or os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+def _parallel(load, rows: range, batch_size: int, start: int, stop: int, threads: int | None):
+    """Batches of the examples at positions step·B + row, loaded ahead in threads, in order.
+
+    What is ahead is counted in examples, not batches: memory does not grow with cores times B.
+    """
     if stop <= start:
         return iter(())
-    return iter(grain.MapDataset.range(start, stop).map(load).to_iter_dataset(options))
+    own, threads = len(rows), threads or os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * own, 2 * threads))
+    positions = grain.MapDataset.range(start * own, stop * own).map(
+        lambda n: n // own * batch_size + rows[n % own]
+    )
+    examples = positions.map(load).to_iter_dataset(options)
+    return iter(examples.batch(own, drop_remainder=True, batch_fn=_stack))
 
 
-def _batch(source: Source, numbers, canvas: tuple[int, int], size: int) -> dict[str, np.ndarray]:
-    batch = {
-        "image": np.zeros((size, *canvas, 3), np.uint8),
-        "valid": np.arange(size) < len(numbers),
-    }
-    for row, number in enumerate(numbers):
-        example = source.load(int(number))
-        image = geometry.decode_image(example["image"], example["name"], max(canvas))
-        batch["image"][row] = geometry.fit(image, canvas)
-        if "label" in example:
-            batch.setdefault("label", np.zeros(size, np.int32))[row] = example["label"]
-        if "mask" in example:
-            mask = geometry.decode_mask(example["mask"], example["name"])
-            masks = batch.setdefault("mask", np.full((size, *canvas), 255, np.uint8))
-            masks[row] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
-    return batch
+def _stack(examples) -> dict[str, np.ndarray]:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+def _example(source: Source, number: int, canvas: tuple[int, int]) -> dict[str, np.ndarray]:
+    """One row of a batch."""
+    loaded = source.load(number)
+    image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
+    example = {"image": geometry.fit(image, canvas), "valid": np.bool_(True)}
+    if "label" in loaded:
+        known = loaded["label"] is not None
+        example |= {"label": np.int32(loaded["label"] if known else 0), "valid": np.bool_(known)}
+    if "mask" in loaded:
+        mask = geometry.decode_mask(loaded["mask"], loaded["name"], len(source.mask_classes))
+        geometry.check_aspect(image, mask, loaded["name"])
+        example["mask"] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
+    return example

@@ -6,7 +6,9 @@ The shape survives strong compression, the texture (a period of 6 to 11 pixels) 
 falls step by step as bits are taken away. The label is the class of the largest object.
 
 Generation is a function of (configuration, split, index) alone, takes no download and writes
-array_record files, read back by `tfds.data_source`; TensorFlow is not needed.
+array_record files, read back by `tfds.data_source`; TensorFlow is not needed. The files' folder is
+named after the configuration and a checksum of what is drawn, so images of an earlier way of
+drawing are never taken for these.
 """
 
 import dataclasses
@@ -15,6 +17,7 @@ import io
 import math
 import os
 import warnings
+import zlib
 
 import numpy as np
 import simplejpeg
@@ -23,6 +26,8 @@ from PIL import Image
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import tensorflow_datasets as tfds
+
+from icm_jax.errors import IcmError
 
 SHAPES = ("disc", "square", "triangle", "star")
 TEXTURES = ("stripes", "checks", "rings")
@@ -95,19 +100,31 @@ def prepared(data_dir: str | os.PathLike, **sizes) -> tfds.core.DatasetBuilder:
     Args:
       data_dir: TFDS folder.
       **sizes: fields of ScenesConfig.
+
+    Raises: IcmError for sizes that cannot be drawn or a folder that cannot be written.
     """
     config = ScenesConfig(name="custom", **sizes)
+    for field, least in (("size", 32), ("train", 1), ("validation", 1), ("seed", 0)):
+        value = getattr(config, field)
+        if not isinstance(value, int) or value < least:
+            raise IcmError(f"data.{field} of scenes must be a whole number >= {least}, not {value}")
     name = "px{size}_n{train}_{validation}_s{seed}_q{quality}".format(**dataclasses.asdict(config))
-    config = dataclasses.replace(config, name=name)
+    drawn = zlib.crc32(draw(config.seed, "train", 0, 64)["image"].tobytes())
+    config = dataclasses.replace(config, name=f"{name}_{drawn:08x}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make = functools.partial(
-            Scenes, data_dir=os.fspath(data_dir), config=config, file_format="array_record"
+            Scenes, data_dir=os.path.expanduser(data_dir), config=config, file_format="array_record"
         )
         try:
             make().download_and_prepare(file_format="array_record")
         except FileExistsError:  # another process was first: its files are the same
             pass
+        except OSError as error:
+            raise IcmError(
+                f"cannot write scenes below {data_dir}: {error.strerror or error}; set data.path "
+                "or ICM_JAX_CACHE to a folder that can be written"
+            ) from error
         return make()
 
 
@@ -116,33 +133,35 @@ def draw(seed: int, split: str, index: int, size: int) -> dict[str, np.ndarray]:
 
     Returns: {"image": uint8 [S, S, 3], "mask": uint8 [S, S] (0 background, class + 1),
       "boxes": float [k, 4] (ymin, xmin, ymax, xmax in 0...1), "labels": int [k]}, largest first.
+      Objects of which others hide more than three quarters are in the picture but not listed.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     image = _background(rng, size)
     mask = np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(1, 4)):
         _paint(image, _distractor(rng, size), _noise(rng, size, 1.5) * 0.15 + rng.uniform(0, 1, 3))
-    boxes, labels = [], []
-    for radius in sorted(_radii(rng, size)):  # the largest last, on top
+    owner = np.zeros((size, size), np.uint8)  # which object shows at a pixel
+    found = []
+    for number, radius in enumerate(sorted(_radii(rng, size)), 1):  # the largest last, on top
         label = int(rng.integers(len(CLASSES)))
         inside, colour = _object(rng, size, radius, label)
         _paint(image, inside, colour)
-        mask[inside > 0.5] = label + 1
+        mask[inside > 0.5], owner[inside > 0.5] = label + 1, number
         rows, columns = np.nonzero(inside > 0.5)
         box = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
-        boxes.insert(0, np.array(box) / size)
-        labels.insert(0, label)
+        found.insert(0, (number, rows.size, np.array(box) / size, label))
     for _ in range(rng.integers(0, 2)):  # thin occluders over everything
         bar = _bar(rng, size)
         _paint(image, bar, np.broadcast_to(rng.uniform(0, 1, 3), image.shape))
+    shown = [item for item in found if (owner == item[0]).sum() >= 0.25 * item[1]]
     image *= 1 + rng.uniform(-0.35, 0.35) * _ramp(rng, size)[..., None]
     image += rng.normal(0, rng.uniform(0.0, 0.04), image.shape)
     image = np.clip(image * rng.uniform(0.75, 1.15) + rng.uniform(-0.08, 0.08), 0, 1)
     return {
         "image": np.ascontiguousarray(np.rint(image * 255).astype(np.uint8)),
         "mask": mask,
-        "boxes": np.array(boxes, np.float32),
-        "labels": np.array(labels),
+        "boxes": np.array([box for _, _, box, _ in shown], np.float32),
+        "labels": np.array([label for _, _, _, label in shown]),
     }
 
 

@@ -15,6 +15,12 @@ from collections.abc import Callable
 import numpy as np
 
 from icm_jax.data import scenes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
 from icm_jax.errors import IcmError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -26,7 +32,8 @@ class Source:
 
     Attributes:
       name: for messages. length: number of examples. classes: label names.
-      load: number -> {"image": bytes, "name": str, and "label": int and/or "mask": bytes}.
+      load: number -> {"image": bytes, "name": str, and "label": int and/or "mask": bytes}; the
+        label is None where a labelled data set has none for this image.
       mask_classes: names of the class ids in masks.
     """
 
@@ -57,13 +64,16 @@ def folder(config, split: str) -> Source:
     `train/` and `val/` with a folder per class, or folders per class alone, of which every fifth
     image by name hash is kept for validation.
     """
-    root = _existing(config.path, "data.path")
+    root = _existing(config)
     short = {"train": "train", "validation": "val"}[split]
     if (root / f"{short}.txt").is_file():
         entries = [root / line for line in _lines(root / f"{short}.txt")]
         listed = root / "classes.txt"
         classes = _lines(listed) if listed.is_file() else _subfolders(root)
-    elif (root / short).is_dir():
+    elif (root / "train").is_dir() or (root / "val").is_dir():
+        for name in ("train", short):  # the classes are those of train/
+            if not (root / name).is_dir():
+                raise IcmError(f"{root} has no folder {name}/ beside the other; add it")
         classes = _subfolders(root / "train")
         entries = _images(root / short)
     else:
@@ -88,16 +98,18 @@ def coco_json(config, split: str) -> Source:
 
     The label of an image is the category of its largest box; images without a box are left out.
     """
-    root = _existing(config.path, "data.path")
+    root = _existing(config)
     file = root / {"train": "train.json", "validation": "val.json"}[split]
+    text = _read(file)
     try:
-        content = json.loads(_read(file))
+        content = json.loads(text)
         categories = sorted(content["categories"], key=lambda c: c["id"])
         number = {category["id"]: index for index, category in enumerate(categories)}
         largest: dict[int, tuple[float, int]] = {}
         for box in content["annotations"]:
-            area = box["bbox"][2] * box["bbox"][3]
-            if area > largest.get(box["image_id"], (-1.0, 0))[0]:
+            _, _, width, height = box["bbox"]
+            area = width * height
+            if not box.get("iscrowd") and area > largest.get(box["image_id"], (-1.0, 0))[0]:
                 largest[box["image_id"]] = (area, number[box["category_id"]])
         images = [image for image in content["images"] if image["id"] in largest]
         paths = [root / "images" / image["file_name"] for image in images]
@@ -117,7 +129,7 @@ def mask_folder(config, split: str) -> Source:
 
     `data.images` names another folder for the images, relative to the path.
     """
-    root = _existing(config.path, "data.path")
+    root = _existing(config)
     stems = _lines(root / {"train": "train.txt", "validation": "val.txt"}[split])
     folder_of_images = root / config.get("images", "images")
     paths = {path.stem: path for path in _images(folder_of_images)}
@@ -141,50 +153,43 @@ def tfds_source(name: str, label: Callable[[dict], int]) -> Callable:
     """Opens a prepared TFDS data set: array_record files below data.path or TFDS's own folder."""
 
     def open_source(config, split: str) -> Source:
-        import tensorflow_datasets as tfds
-
+        path = config.get("path") or None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                builder = tfds.builder(name, data_dir=config.get("path") or None)
-                prepared = builder.data_path.exists()
+            try:  # from the files alone: the code that made some of them imports TensorFlow
+                builder = read_only_builder.builder_from_files(name, data_dir=path)
+                source = _from_builder(builder, split, (), (), label)
             except Exception as error:
-                raise IcmError(_prepare(name, config, str(error))) from error
-        if not prepared:
-            raise IcmError(_prepare(name, config, f"nothing at {builder.data_path}"))
+                reason = str(error).split("\n")[0]
+                raise IcmError(_prepare(name, path, reason)) from error
         features = builder.info.features
-        objects = features.get("objects")
-        names = (features["label"] if objects is None else objects["label"]).names
-        return _from_builder(builder, split, tuple(names), (), label)
+        named = features["objects"]["label"] if "objects" in features else features["label"]
+        return dataclasses.replace(source, classes=tuple(named.names))
 
     return open_source
 
 
-def largest_object(example: dict) -> int:
-    """Label of the largest box of a TFDS detection example; 0 where there is none."""
-    boxes, labels = (np.asarray(example["objects"][key]) for key in ("bbox", "label"))
-    if not len(labels):
-        return 0
-    boxes = boxes.reshape(-1, 4)
+def largest_object(example: dict) -> int | None:
+    """Label of the largest box of a TFDS detection example, crowds aside; None without a box."""
+    objects = example["objects"]
+    boxes = np.asarray(objects["bbox"], np.float32).reshape(-1, 4)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return int(labels[int(np.argmax(areas))])
+    areas = np.where(np.asarray(objects.get("is_crowd", np.zeros(len(boxes))), bool), -1, areas)
+    if not (areas >= 0).any():
+        return None
+    return int(objects["label"][int(np.argmax(areas))])
 
 
 def _from_builder(builder, split, classes, mask_classes, label) -> Source:
-    import tensorflow_datasets as tfds
-
     skip = tfds.decode.SkipDecoding()
     decoders = {key: skip for key in ("image", "mask") if key in builder.info.features}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            data = builder.as_data_source(split=split, decoders=decoders)
-    except Exception as error:
-        raise IcmError(_prepare(builder.name, {}, f"split {split}: {error}")) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data = builder.as_data_source(split=split, decoders=decoders)
 
     def load(index):
         example = data[index]
-        loaded = {"image": example["image"], "label": int(label(example))}
+        loaded = {"image": example["image"], "label": label(example)}
         loaded["name"] = f"{builder.name} {split} {index}"
         if mask_classes:
             loaded["mask"] = example["mask"]
@@ -193,27 +198,37 @@ def _from_builder(builder, split, classes, mask_classes, label) -> Source:
     return Source(builder.name, len(data), classes, load, mask_classes)
 
 
-def _prepare(name: str, config, reason: str) -> str:
-    place = f", data_dir={config.get('path')!r}" if config.get("path") else ""
+def _prepare(name: str, path: str | None, reason: str) -> str:
+    place = f", data_dir={path!r}" if path else ""
+    by_hand = {
+        "imagenet2012": "Place ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in "
+        f"{path or '~/tensorflow_datasets'}/downloads/manual first (they need an account). "
+    }
     return (
-        f"the TFDS data set {name} is not prepared ({reason}). Prepare it once where there is a "
-        f'network: python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{place})'
+        f"the TFDS data set {name} is not prepared as array_record ({reason}). "
+        f"{by_hand.get(name, '')}Prepare it once, where TensorFlow and a network are: "
+        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{place})'
         ".download_and_prepare(file_format='array_record')\", then set --config.data.path to its "
         "data_dir"
     )
 
 
-def _existing(path: str, field: str) -> pathlib.Path:
+def _existing(config) -> pathlib.Path:
+    path = config.get("path")
     if not path:
-        raise IcmError(f"{field} is empty; set it to the folder of the images")
+        raise IcmError("data.path is empty; set it to the folder of the images")
     root = pathlib.Path(path).expanduser()
     if not root.is_dir():
-        raise IcmError(f"{field}: no folder {root}")
+        raise IcmError(f"data.path: no folder {root}")
     return root
 
 
 def _lines(path: pathlib.Path) -> list[str]:
-    return [line.strip() for line in _read(path).decode().splitlines() if line.strip()]
+    try:
+        lines = _read(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise IcmError(f"{path} is not UTF-8 text: {error}; save it as such") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _read(path: pathlib.Path) -> bytes:
@@ -224,11 +239,12 @@ def _read(path: pathlib.Path) -> bytes:
 
 
 def _subfolders(root: pathlib.Path) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.is_dir())
+    return sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 def _images(root: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(root).parts))
 
 
 def _digest(path: pathlib.Path) -> int:

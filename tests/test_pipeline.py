@@ -1,0 +1,226 @@
+"""Batches over processes and epochs, and pixels on their way to the canvas."""
+
+import io
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from icm_jax.data import geometry, pipeline
+from icm_jax.data.sources import Source
+from icm_jax.errors import IcmError
+
+CANVAS = (4, 4)
+
+
+def numbered(length, unlabelled=(), masks=False):
+    """Images, labels and masks that say their number; some without a label."""
+
+    def load(index):
+        file = io.BytesIO()
+        Image.new("RGB", CANVAS, (index + 1,) * 3).save(file, "PNG")
+        label = None if index in unlabelled else index
+        example = {"image": file.getvalue(), "label": label, "name": str(index)}
+        if masks:
+            mask = io.BytesIO()
+            Image.new("L", CANVAS, index).save(mask, "PNG")
+            example["mask"] = mask.getvalue()
+        return example
+
+    return Source("numbered", length, (), load, tuple(map(str, range(length))))
+
+
+@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.given(
+    length=st.integers(1, 9),
+    rows=st.sampled_from([2, 4, 8]),
+    processes=st.sampled_from([1, 2]),
+    seed=st.integers(0, 5),
+    start=st.integers(0, 4),
+)
+def test_batches_depend_on_seed_and_step_alone(length, rows, processes, seed, start):
+    def labels(first, process=0, among=1):
+        steps = pipeline.batches(
+            numbered(length),
+            batch_size=rows,
+            seed=seed,
+            canvas=CANVAS,
+            start=first,
+            stop=6,
+            process=process,
+            processes=among,
+            threads=2,
+        )
+        return [batch["label"] for batch in steps]
+
+    whole = np.concatenate(labels(0))
+    resumed = labels(start)
+    assert len(resumed) == 6 - start
+    np.testing.assert_array_equal(np.concatenate(resumed), whole[start * rows :])
+    parts = [labels(0, p, processes) for p in range(processes)]
+    joined = np.concatenate([np.concatenate(step) for step in zip(*parts, strict=True)])
+    np.testing.assert_array_equal(joined, whole)
+    for epoch in range(len(whole) // length):
+        part = whole[epoch * length : (epoch + 1) * length]
+        assert sorted(part) == list(range(length))
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+    length=st.integers(1, 13),
+    processes=st.sampled_from([1, 2, 4]),
+    own=st.integers(1, 3),
+    unlabelled=st.sets(st.integers(0, 12)),
+    limit=st.none() | st.integers(0, 15),
+)
+def test_evaluation_is_complete_on_any_number_of_processes(
+    length, processes, own, unlabelled, limit
+):
+    source = numbered(length, unlabelled, masks=True)
+    seen, counts = [], set()
+    for process in range(processes):
+        batches = list(
+            pipeline.evaluation_batches(
+                source,
+                batch_size=own * processes,
+                canvas=CANVAS,
+                limit=limit,
+                process=process,
+                processes=processes,
+                threads=2,
+            )
+        )
+        counts.add(len(batches))
+        for batch in batches:
+            assert {k: v.shape[0] for k, v in batch.items()} == dict.fromkeys(
+                ("image", "valid", "label", "mask"), own
+            )
+            assert np.all(np.diff(batch["valid"].astype(int)) <= 0)
+            valid = batch["valid"]
+            np.testing.assert_array_equal(
+                batch["image"][valid][:, 0, 0, 0], batch["label"][valid] + 1
+            )
+            np.testing.assert_array_equal(batch["mask"][valid][:, 0, 0], batch["label"][valid])
+            seen += batch["label"][valid].tolist()
+    used = range(length if limit is None else min(limit, length))
+    assert sorted(seen) == [i for i in used if i not in unlabelled]
+    assert len(counts) == 1
+
+
+def test_padding_is_blank_and_ignored():
+    batches = list(
+        pipeline.evaluation_batches(numbered(5, masks=True), batch_size=4, canvas=CANVAS)
+    )
+    last = batches[-1]
+    assert last["valid"].tolist() == [True, False, False, False]
+    assert not last["image"][1:].any() and np.all(last["mask"][1:] == geometry.IGNORE)
+
+
+def test_epochs_differ_and_are_complete_when_the_batch_is_larger():
+    batch = next(pipeline.batches(numbered(6), batch_size=20, seed=1, canvas=CANVAS, stop=1))
+    epochs = batch["label"][:18].reshape(3, 6)
+    assert [sorted(epoch) for epoch in epochs.tolist()] == [list(range(6))] * 3
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
+    other = next(pipeline.batches(numbered(6), batch_size=20, seed=2, canvas=CANVAS, stop=1))
+    assert not np.array_equal(other["label"], batch["label"])
+
+
+def test_starting_late_loads_nothing_earlier():
+    loaded = []
+    source = numbered(1000)
+
+    def load(index):
+        loaded.append(index)
+        return source.load(index % 200)
+
+    spied = Source("spied", 1000, (), load, source.mask_classes)
+    late = pipeline.batches(spied, batch_size=2, seed=0, canvas=CANVAS, start=400, stop=403)
+    assert len(list(late)) == 3 and len(loaded) == 6
+
+
+def test_what_is_loaded_ahead_does_not_grow_with_threads_times_batch():
+    loaded = []
+    source = numbered(200)
+
+    def load(index):
+        loaded.append(index)
+        return source.load(index)
+
+    spied = Source("spied", 200, (), load, source.mask_classes)
+    batches = pipeline.batches(spied, batch_size=8, seed=0, canvas=CANVAS, stop=25, threads=8)
+    next(batches)
+    assert len(loaded) <= 8 + 3 * 16
+
+
+def test_an_error_in_a_thread_reaches_the_loop():
+    def load(index):
+        return {"image": b"no image", "label": 0, "name": f"picture {index}"}
+
+    with pytest.raises(IcmError, match="cannot read the image picture"):
+        next(
+            pipeline.batches(Source("s", 3, (), load), batch_size=2, seed=0, canvas=(4, 4), stop=2)
+        )
+
+
+@pytest.mark.parametrize("call", [dict(seed=-1), dict(batch_size=3, processes=2)])
+def test_bad_arguments(call):
+    arguments = dict(batch_size=2, seed=0, canvas=CANVAS, stop=1) | call
+    with pytest.raises(IcmError):
+        pipeline.batches(numbered(3), **arguments)
+    with pytest.raises(IcmError, match="no examples"):
+        next(pipeline.evaluation_batches(numbered(0), batch_size=2, canvas=CANVAS))
+
+
+def stored(array, kind, **options):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_16_bit_grey_keeps_its_steps():
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    image = geometry.decode_image(stored(grey, "PNG"), "x")
+    np.testing.assert_array_equal(image, np.repeat((grey // 256).astype(np.uint8)[..., None], 3, 2))
+
+
+def test_greyscale_cmyk_and_palette_become_rgb():
+    colour = np.full((8, 8, 3), (200, 60, 30), np.uint8)
+    cmyk, palette = io.BytesIO(), io.BytesIO()
+    Image.fromarray(colour).convert("CMYK").save(cmyk, "JPEG", quality=100)
+    Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE).save(palette, "PNG")
+    for data in (cmyk.getvalue(), palette.getvalue()):
+        np.testing.assert_allclose(
+            geometry.decode_image(data, "x").astype(int), colour.astype(int), atol=4
+        )
+    grey = geometry.decode_image(stored(colour[..., 0], "JPEG", quality=100), "x")
+    np.testing.assert_allclose(grey.astype(int), 200, atol=2)
+
+
+def test_an_image_too_large_for_pillow_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(IcmError, match="cannot read the image x"):
+        geometry.decode_image(stored(np.zeros((20, 20, 3), np.uint8), "PNG"), "x")
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+    height=st.integers(40, 400),
+    width=st.integers(40, 400),
+    canvas=st.tuples(st.integers(8, 48), st.integers(8, 48)),
+)
+def test_image_and_mask_stay_aligned(height, width, canvas):
+    """The left part is bright and of class 1, also where the JPEG is decoded at reduced size."""
+    mask = (np.arange(width)[None] < width // 2).astype(np.uint8) * np.ones((height, 1), np.uint8)
+    jpeg = simplejpeg.encode_jpeg(
+        np.ascontiguousarray(np.repeat(mask[..., None] * 255, 3, axis=2)), 100, "RGB", "444"
+    )
+    image = geometry.decode_image(jpeg, "x", max(canvas))
+    assert min(image.shape[:2]) >= min(height, width, max(canvas))
+    geometry.check_aspect(image, mask, "x")
+    fitted = geometry.fit(image, canvas)[..., 0] > 127
+    labels = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
+    assert fitted.shape == labels.shape == canvas
+    assert np.abs(fitted.sum(axis=1) - labels.sum(axis=1, dtype=int)).max() <= 1

@@ -1,0 +1,368 @@
+"""Sources: TFDS data of the true feature structure, and folders that are not as they should be."""
+
+import importlib.util
+import io
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from PIL import Image
+
+from icm_jax.data import open_source, pipeline
+from icm_jax.errors import IcmError
+
+F = tfds.features
+VOC = F.ClassLabel(names=["aeroplane", "bicycle", "bird"] + [f"other_{i}" for i in range(17)])
+
+
+def coco_features():
+    item = {
+        "area": np.int64,
+        "bbox": F.BBoxFeature(),
+        "id": np.int64,
+        "is_crowd": np.bool_,
+        "label": F.ClassLabel(num_classes=80),
+    }
+    return {
+        "image": F.Image(encoding_format="jpeg"),
+        "image/filename": F.Text(),
+        "image/id": np.int64,
+        "objects": F.Sequence(item),
+    }
+
+
+def voc_features():
+    item = {
+        "label": VOC,
+        "bbox": F.BBoxFeature(),
+        "pose": F.ClassLabel(names=["frontal", "rear", "left", "right", "unspecified"]),
+        "is_truncated": np.bool_,
+        "is_difficult": np.bool_,
+    }
+    return {
+        "image": F.Image(),
+        "image/filename": F.Text(),
+        "objects": F.Sequence(item),
+        "labels": F.Sequence(VOC),
+        "labels_no_difficult": F.Sequence(VOC),
+    }
+
+
+def imagenet_features():
+    return {
+        "image": F.Image(encoding_format="jpeg"),
+        "label": F.ClassLabel(num_classes=1000),
+        "file_name": F.Text(),
+    }
+
+
+def box(side, label, crowd=False):
+    return dict(bbox=F.BBox(0.1, 0.1, 0.1 + side, 0.1 + side), label=label, is_crowd=crowd)
+
+
+# Objects of five images each; "expected" is the class of the largest box that is no crowd.
+OBJECTS = [
+    [box(0.2, 3), box(0.5, 7), box(0.3, 9)],
+    [],
+    [box(0.4, 11)],
+    [box(0.8, 5, crowd=True), box(0.1, 6)],
+    [box(0.8, 5, crowd=True)],
+]
+EXPECTED = {"coco": [7, None, 11, 6, None], "voc": [7, None, 11, 5, 5]}
+
+
+def picture(index, kind):
+    file = io.BytesIO()
+    Image.new("RGB", (24, 20), (40 * index,) * 3).save(file, kind)
+    return io.BytesIO(file.getvalue())
+
+
+def example(name, index):
+    if name == "imagenet2012":
+        return dict(image=picture(index, "JPEG"), label=200 * index, file_name=f"{index}.JPEG")
+    if name == "coco":
+        objects = [dict(o, area=1, id=n) for n, o in enumerate(OBJECTS[index])]
+        return {
+            "image": picture(index, "JPEG"),
+            "image/filename": f"{index}.jpg",
+            "image/id": index,
+            "objects": objects,
+        }
+    keys = ("bbox", "label")
+    objects = [
+        dict({k: o[k] for k in keys}, pose=4, is_truncated=False, is_difficult=False)
+        for o in OBJECTS[index]
+    ]
+    labels = [o["label"] for o in objects]
+    return {
+        "image": picture(index, "PNG"),
+        "image/filename": f"{index}.jpg",
+        "objects": objects,
+        "labels": labels,
+        "labels_no_difficult": labels,
+    }
+
+
+STRUCTURES = {
+    "imagenet2012": (imagenet_features, "5.1.0", None),
+    "coco/2014": (coco_features, "1.1.0", "2014"),
+    "coco/2017": (coco_features, "1.1.0", "2017"),
+    "voc/2012": (voc_features, "5.0.0", "2012"),
+}
+
+
+def make_builder(name, data_dir):
+    """A builder with the structure of the data set `name`, and five examples a split."""
+    features, version, config = STRUCTURES[name]
+    title = name.split("/")[0]
+
+    def info(self):
+        return self.dataset_info_from_configs(features=F.FeaturesDict(features()))
+
+    def generate(self, _):
+        return {
+            split: ((i, example(title, i)) for i in range(5)) for split in ("train", "validation")
+        }
+
+    members = dict(
+        VERSION=tfds.core.Version(version),
+        name=title,
+        _info=info,
+        _split_generators=generate,
+        _generate_examples=lambda self: None,
+        pkg_dir_path=tfds.core.Path(data_dir),
+        __module__=__name__,
+    )
+    if config:
+        members["BUILDER_CONFIGS"] = [tfds.core.BuilderConfig(name=config, version=version)]
+    with tfds.core.registered.skip_registration():
+        kind = type(title.capitalize(), (tfds.core.GeneratorBasedBuilder,), members)
+    return kind(data_dir=data_dir, config=config, file_format="array_record")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("tfds"))
+    for name in STRUCTURES:
+        make_builder(name, path).download_and_prepare(file_format="array_record")
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_structure_is_that_of_the_real_builder(name, tmp_path):
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("the real builders need TensorFlow")
+    real = tfds.builder(name, data_dir=str(tmp_path)).info.features
+    ours = make_builder(name, str(tmp_path)).info.features
+
+    def shape_of(feature):
+        if isinstance(feature, F.FeaturesDict):
+            return {key: shape_of(value) for key, value in feature.items()}
+        if isinstance(feature, F.Sequence):
+            return [shape_of(feature.feature)]
+        classes = getattr(feature, "num_classes", None)
+        return type(feature).__name__, feature.shape, np.dtype(feature.np_dtype), classes
+
+    assert shape_of(real) == shape_of(ours)
+
+
+@pytest.mark.parametrize("name, classes", list(zip(STRUCTURES, (1000, 80, 80, 20), strict=True)))
+def test_prepared_tfds_data(prepared, name, classes):
+    source = open_source(ConfigDict(dict(name=name, path=prepared)), "validation")
+    assert (source.length, len(source.classes)) == (5, classes)
+    seen = {}
+    for batch in pipeline.evaluation_batches(source, batch_size=3, canvas=(16, 16)):
+        assert np.all(np.diff(batch["valid"].astype(int)) <= 0)  # valid rows come first
+        for row in np.flatnonzero(batch["valid"]):
+            seen[round(batch["image"][row].mean() / 40)] = int(batch["label"][row])
+    labels = [200 * i for i in range(5)]
+    if name != "imagenet2012":
+        labels = EXPECTED[name.split("/")[0]]
+    assert seen == {i: label for i, label in enumerate(labels) if label is not None}
+    rows = next(pipeline.batches(source, batch_size=5, seed=0, canvas=(16, 16), stop=1))
+    assert rows["valid"].sum() == len(seen)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_unprepared_data_names_the_whole_command(name, tmp_path):
+    with pytest.raises(IcmError) as raised:
+        open_source(ConfigDict(dict(name=name, path=str(tmp_path))), "train")
+    command = (
+        f"tfds.builder({name!r}, data_dir={str(tmp_path)!r})"
+        ".download_and_prepare(file_format='array_record')"
+    )
+    assert command in str(raised.value) and "TensorFlow" in str(raised.value)
+    assert ("ILSVRC2012_img_val.tar" in str(raised.value)) == (name == "imagenet2012")
+
+
+def test_a_split_that_does_not_exist(prepared):
+    with pytest.raises(IcmError, match="no split 'test'; choose one of train, validation"):
+        open_source(ConfigDict(dict(name="voc/2012", path=prepared)), "test")
+
+
+def save(path, mode="RGB", value=100, size=(10, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value if mode != "RGB" else (value,) * 3).save(path)
+
+
+def opened(name, path, split="train", **fields):
+    return open_source(ConfigDict(dict(fields, name=name, path=str(path))), split)
+
+
+@pytest.mark.parametrize(
+    "config, classes, keys",
+    [
+        (dict(name="folder", path="classify"), 25, {"label"}),
+        (dict(name="coco_json", path="detect"), 80, {"label"}),
+        (dict(name="coco_json", path="detect_raccoon"), 1, {"label"}),
+        (dict(name="mask_folder", path="segment"), 11, {"mask"}),
+        (dict(name="mask_folder", path="segment_coco", images="../detect/images"), 27, {"mask"}),
+    ],
+)
+def test_real_folders(real_data, config, classes, keys):
+    config = ConfigDict(dict(config, path=str(real_data / config["path"])))
+    for split in ("train", "validation"):
+        source = open_source(config, split)
+        assert len(source.classes or source.mask_classes) == classes
+        batch = next(pipeline.evaluation_batches(source, batch_size=8, canvas=(64, 64)))
+        assert set(batch) == {"image", "valid"} | keys
+        assert 20 < batch["image"].mean() < 235 and batch["image"].std() > 20
+        if "mask" in batch:
+            known = batch["mask"][batch["mask"] != 255]
+            assert known.max() < classes and len(np.unique(known)) > 2
+
+
+def test_folder_layouts(tmp_path):
+    lists = tmp_path / "split"
+    for name in ("train/cat/1.png", "train/dog/2.jpg", "val/dog/3.png"):
+        save(lists / name)
+    sources = [opened("folder", lists, split) for split in ("train", "validation")]
+    assert [s.length for s in sources] == [2, 1] and sources[1].load(0)["label"] == 1
+    plain = tmp_path / "plain"
+    for number in range(60):
+        save(plain / "ab"[number % 2] / f"{number}.png")
+    sources = [opened("folder", plain, split) for split in ("train", "validation")]
+    names = [{s.load(i)["name"] for i in range(s.length)} for s in sources]
+    assert len(names[0] | names[1]) == 60 and not names[0] & names[1] and len(names[1]) > 3
+
+
+def first_batch(config, split="train"):
+    source = open_source(ConfigDict(config), split)
+    return next(pipeline.evaluation_batches(source, batch_size=2, canvas=(8, 8)))
+
+
+def test_bad_data_gets_one_clear_error(tmp_path):
+    with pytest.raises(IcmError, match="unknown data set 'nope'"):
+        first_batch(dict(name="nope"))
+    with pytest.raises(IcmError, match=r"data\.path is empty"):
+        first_batch(dict(name="folder", path=""))
+    with pytest.raises(IcmError, match="no folder"):
+        first_batch(dict(name="folder", path=str(tmp_path / "absent")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(IcmError, match="no images"):
+        first_batch(dict(name="folder", path=str(tmp_path / "empty")))
+    save(tmp_path / "bad/train/a/1.jpg")
+    whole = (tmp_path / "bad/train/a/1.jpg").read_bytes()
+    for content in (whole[: len(whole) // 2], b"no image"):
+        (tmp_path / "bad/train/a/1.jpg").write_bytes(content)
+        with pytest.raises(IcmError, match=r"1\.jpg.*repair or remove"):
+            first_batch(dict(name="folder", path=str(tmp_path / "bad")))
+    (tmp_path / "bad/train.json").write_text(json.dumps({"images": []}))
+    with pytest.raises(IcmError, match="not COCO JSON"):
+        first_batch(dict(name="coco_json", path=str(tmp_path / "bad")))
+
+
+def test_folders_with_a_part_missing(tmp_path):
+    save(tmp_path / "a/train/cat/1.png")
+    save(tmp_path / "b/val/cat/1.png")
+    with pytest.raises(IcmError, match="no folder val/"):
+        opened("folder", tmp_path / "a", "validation")
+    with pytest.raises(IcmError, match="no folder train/"):
+        opened("folder", tmp_path / "b", "validation")
+    with pytest.raises(IcmError, match=r"data\.path is empty"):
+        open_source(ConfigDict(dict(name="folder")), "train")
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    save(tmp_path / "cat/1.png")
+    save(tmp_path / ".ipynb_checkpoints/1.png")
+    for index in range(9):
+        save(tmp_path / f"dog/{index}.png")
+    source = opened("folder", tmp_path)
+    names = [source.load(i)["name"] for i in range(source.length)]
+    assert source.classes == ("cat", "dog") and not any(".ipynb" in name for name in names)
+
+
+def test_lists_are_text(tmp_path):
+    save(tmp_path / "cat/1.png")
+    (tmp_path / "train.txt").write_bytes("\ufeffcat/1.png\n".encode())
+    assert opened("folder", tmp_path).load(0)["label"] == 0
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(IcmError, match=r"train\.txt is not UTF-8"):
+        opened("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "annotation, message",
+    [
+        (dict(image_id=1, category_id=7, bbox=[1, 2]), "not COCO JSON: ValueError"),
+        (dict(image_id=1, category_id=8, bbox=[1, 2, 3, 4]), "not COCO JSON: KeyError 8"),
+    ],
+)
+def test_wrong_coco_annotations(tmp_path, annotation, message):
+    with pytest.raises(IcmError, match=message):
+        write_coco(tmp_path, [annotation])
+
+
+def write_coco(root, annotations):
+    save(root / "images/1.png")
+    content = dict(
+        images=[dict(id=1, file_name="1.png")],
+        annotations=annotations,
+        categories=[dict(id=7, name="seven"), dict(id=9, name="nine")],
+    )
+    (root / "train.json").write_text(json.dumps(content))
+    return opened("coco_json", root)
+
+
+def test_coco_label_is_the_largest_box_but_no_crowd(tmp_path):
+    def boxed(side, category, **more):
+        return dict(image_id=1, category_id=category, bbox=[0, 0, side, side], **more)
+
+    crowd = boxed(9, 7, iscrowd=1)
+    assert write_coco(tmp_path, [boxed(3, 7), boxed(5, 9), crowd]).load(0)["label"] == 1
+    assert write_coco(tmp_path, [crowd]).length == 0
+
+
+def test_a_missing_coco_file_is_named_once(tmp_path):
+    write_coco(tmp_path, [])
+    with pytest.raises(IcmError, match=r"^cannot read .*val\.json"):
+        opened("coco_json", tmp_path, "validation")
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (dict(value=9), "class id 9; its data set names 2"),
+        (dict(value=1, size=(30, 8)), "8 x 30, which does not fit 8 x 10"),
+        (dict(value=1, mode="I;16"), "one 8-bit channel"),
+        (dict(value=255), None),
+        (dict(value=1, size=(20, 16)), None),
+    ],
+)
+def test_masks_fit_their_image_and_classes(tmp_path, mask, message):
+    save(tmp_path / "images/1.png")
+    save(tmp_path / "masks/1.png", **{"mode": "L", **mask})
+    (tmp_path / "train.txt").write_text("1\n")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    batches = pipeline.evaluation_batches(
+        opened("mask_folder", tmp_path), batch_size=1, canvas=(8, 8)
+    )
+    if message is None:
+        assert np.all(next(batches)["mask"] == mask["value"])
+    else:
+        with pytest.raises(IcmError, match=message):
+            next(batches)
