@@ -37,45 +37,65 @@ def demo() -> dict:
     return dict(
         name="omni_icm",
         seeds=(0,),
-        data=dict(name="scenes", path="", canvas=96),
+        data=dict(
+            name="scenes",
+            path="",
+            canvas=96,
+            images="images",  # of mask_folder: another folder, relative to the path
+            # the rest is of scenes
+            size=96,
+            train=5000,
+            validation=800,
+            seed=0,
+            quality=95,
+        ),
         model=dict(
             variant="18",
             width=16,
             size=96,
             dtype="float32",
-            filter_channels=64,
-            filter_hidden=48,
+            filter_channels=256,
+            filter_widths=(16, 48, 128),
             codec_channels=48,
-            codec_hidden=32,
+            codec_widths=(16, 64),
             hyper_channels=16,
             projector_hidden=128,
             embedding=64,
         ),
-        train=dict(batch_size=64, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
+        train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
+        stage0=dict(  # steps=0: no pre-training of the information filter
+            steps=800,
+            batch_size=0,  # 0: train.batch_size
+            learning_rate=3e-3,
+            optimiser="adamw",
+            warmup_steps=20,
+        ),
         stage1=dict(
-            steps=300,
+            steps=200,
+            batch_size=64,  # contrast wants many images at once
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=40,
-            alpha=1.0,
+            alpha=0.5,
             l1=30.0,
             negatives="batch",
             queue=1024,
             momentum=0.9,
             temperature=0.2,
-            pretrain_filter_steps=200,
         ),
         stage2=dict(
-            steps=200,
-            learning_rate=1e-3,
+            steps=400,
+            batch_size=0,
+            learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=20,
             lambdas=(1.0, 10.0),
             feature_weights=(1.0, 1.0, 1.0),
         ),
         stage3=dict(
-            steps=200,
-            learning_rate=3e-3,
+            steps=800,
+            batch_size=0,
+            learning_rate=6e-3,
             optimiser="adamw",
             warmup_steps=20,
             tasks=("classify", "linear", "segment"),
@@ -104,15 +124,16 @@ def tiny() -> dict:
         width=8,
         size=32,
         filter_channels=8,
-        filter_hidden=8,
+        filter_widths=(8, 8, 8),
         codec_channels=8,
-        codec_hidden=8,
+        codec_widths=(8, 8),
         hyper_channels=8,
         projector_hidden=16,
         embedding=16,
     )
     config["train"].update(batch_size=8, log_every=2, save_every=4)
-    config["stage1"].update(steps=6, warmup_steps=2, queue=64, pretrain_filter_steps=4)
+    config["stage0"].update(steps=4, warmup_steps=2)
+    config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
     config["stage3"].update(steps=4, warmup_steps=2)
     config["rgb"].update(jpeg=(20,), webp=(20,))
@@ -129,16 +150,18 @@ def imagenet() -> dict:
         size=224,
         dtype="bfloat16",
         filter_channels=192,
-        filter_hidden=128,
+        filter_widths=(128, 128, 128),
         codec_channels=192,
-        codec_hidden=128,
+        codec_widths=(128, 128),
         hyper_channels=128,
         projector_hidden=2048,
         embedding=128,
     )
     config["train"].update(batch_size=256, log_every=100, save_every=5000)
+    config["stage0"].update(steps=100_000, learning_rate=1e-4)
     config["stage1"].update(
         steps=1_000_000,
+        batch_size=0,
         learning_rate=0.03,
         optimiser="sgd",
         warmup_steps=0,
@@ -147,7 +170,6 @@ def imagenet() -> dict:
         negatives="queue",
         queue=65_536,
         momentum=0.999,
-        pretrain_filter_steps=100_000,
     )
     config["stage2"].update(steps=100_000, learning_rate=1e-4)
     config["stage3"].update(
@@ -179,12 +201,12 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
         alpha=s1.alpha if arm == "omni" else 0.0,
         pretrain_filter=False,
     )
-    if s1.pretrain_filter_steps:
+    if config.stage0.steps:
         name = f"seed{seed}/filter"
         begin = [(name, BACKBONE + FILTER)]
         if arm == ARMS[0]:
             warm = dict(task, pretrain_filter=True, alpha=0.0)
-            listed.append(make_run(config, seed, name, warm, s1, s1.pretrain_filter_steps))
+            listed.append(make_run(config, seed, name, warm, config.stage0))
     listed.append(make_run(config, seed, f"{base}/stage1", task, config.stage1, start=begin))
     for lmbda in config.stage2.lambdas:
         codec = f"{base}/stage2-{lmbda:g}"
@@ -243,7 +265,7 @@ def rgb_run(config, keys, seed: int):
     return run
 
 
-def make_run(config, seed, name, task, stage, steps=None, start=()) -> ml_collections.ConfigDict:
+def make_run(config, seed, name, task, stage, start=()) -> ml_collections.ConfigDict:
     """One entry of the list; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
     return ml_collections.ConfigDict(
         dict(
@@ -259,8 +281,8 @@ def make_run(config, seed, name, task, stage, steps=None, start=()) -> ml_collec
                 weight_decay=1e-4,
                 clip_norm=config.train.clip_norm,
             ),
-            batch_size=config.train.batch_size,
-            steps=steps or stage.steps,
+            batch_size=stage.batch_size or config.train.batch_size,
+            steps=stage.steps,
             log_every=config.train.log_every,
             save_every=config.train.save_every,
             fsdp=config.train.fsdp,

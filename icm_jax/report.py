@@ -46,7 +46,13 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
         if own:
             parts += [("h2", TITLES[curve])]
             parts += [("image", _draw_curves(own, workdir / f"rate_{curve}.png", curve))]
+            seeds = len({record["seed"] for record in own})
+            spread = "mean and population standard deviation over the seeds"
+            parts += [("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}.")]
             parts += [("table", _curve_table(own)), ("table", _bd_table(own))]
+    streams = [record for record in records if record["kind"] == "stream"]
+    if streams:
+        parts += [("h2", "Bitstreams"), ("table", _stream_table(streams))]
     parts += [("h2", "Decoded features"), *_samples(config, runs, workdir)]
     parts += [("h2", "Training"), ("image", _draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]
@@ -123,8 +129,7 @@ def _curve_table(records) -> list[list[str]]:
             "point",
             "seed",
             "bpp measured",
-            "bpp estimated",
-            "header bpp",
+            "bpp without tables",
             measure,
             "top-5 [%]",
             "images",
@@ -134,9 +139,7 @@ def _curve_table(records) -> list[list[str]]:
         stream = r["kind"] == "stream"
         name = NAMES[r["arm"]] if stream else f"pixels: {r['kind'].split('-')[0]}"
         point = f"λ = {r['point']}" if stream else r["kind"].partition("-")[2]
-        rates = [
-            f"{r[key]:.4f}" if key in r else "–" for key in ("bpp", "bpp_estimated", "bpp_header")
-        ]
+        rates = [f"{r[key]:.4f}" if key in r else "–" for key in ("bpp", "bpp_without_tables")]
         top5 = f"{100 * r['top5']:.1f}" if "top5" in r else "–"
         rows.append(
             [
@@ -152,6 +155,40 @@ def _curve_table(records) -> list[list[str]]:
     return rows
 
 
+def _stream_table(records) -> list[list[str]]:
+    """Each codec once: where its bits go, how near they are to the estimate, how long it takes."""
+    segments = list(dict.fromkeys(key for r in records for key in r if key.startswith("bpp_")))
+    segments = [key for key in segments if key not in ("bpp_estimated", "bpp_header")]
+    rows = [
+        [
+            "codec",
+            "λ",
+            "seed",
+            "bpp measured",
+            "bpp estimated",
+            "header bpp",
+            *(f"{key.removeprefix('bpp_')} bpp" for key in segments),
+            "worst bytes above estimate + 1 %",
+            "encode [ms]",
+            "decode [ms]",
+        ]
+    ]
+    codecs_seen = {(r["arm"], r["point"], r["seed"]): r for r in reversed(records)}
+    for (arm, point, seed), r in sorted(codecs_seen.items(), key=lambda item: item[1]["bpp"]):
+        rates = ("bpp", "bpp_estimated", "bpp_header", *segments)
+        others = ("worst_gap_bytes", "encode_ms", "decode_ms")
+        rows.append(
+            [
+                NAMES[arm],
+                point,
+                str(seed),
+                *(f"{r[key]:.4f}" if key in r else "–" for key in rates),
+                *(f"{r[key]:.1f}" if key in r else "–" for key in others),
+            ]
+        )
+    return rows
+
+
 def _bd_table(records) -> list[list[str]]:
     curves = curves_of(records)
     rows = [["BD-rate of Omni-ICM against", "bits at equal quality"]]
@@ -161,7 +198,7 @@ def _bd_table(records) -> list[list[str]]:
             text = f"{value:+.1f} %"
             if np.isnan(value):
                 few = min(len(curves[name]), len(curves["omni"])) < 2
-                text = "needs two points" if few else "ranges of rising quality do not overlap"
+                text = "– (needs two points)" if few else "– (no quality that both curves reach)"
             rows.append([NAMES[name], text])
     return rows
 

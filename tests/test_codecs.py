@@ -185,9 +185,9 @@ SMALL = dict(
     variant="18",
     width=8,
     filter_channels=6,
-    filter_hidden=8,
+    filter_widths=(4, 8, 8),
     channels=5,
-    hidden=8,
+    widths=(4, 8),
     hyper_channels=4,
 )
 
@@ -197,7 +197,7 @@ def frozen(request):
     if request.param == "omni_feature":
         built = feature_codec(**SMALL)
     else:
-        built = filter_codec("18", 8, 6, 8)
+        built = filter_codec("18", 8, 6, (4, 8, 8))
     variables = jax.jit(built.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.uint8))
     return codec.freeze(built, variables)
 
@@ -292,7 +292,7 @@ def test_written_bytes_match_the_estimate():
 
 
 def test_training_mode_gives_noise_and_gradients():
-    built = filter_codec("18", 8, 6, 8)
+    built = filter_codec("18", 8, 6, (4, 8, 8))
     batch = images(2, 32, 32, 3)
     variables = jax.jit(built.init)(jax.random.key(1), batch)
 

@@ -6,8 +6,11 @@ import os
 import pathlib
 import subprocess
 import sys
+import typing
 
+import flax.traverse_util
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
@@ -111,6 +114,16 @@ def load():
     return module
 
 
+class Recorder(ml_collections.ConfigDict):
+    """A config that keeps the names of the fields that were read."""
+
+    read: typing.ClassVar[set] = set()
+
+    def __getitem__(self, key):
+        Recorder.read.add(key)
+        return super().__getitem__(key)
+
+
 @pytest.mark.parametrize("scale", ["demo", "study", "tiny", "imagenet"])
 def test_every_run_of_every_scale_builds(scale):
     module = load()
@@ -119,12 +132,13 @@ def test_every_run_of_every_scale_builds(scale):
     for run in module.runs(config):
         assert run.name not in names and all(earlier in names for earlier, _ in run.start)
         names.add(run.name)
-    kinds = {}
+    kinds, fields = {}, set()
+    Recorder.read.clear()
     for run in module.runs(config):
-        kinds.setdefault((run.task.name, run.task.get("frontend"), run.task.get("mode")), run)
+        kind = [run.task.get(key) for key in ("name", "frontend", "mode", "pretrain_filter")]
+        kinds.setdefault(tuple(kind), run)
     for run in kinds.values():
-        with run.task.unlocked():
-            run.task.classes, run.task.mask_classes = 12, 13
+        fields |= set(run.task)
         side = run.data.canvas
         image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), np.uint8)
         batch = {
@@ -133,12 +147,32 @@ def test_every_run_of_every_scale_builds(scale):
             "mask": jax.ShapeDtypeStruct((run.batch_size, side, side), np.uint8),
             "valid": jax.ShapeDtypeStruct((run.batch_size,), np.bool_),
         }
-        task = build_task(run.task)
+        task = build_task(Recorder(dict(run.task, classes=12, mask_classes=13)))
         key = jax.eval_shape(lambda: jax.random.key(0))
         variables = jax.eval_shape(task.init, key, batch)
         step = jax.ShapeDtypeStruct((), np.int32)
         total, _ = jax.eval_shape(task.loss, variables, batch, key, step)
         assert total.shape == () and total.dtype == np.float32
+    assert fields <= Recorder.read
+
+
+def test_no_field_of_the_config_is_without_effect():
+    module = load()
+    config = module.get_config("demo")
+    plain = [run.to_json_best_effort() for run in module.runs(config)]
+    ignored = set()
+    for path, value in flax.traverse_util.flatten_dict(config.to_dict()).items():
+        changed = config.copy_and_resolve_references()
+        inner = changed
+        for name in path[:-1]:
+            inner = inner[name]
+        if isinstance(value, tuple):
+            inner[path[-1]] = value[:-1]
+        else:
+            inner[path[-1]] = value + "x" if isinstance(value, str) else 2 * value + 1
+        if [run.to_json_best_effort() for run in module.runs(changed)] == plain:
+            ignored.add(".".join(path))
+    assert ignored == {"name"}  # that of the default work directory
 
 
 def test_curves_average_seeds():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from icm_jax import entropy, ops
 from icm_jax.codecs.codec import Codec, Prior, Segment
 from icm_jax.coding import tables
+from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
 
@@ -25,12 +26,12 @@ class InformationFilter(nn.Module):
 
     features: int
     channels: int
-    hidden: int
+    widths: tuple[int, int, int]
 
     def setup(self):
-        self.encoder = Analysis(self.channels, self.hidden, halvings=3)
+        self.encoder = Analysis(self.channels, self.widths)
         self.prior = entropy.Factorised()
-        self.decoder = Synthesis(self.features, self.hidden, doublings=3)
+        self.decoder = Synthesis(self.features, self.widths)
 
     def __call__(self, f):
         y = self.encoder(f)
@@ -51,12 +52,12 @@ class FeatureCodec(nn.Module):
 
     features: int
     channels: int
-    hidden: int
+    widths: tuple[int, int]
     hyper_channels: int
 
     def setup(self):
-        self.analysis = Analysis(self.channels, self.hidden, halvings=2, kernel=5)
-        self.synthesis = Synthesis(self.features, self.hidden, doublings=2)
+        self.analysis = Analysis(self.channels, self.widths, kernel=5)
+        self.synthesis = Synthesis(self.features, self.widths)
         self.hyper_analysis = HyperAnalysis(self.hyper_channels)
         self.hyper_synthesis = HyperSynthesis(self.hyper_channels, self.channels)
         self.prior = entropy.Factorised()
@@ -85,10 +86,11 @@ def halved(size: int, times: int) -> int:
 
 
 @functools.cache
-def filter_codec(variant: str, width: int, channels: int, hidden: int) -> Codec:
+def filter_codec(variant: str, width: int, channels: int, widths: tuple[int, int, int]) -> Codec:
     """The information filter as a codec of its own: segment y, output "feature" (f')."""
+    _require_widths("filter", widths, 3)
     head = resnet.Head(variant, width)
-    module = InformationFilter(resnet.feature_channels(variant, width), channels, hidden)
+    module = InformationFilter(resnet.feature_channels(variant, width), channels, widths)
 
     def run(variables, *args, method):
         return module.apply({"params": variables["params"]["filter"]}, *args, method=method)
@@ -104,7 +106,7 @@ def filter_codec(variant: str, width: int, channels: int, hidden: int) -> Codec:
     return Codec(
         config=(
             "omni_filter",
-            (("variant", variant), ("width", width), ("channels", channels), ("hidden", hidden)),
+            (("variant", variant), ("width", width), ("channels", channels), ("widths", widths)),
         ),
         parts=("head", "filter"),
         init=init,
@@ -132,18 +134,19 @@ def feature_codec(
     variant: str,
     width: int,
     filter_channels: int,
-    filter_hidden: int,
+    filter_widths: tuple[int, int, int],
     channels: int,
-    hidden: int,
+    widths: tuple[int, int],
     hyper_channels: int,
 ) -> Codec:
     """Codec of the filtered feature f': segments z and y, output "feature" (f_hat).
 
     `analyse` also takes {"feature": f'}, where it has been computed already.
     """
-    inner = filter_codec(variant, width, filter_channels, filter_hidden)
+    _require_widths("codec", widths, 2)
+    inner = filter_codec(variant, width, filter_channels, filter_widths)
     features = resnet.feature_channels(variant, width)
-    module = FeatureCodec(features, channels, hidden, hyper_channels)
+    module = FeatureCodec(features, channels, widths, hyper_channels)
 
     def run(variables, *args, method):
         return module.apply({"params": variables["params"]["feature_codec"]}, *args, method=method)
@@ -173,9 +176,9 @@ def feature_codec(
                 ("variant", variant),
                 ("width", width),
                 ("filter_channels", filter_channels),
-                ("filter_hidden", filter_hidden),
+                ("filter_widths", filter_widths),
                 ("channels", channels),
-                ("hidden", hidden),
+                ("widths", widths),
                 ("hyper_channels", hyper_channels),
             ),
         ),
@@ -211,6 +214,11 @@ def filtered(inner: Codec, variables, inputs) -> jax.Array:
     shape = inputs["image"].shape[1:3]
     latents = jax.tree.map(ops.quantise, inner.analyse(variables, inputs))
     return inner.outputs["feature"](variables, latents, shape)
+
+
+def _require_widths(name, widths, count):
+    if len(widths) != count or min(widths) < 1:
+        raise IcmError(f"{name}_widths needs {count} positive numbers, not {widths}")
 
 
 class _Outputs(dict):

@@ -33,6 +33,7 @@ SHAPES = ("disc", "square", "triangle", "star")
 TEXTURES = ("stripes", "checks", "rings")
 CLASSES = tuple(f"{texture}_{shape}" for shape in SHAPES for texture in TEXTURES)
 SPLITS = ("train", "validation")
+LEAST = {"size": 32, "train": 1, "validation": 1, "seed": 0, "quality": 1}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -104,7 +105,7 @@ def prepared(data_dir: str | os.PathLike, **sizes) -> tfds.core.DatasetBuilder:
     Raises: IcmError for sizes that cannot be drawn or a folder that cannot be written.
     """
     config = ScenesConfig(name="custom", **sizes)
-    for field, least in (("size", 32), ("train", 1), ("validation", 1), ("seed", 0)):
+    for field, least in LEAST.items():
         value = getattr(config, field)
         if not isinstance(value, int) or value < least:
             raise IcmError(f"data.{field} of scenes must be a whole number >= {least}, not {value}")

@@ -50,8 +50,9 @@ def cache_folder() -> pathlib.Path:
 
 
 def scenes_source(config, split: str) -> Source:
-    """The embedded data; fields path (default: the cache), size, train, validation, seed."""
-    sizes = {k: config[k] for k in ("size", "train", "validation", "seed") if k in config}
+    """The embedded data; fields path (default: the cache) and those of `scenes.ScenesConfig`."""
+    fields = ("size", "train", "validation", "seed", "quality")
+    sizes = {k: config[k] for k in fields if k in config}
     builder = scenes.prepared(config.get("path") or cache_folder(), **sizes)
     names = tuple(scenes.CLASSES)
     return _from_builder(builder, split, names, ("background", *names), lambda e: e["label"])

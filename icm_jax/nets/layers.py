@@ -53,16 +53,14 @@ class Down(nn.Module):
     kernel: int = 3
     use_bias: bool = True
     dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, C] -> float [N, ceil(H/2), ceil(W/2), features]."""
         size, channels = self.kernel, x.shape[-1]
-        kernel = self.param(
-            "kernel",
-            nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-            (size, size, channels, self.features),
-        ).astype(self.dtype)
+        shape = (size, size, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         y = down_by_two(x.astype(self.dtype), kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
@@ -101,6 +99,23 @@ def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
+def orthogonal_window(size: int):
+    """Initialiser of a k×k kernel: orthogonal over its central `size`×`size` inputs, 0 around them.
+
+    A resampling convolution then begins as a rotation of the pixels that it merges or parts, and a
+    chain of them as a transform that loses no more than its narrowest width forces it to.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        height, width, fan_in, fan_out = shape
+        inner = nn.initializers.orthogonal()(key, (size * size * fan_in, fan_out), dtype)
+        at = [slice(side // 2, side // 2 + size) for side in (height, width)]
+        kernel = jnp.zeros(shape, dtype)
+        return kernel.at[at[0], at[1]].set(inner.reshape(size, size, fan_in, fan_out))
+
+    return init
+
+
 class Up(nn.Module):
     """Sub-pixel convolution: 3×3 to 4·features channels, then depth to space (Shi et al. 2016)."""
 
@@ -111,13 +126,17 @@ class Up(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, C] -> float [N, 2H, 2W, features]."""
         n, h, w, _ = x.shape
-        x = nn.Conv(4 * self.features, (3, 3), dtype=self.dtype)(x)
+        init = orthogonal_window(1)
+        x = nn.Conv(4 * self.features, (3, 3), dtype=self.dtype, kernel_init=init)(x)
         x = x.reshape(n, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(n, 2 * h, 2 * w, self.features)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv3×3(ReLU(conv3×3(ReLU(x)))); no normalisation, as codecs have it."""
+    """x + conv3×3(ReLU(conv3×3(ReLU(x)))); no normalisation, as codecs have it.
+
+    The last convolution begins at zero and the block as the identity (Zhang et al. 2019, Fixup).
+    """
 
     features: int
     dtype: Any = jnp.float32
@@ -125,7 +144,9 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.Conv(self.features, (3, 3), dtype=self.dtype)(nn.relu(x))
-        return x + nn.Conv(self.features, (3, 3), dtype=self.dtype)(nn.relu(y))
+        zeros = nn.initializers.zeros
+        y = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros)(nn.relu(y))
+        return x + y
 
 
 class Projector(nn.Module):

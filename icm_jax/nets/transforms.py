@@ -8,60 +8,59 @@ Layer lists follow papers.md 5.2 and 6.3; synthesis goes by sub-pixel convolutio
 divide are rounded up on the way down and cropped by the caller on the way up.
 """
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from icm_jax.nets.layers import Down, ResidualBlock, Up
+from icm_jax.nets.layers import Down, ResidualBlock, Up, orthogonal_window
 
 
 class Analysis(nn.Module):
-    """1×1 to `hidden`, then per halving: residual blocks, strided convolution; C channels at last.
+    """1×1 to the first width, then per width: residual blocks and a strided convolution.
 
     Attributes:
-      channels: C, channels of the latent. hidden: inner width. halvings: 3 for the information
-      filter, 2 for the feature codec. kernel: of the strided convolutions. blocks: residual blocks
-      before each.
+      channels: C, channels of the latent. widths: inner width before each halving; three for the
+      information filter, two for the feature codec. kernel: of the strided convolutions. blocks:
+      residual blocks before each.
     """
 
     channels: int
-    hidden: int
-    halvings: int
+    widths: tuple[int, ...]
     kernel: int = 3
     blocks: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, f: jax.Array) -> jax.Array:
-        """float [N, h, w, F] -> float32 [N, h/2^halvings, w/2^halvings, C]."""
-        x = nn.Conv(self.hidden, (1, 1), dtype=self.dtype)(f)
-        for level in range(self.halvings):
+        """float [N, h, w, F] -> float32 [N, h/2^k, w/2^k, C] for k widths."""
+        x = nn.Conv(self.widths[0], (1, 1), dtype=self.dtype)(f)
+        for width, following in itertools.pairwise((*self.widths, self.channels)):
             for _ in range(self.blocks):
-                x = ResidualBlock(self.hidden, self.dtype)(x)
-            last = level == self.halvings - 1
-            x = Down(self.channels if last else self.hidden, self.kernel, dtype=self.dtype)(x)
+                x = ResidualBlock(width, self.dtype)(x)
+            init = orthogonal_window(2)
+            x = Down(following, self.kernel, dtype=self.dtype, kernel_init=init)(x)
         return x.astype(jnp.float32)
 
 
 class Synthesis(nn.Module):
-    """The mirror of `Analysis`; linear at the end, `features` channels."""
+    """The mirror of `Analysis` of the same widths; linear at the end, `features` channels."""
 
     features: int
-    hidden: int
-    doublings: int
+    widths: tuple[int, ...]
     blocks: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        """float [N, h, w, C] -> float32 [N, h·2^doublings, w·2^doublings, features]."""
+        """float [N, h, w, C] -> float32 [N, h·2^k, w·2^k, features] for k widths."""
         x = y.astype(self.dtype)
-        for _ in range(self.doublings):
-            x = Up(self.hidden, self.dtype)(x)
+        for width in reversed(self.widths):
+            x = Up(width, self.dtype)(x)
             for _ in range(self.blocks):
-                x = ResidualBlock(self.hidden, self.dtype)(x)
+                x = ResidualBlock(width, self.dtype)(x)
         return nn.Conv(self.features, (1, 1), dtype=self.dtype)(x).astype(jnp.float32)
 
 

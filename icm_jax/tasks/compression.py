@@ -21,7 +21,9 @@ def compression(config) -> Task:
     """The task; fields: the model's, `lmbda` (λ), feature_weights (w_2, w_3, w_4), relative."""
     tail = resnet.Tail(config.variant, config.width, dtype=jnp.dtype(config.dtype))
     codec = build_feature_codec(config)
-    inner = filter_codec(config.variant, config.width, config.filter_channels, config.filter_hidden)
+    inner = filter_codec(
+        config.variant, config.width, config.filter_channels, tuple(config.filter_widths)
+    )
     pixels = config.size**2
 
     def init(key, batch):

@@ -62,7 +62,7 @@ def momentum_at(step, momentum: float) -> jax.Array:
 
 
 def contrastive(config) -> Task:
-    """The task; fields of `config`: variant, width, size, dtype, filter_channels, filter_hidden,
+    """The task; fields of `config`: variant, width, size, dtype, filter_channels, filter_widths,
     projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
     pretrain_filter. `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances
     do not need to be told apart (papers.md 5.2); the paper's own loss has l1 = 0.
@@ -77,7 +77,9 @@ def contrastive(config) -> Task:
     head = resnet.Head(config.variant, config.width, dtype)
     tail = resnet.Tail(config.variant, config.width, dtype=dtype)
     projector = Projector(config.projector_hidden, config.embedding, dtype)
-    codec = filter_codec(config.variant, config.width, config.filter_channels, config.filter_hidden)
+    codec = filter_codec(
+        config.variant, config.width, config.filter_channels, tuple(config.filter_widths)
+    )
     pixels = config.size**2
 
     def init(key, batch):

@@ -53,9 +53,9 @@ def build_feature_codec(config) -> Codec:
         config.variant,
         config.width,
         config.filter_channels,
-        config.filter_hidden,
+        tuple(config.filter_widths),
         config.codec_channels,
-        config.codec_hidden,
+        tuple(config.codec_widths),
         config.hyper_channels,
     )
 
