@@ -53,6 +53,7 @@ def demo() -> dict:
             variant="18",
             width=16,
             size=96,
+            crop=(0.9, 1.0),  # share of the area that a view shows, but in stage 1
             dtype="float32",
             filter_channels=256,
             filter_widths=(16, 48, 128),
@@ -76,7 +77,7 @@ def demo() -> dict:
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=40,
-            alpha=0.5,
+            alpha=2.0,
             l1=30.0,
             negatives="batch",
             queue=1024,
@@ -89,13 +90,13 @@ def demo() -> dict:
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=20,
-            lambdas=(1.0, 10.0),
+            lambdas=(0.1, 1.0),
             feature_weights=(1.0, 1.0, 1.0),
         ),
         stage3=dict(
-            steps=800,
+            steps=600,
             batch_size=0,
-            learning_rate=6e-3,
+            learning_rate=1e-2,
             optimiser="adamw",
             warmup_steps=20,
             tasks=("classify", "linear", "segment"),
@@ -111,7 +112,7 @@ def study() -> dict:
     config = demo()
     config["seeds"] = (0, 1, 2)
     config["stage1"].update(steps=2000, warmup_steps=100)
-    config["stage2"].update(steps=800, lambdas=(0.1, 0.3, 1.0, 3.0, 10.0))
+    config["stage2"].update(steps=800, lambdas=(0.03, 0.1, 0.3, 1.0, 3.0))
     config["stage3"].update(steps=600)
     return config
 
@@ -148,6 +149,7 @@ def imagenet() -> dict:
         variant="50",
         width=64,
         size=224,
+        crop=(0.25, 1.0),
         dtype="bfloat16",
         filter_channels=192,
         filter_widths=(128, 128, 128),

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from icm_jax.errors import IcmError
 
 # MoCo v2's augmentation (Chen et al. 2020): crop 0.2 to 1 of the area, jitter (0.4, 0.4, 0.4, 0.1)
-# with probability 0.8, greyscale 0.2, blur 0.5 with sigma 0.1 to 2, flip 0.5.
+# with probability 0.8, greyscale 0.2, blur 0.5 with sigma 0.1 to 2 in a view of 224, flip 0.5.
 CROP_SCALE = (0.2, 1.0)
 JITTER = (0.4, 0.4, 0.4, 0.1)
 JITTER_P, GREY_P, BLUR_P, FLIP_P = 0.8, 0.2, 0.5, 0.5
-BLUR_SIGMA = (0.1, 2.0)
+BLUR_SIGMA, BLUR_SIZE = (0.1, 2.0), 224
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -41,18 +41,19 @@ def mild(
     size: int,
     masks: jax.Array | None = None,
     *,
-    scale: tuple[float, float] = (0.5, 1.0),
+    crop: tuple[float, float] = (0.5, 1.0),
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Random resized crop and flip, the same for image and mask (nearest for masks).
 
     Args:
-      images: uint8 [N, H, W, 3]. masks: uint8 [N, H, W] or None. scale: share of the area.
+      images: uint8 [N, H, W, 3]. masks: uint8 [N, H, W] or None. crop: least and largest
+        share of the area that a view shows; (1, 1) with a view of the canvas' size only flips.
     Returns: float32 [N, size, size, 3] on 0...255 and uint8 [N, size, size] or None.
     """
 
     def one(image, mask, key):
-        window = _random_window(key, image.shape[:2], scale)
+        window = _random_window(key, image.shape[:2], crop)
         view = _resample(image.astype(jnp.float32), window, size)
         return view, None if mask is None else _nearest(mask, window, size)
 
@@ -85,8 +86,8 @@ def _random_window(key, shape, scale):
     area = height * width * jax.random.uniform(keys[0], minval=scale[0], maxval=scale[1])
     bound = math.log(4 / 3)
     aspect = jnp.exp(jax.random.uniform(keys[1], minval=-bound, maxval=bound))
-    crop_width = jnp.minimum(jnp.sqrt(area * aspect), width)
-    crop_height = jnp.minimum(jnp.sqrt(area / aspect), height)
+    aspect = jnp.clip(aspect, area / jnp.square(height), jnp.square(width) / area)  # stays inside
+    crop_width, crop_height = jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)
     top = jax.random.uniform(keys[2]) * (height - crop_height)
     left = jax.random.uniform(keys[3]) * (width - crop_width)
     return top, left, crop_height, crop_width, jax.random.bernoulli(keys[4], FLIP_P)
@@ -152,6 +153,7 @@ def _rotate_hue(image, angle):
 def _blur(image, key):
     keys = jax.random.split(key)
     sigma = jax.random.uniform(keys[0], minval=BLUR_SIGMA[0], maxval=BLUR_SIGMA[1])
+    sigma = sigma * image.shape[0] / BLUR_SIZE  # a smaller view has the finer detail
     places = jnp.arange(image.shape[0], dtype=jnp.float32)
     distance = places[:, None] - places[None, :]
     kernel = jnp.exp(-0.5 * jnp.square(distance / sigma))

@@ -70,7 +70,8 @@ def test_windows_keep_their_area_aspect_and_place():
 
 def test_blur_is_a_gaussian_of_unit_sum(monkeypatch):
     monkeypatch.setattr(views, "BLUR_P", 1.0)
-    monkeypatch.setattr(views, "BLUR_SIGMA", (1.5, 1.5))
+    sigma = 1.5 * views.BLUR_SIZE / 25  # 1.5 pixels in a view of 25
+    monkeypatch.setattr(views, "BLUR_SIGMA", (sigma, sigma))
     point = np.zeros((25, 25, 1), np.float32)
     point[12, 12] = 1
     given = np.asarray(views._blur(jnp.asarray(point), jax.random.key(0)))[..., 0]

@@ -42,7 +42,7 @@ def compression(config) -> Task:
     def loss(variables, batch, key, step):
         del step
         keys = jax.random.split(key)
-        images, _ = views.mild(batch["image"], config.size, key=keys[0])
+        images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=keys[0])
         f = jax.lax.stop_gradient(filtered(inner, variables, {"image": images}))
         result = forward(codec, variables, {"feature": f}, images.shape[1:3], key=keys[1])
         f_hat = result.outputs["feature"]

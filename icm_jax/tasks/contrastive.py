@@ -62,12 +62,14 @@ def momentum_at(step, momentum: float) -> jax.Array:
 
 
 def contrastive(config) -> Task:
-    """The task; fields of `config`: variant, width, size, dtype, filter_channels, filter_widths,
-    projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
+    """The task; fields of `config`: variant, width, size, crop, dtype, filter_channels,
+    filter_widths, projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
     pretrain_filter. `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances
     do not need to be told apart (papers.md 5.2); the paper's own loss has l1 = 0.
 
-    `pretrain_filter` trains the filter alone, by bits + 128 · L1(f, f') on a frozen backbone.
+    `pretrain_filter` trains the filter alone, by bits + 128 · L1(f, f') on frozen weights of the
+    backbone. The head's BatchNorm statistics follow the data even then: those of an untrained head
+    are arbitrary, and stage 1 would hand the filter features of another scale.
 
     Raises: IcmError for an unknown kind of negatives, or if a batch does not divide the queue.
     """
@@ -108,7 +110,7 @@ def contrastive(config) -> Task:
         """(embedding [N, D], bits [N], f, f', statistics) of images on 0...255."""
         stats = dict(variables["batch_stats"])
         x = ops.normalise(images)
-        f, stats["head"] = apply(head, variables, "head", x, train and not config.pretrain_filter)
+        f, stats["head"] = apply(head, variables, "head", x, train)
         result = forward(
             codec, variables, {"feature": f}, images.shape[1:3], straight_through=True, key=key
         )
@@ -132,7 +134,10 @@ def contrastive(config) -> Task:
                 ),
             }
         )
-        query_view = views.contrastive(batch["image"], config.size, key=keys[0])
+        if config.pretrain_filter:
+            query_view, _ = views.mild(batch["image"], config.size, crop=config.crop, key=keys[0])
+        else:
+            query_view = views.contrastive(batch["image"], config.size, key=keys[0])
         query, bits, f, passed, stats = embed(variables, query_view, True, keys[2])
         bpp = bits.mean() / pixels
         metrics = {"bpp": bpp}

@@ -37,7 +37,9 @@ def segmentation(config) -> Task:
 
     def loss(variables, batch, key, step):
         del step
-        images, masks = views.mild(batch["image"], config.size, batch["mask"], key=key)
+        images, masks = views.mild(
+            batch["image"], config.size, batch["mask"], crop=config.crop, key=key
+        )
         logits, stats = logits_of(variables, images, None, True)
         known = ((masks != IGNORE) & batch["valid"][:, None, None]).astype(jnp.float32)
         labels = jnp.where(masks == IGNORE, 0, masks).astype(jnp.int32)
