@@ -45,7 +45,7 @@ def demo() -> dict:
             # the rest is of scenes
             size=96,
             train=5000,
-            validation=800,
+            validation=600,
             seed=0,
             quality=95,
         ),
@@ -65,19 +65,19 @@ def demo() -> dict:
         ),
         train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
         stage0=dict(  # steps=0: no pre-training of the information filter
-            steps=800,
+            steps=600,
             batch_size=0,  # 0: train.batch_size
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=20,
         ),
         stage1=dict(
-            steps=200,
+            steps=160,
             batch_size=64,  # contrast wants many images at once
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=40,
-            alpha=2.0,
+            alpha=0.5,
             l1=30.0,
             negatives="batch",
             queue=1024,
@@ -85,7 +85,7 @@ def demo() -> dict:
             temperature=0.2,
         ),
         stage2=dict(
-            steps=400,
+            steps=300,
             batch_size=0,
             learning_rate=3e-3,
             optimiser="adamw",
@@ -94,16 +94,15 @@ def demo() -> dict:
             feature_weights=(1.0, 1.0, 1.0),
         ),
         stage3=dict(
-            steps=600,
+            tasks=dict(classify=600, linear=200, segment=400),  # steps of each; 0 leaves it out
             batch_size=0,
             learning_rate=1e-2,
             optimiser="adamw",
             warmup_steps=20,
-            tasks=("classify", "linear", "segment"),
             aspp_rates=(1, 2, 3),
             output_stride=16,
         ),
-        rgb=dict(jpeg=(2, 5, 10, 20, 40, 80), webp=(0, 10, 25, 50, 75)),
+        rgb=dict(jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50)),
     )
 
 
@@ -113,7 +112,7 @@ def study() -> dict:
     config["seeds"] = (0, 1, 2)
     config["stage1"].update(steps=2000, warmup_steps=100)
     config["stage2"].update(steps=800, lambdas=(0.03, 0.1, 0.3, 1.0, 3.0))
-    config["stage3"].update(steps=600)
+    config["stage3"]["tasks"].update(classify=1600, linear=400, segment=800)
     return config
 
 
@@ -136,7 +135,7 @@ def tiny() -> dict:
     config["stage0"].update(steps=4, warmup_steps=2)
     config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
-    config["stage3"].update(steps=4, warmup_steps=2)
+    config["stage3"].update(tasks=dict(classify=4, linear=4, segment=4), warmup_steps=2)
     config["rgb"].update(jpeg=(20,), webp=(20,))
     return config
 
@@ -175,7 +174,10 @@ def imagenet() -> dict:
     )
     config["stage2"].update(steps=100_000, learning_rate=1e-4)
     config["stage3"].update(
-        steps=100_000, learning_rate=1e-4, aspp_rates=(6, 12, 18, 24), output_stride=8
+        tasks=dict(classify=100_000, linear=100_000, segment=100_000),
+        learning_rate=1e-4,
+        aspp_rates=(6, 12, 18, 24),
+        output_stride=8,
     )
     return config
 
@@ -232,9 +234,10 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
 
 
 def task_run(config, keys, seed, arm, name, kind, start):
-    """Stage 3: a head (and the tail) on decoded features; None if the data has no such labels."""
+    """Stage 3: a head (and the tail) on decoded features; None without such labels or steps."""
     needs = "mask" if kind == "segment" else "label"
-    if needs not in keys:
+    steps = config.stage3.tasks[kind]
+    if needs not in keys or not steps:
         return None
     task = dict(config.model, frontend="feature")
     if kind == "segment":
@@ -243,7 +246,7 @@ def task_run(config, keys, seed, arm, name, kind, start):
     else:
         mode = "linear" if kind == "linear" else "finetune"
         task |= dict(name="classification", mode=mode)
-    run = make_run(config, seed, name, task, config.stage3, start=start)
+    run = make_run(config, seed, name, task, config.stage3, steps, start)
     run.needs, run.evaluate = (needs,), ("stream",)
     run.labels = dict(curve=kind, arm=arm, point="")
     return run
@@ -252,7 +255,12 @@ def task_run(config, keys, seed, arm, name, kind, start):
 def rgb_run(config, keys, seed: int):
     """The rival: the unfiltered backbone trained on pixels, fed with JPEG and WebP files."""
     task = dict(config.model, frontend="pixels")
-    kind, needs = ("classify", "label") if "label" in keys else ("segment", "mask")
+    tasks = config.stage3.tasks
+    known = [("classify", "label"), ("segment", "mask")]
+    known = [(kind, needs) for kind, needs in known if needs in keys and tasks[kind]]
+    if not known:
+        return None
+    kind, needs = known[0]
     if kind == "classify":
         task |= dict(name="classification", mode="finetune")
     else:
@@ -260,14 +268,14 @@ def rgb_run(config, keys, seed: int):
         task |= dict(name="segmentation", **own)
     name = f"seed{seed}/rgb/{kind}"
     start = [(f"seed{seed}/unfiltered/stage1", BACKBONE)]
-    run = make_run(config, seed, name, task, config.stage3, start=start)
+    run = make_run(config, seed, name, task, config.stage3, tasks[kind], start)
     points = [f"jpeg-{q}" for q in config.rgb.jpeg] + [f"webp-{q}" for q in config.rgb.webp]
     run.needs, run.evaluate = (needs,), ("pixels", *points)
     run.labels = dict(curve=kind, arm="rgb", point="")
     return run
 
 
-def make_run(config, seed, name, task, stage, start=()) -> ml_collections.ConfigDict:
+def make_run(config, seed, name, task, stage, steps=0, start=()) -> ml_collections.ConfigDict:
     """One entry of the list; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
     return ml_collections.ConfigDict(
         dict(
@@ -284,7 +292,7 @@ def make_run(config, seed, name, task, stage, start=()) -> ml_collections.Config
                 clip_norm=config.train.clip_norm,
             ),
             batch_size=stage.batch_size or config.train.batch_size,
-            steps=stage.steps,
+            steps=steps or stage.steps,
             log_every=config.train.log_every,
             save_every=config.train.save_every,
             fsdp=config.train.fsdp,

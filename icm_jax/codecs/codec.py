@@ -235,8 +235,7 @@ def decode(
 def estimate(frozen: FrozenCodec, images: np.ndarray) -> dict[str, np.ndarray]:
     """Bits per image and segment that the float model expects: {segment: float32 [N]}."""
     codec = _require_frozen(frozen).codec
-    rows = [_bits(codec, frozen.on_device, image[None]) for image in np.asarray(images)]
-    return {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in rows[0]}
+    return jax.device_get(_bits(codec, frozen.on_device, np.asarray(images)))
 
 
 def save(path: str | os.PathLike, frozen: FrozenCodec) -> None:
