@@ -44,7 +44,7 @@ def demo() -> dict:
             images="images",  # of mask_folder: another folder, relative to the path
             # the rest is of scenes
             size=96,
-            train=5000,
+            train=4000,
             validation=600,
             seed=0,
             quality=95,
@@ -55,8 +55,8 @@ def demo() -> dict:
             size=96,
             crop=(0.9, 1.0),  # share of the area that a view shows, but in stage 1
             dtype="float32",
-            filter_channels=256,
-            filter_widths=(16, 48, 128),
+            filter_channels=192,
+            filter_widths=(16, 32, 64),
             codec_channels=48,
             codec_widths=(16, 64),
             hyper_channels=16,
@@ -72,11 +72,11 @@ def demo() -> dict:
             warmup_steps=20,
         ),
         stage1=dict(
-            steps=160,
-            batch_size=64,  # contrast wants many images at once
+            steps=120,
+            batch_size=32,  # contrast wants many images at once
             learning_rate=3e-3,
             optimiser="adamw",
-            warmup_steps=40,
+            warmup_steps=20,
             alpha=0.5,
             l1=30.0,
             negatives="batch",
@@ -85,16 +85,17 @@ def demo() -> dict:
             temperature=0.2,
         ),
         stage2=dict(
-            steps=300,
+            steps=250,
             batch_size=0,
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=20,
-            lambdas=(0.1, 1.0),
+            lambdas=(0.2, 1.0),
             feature_weights=(1.0, 1.0, 1.0),
         ),
         stage3=dict(
-            tasks=dict(classify=600, linear=200, segment=400),  # steps of each; 0 leaves it out
+            decode_once=True,  # train on features decoded beforehand; they are kept in memory
+            tasks=dict(classify=1500, linear=0, segment=200),  # steps of each; 0 leaves it out
             batch_size=0,
             learning_rate=1e-2,
             optimiser="adamw",
@@ -102,7 +103,7 @@ def demo() -> dict:
             aspp_rates=(1, 2, 3),
             output_stride=16,
         ),
-        rgb=dict(jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50)),
+        rgb=dict(steps=800, jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50)),
     )
 
 
@@ -136,7 +137,7 @@ def tiny() -> dict:
     config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
     config["stage3"].update(tasks=dict(classify=4, linear=4, segment=4), warmup_steps=2)
-    config["rgb"].update(jpeg=(20,), webp=(20,))
+    config["rgb"].update(steps=4, jpeg=(20,), webp=(20,))
     return config
 
 
@@ -174,11 +175,13 @@ def imagenet() -> dict:
     )
     config["stage2"].update(steps=100_000, learning_rate=1e-4)
     config["stage3"].update(
+        decode_once=False,  # 3 MB an image
         tasks=dict(classify=100_000, linear=100_000, segment=100_000),
         learning_rate=1e-4,
         aspp_rates=(6, 12, 18, 24),
         output_stride=8,
     )
+    config["rgb"].update(steps=100_000)
     return config
 
 
@@ -247,7 +250,7 @@ def task_run(config, keys, seed, arm, name, kind, start):
         mode = "linear" if kind == "linear" else "finetune"
         task |= dict(name="classification", mode=mode)
     run = make_run(config, seed, name, task, config.stage3, steps, start)
-    run.needs, run.evaluate = (needs,), ("stream",)
+    run.needs, run.evaluate, run.decode_once = (needs,), ("stream",), config.stage3.decode_once
     run.labels = dict(curve=kind, arm=arm, point="")
     return run
 
@@ -268,7 +271,7 @@ def rgb_run(config, keys, seed: int):
         task |= dict(name="segmentation", **own)
     name = f"seed{seed}/rgb/{kind}"
     start = [(f"seed{seed}/unfiltered/stage1", BACKBONE)]
-    run = make_run(config, seed, name, task, config.stage3, tasks[kind], start)
+    run = make_run(config, seed, name, task, config.stage3, config.rgb.steps, start)
     points = [f"jpeg-{q}" for q in config.rgb.jpeg] + [f"webp-{q}" for q in config.rgb.webp]
     run.needs, run.evaluate = (needs,), ("pixels", *points)
     run.labels = dict(curve=kind, arm="rgb", point="")
@@ -298,6 +301,7 @@ def make_run(config, seed, name, task, stage, steps=0, start=()) -> ml_collectio
             fsdp=config.train.fsdp,
             ema=config.train.ema,
             start=tuple(start),
+            decode_once=False,
             needs=(),
             evaluate=(),
             labels={},

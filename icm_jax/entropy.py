@@ -180,5 +180,10 @@ def scale_of(index: jax.Array) -> jax.Array:
 
 
 def table_index(index: jax.Array) -> jax.Array:
-    """int32 table row for a real-valued scale index: truncated and kept inside the table."""
-    return jnp.clip(index.astype(jnp.float32), 0.0, len(tables.SCALES) - 1.0).astype(jnp.int32)
+    """int32 table row for a real-valued scale index: the nearest, kept inside the table.
+
+    tensorflow-compression truncates; given whole indexes, it codes the same bytes. Truncation
+    always picks the narrower scale, which on some images costs 5 % more bits than expected.
+    """
+    index = jnp.clip(index.astype(jnp.float32), 0.0, len(tables.SCALES) - 1.0)
+    return jnp.round(index).astype(jnp.int32)

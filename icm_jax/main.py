@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name).absolute()
     jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
         run_experiment(experiment, config, workdir, train=MODE.value == "train")
     except IcmError as error:

@@ -23,12 +23,15 @@ import numpy as np
 import optax
 import tqdm
 
-from icm_jax import checkpoint, optim, sharding
+from icm_jax import checkpoint, optim, sharding, views
+from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
 from icm_jax.tasks import Task, build_task
 from icm_jax.tasks.task import TRAIN
 
+DECODED_AT_ONCE = 32  # images
+_decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
 HARMLESS = ("log_every", "save_every", "fsdp")
 """Fields that may differ when a run is resumed: they do not change what is computed."""
 
@@ -47,7 +50,8 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
 
     Args:
       run: see `configs/`; fields name, seed, task, data, optim, batch_size, steps, log_every,
-        save_every, fsdp, ema, start.
+        save_every, fsdp, ema, start; and decode_once, to train on features that the codec of
+        the first run of `start` decoded beforehand, instead of decoding views at every step.
       base: the folder of the experiment, where earlier runs lie that `run.start` names.
 
     Returns: the metrics of the last logging interval.
@@ -67,6 +71,9 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     task = build_task(complete(run.task, source))
     optimiser = optim.make_optimiser(run.optim, run.steps)
     start = [(checkpoint.load_variables(pathlib.Path(base) / n), p) for n, p in run.start]
+    features = (
+        decoded_split(task.codec, start[0][0], source, run, base) if run.decode_once else None
+    )
     with checkpoint.manager(folder) as checkpoints:
         state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
         batches = pipeline.batches(
@@ -76,6 +83,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
             canvas=(run.data.canvas,) * 2,
             start=first,
             stop=run.steps,
+            features=features,
             process=jax.process_index(),
             processes=jax.process_count(),
         )
@@ -83,6 +91,34 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     if jax.process_index() == 0:
         checkpoint.write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
     return metrics
+
+
+def decoded_split(codec, variables, source, run, base) -> np.ndarray:
+    """What the decoder gives for every image of a source, in order: float32 [n, H/4, W/4, C].
+
+    It stays in the memory of each host, 4·n·H/4·W/4·C bytes; the next task on the same codec finds
+    it there. Every process computes all of it, on one device and in the same batches, so that it
+    does not depend on how many there are.
+    """
+    side = run.task.size
+    name = (os.fspath(base), run.start[0][0], run.data.to_json_best_effort(), side)
+    if name in _decoded:
+        return _decoded[name]
+    _decoded.clear()
+    variables = jax.device_put(variables, jax.local_devices()[0])
+
+    @jax.jit
+    def decode(variables, images):
+        inputs = {"image": views.centre(images, side)}
+        return forward(codec, variables, inputs, (side, side)).outputs["feature"]
+
+    batches = pipeline.in_order(source, batch_size=DECODED_AT_ONCE, canvas=(run.data.canvas,) * 2)
+    total = -(-source.length // DECODED_AT_ONCE)
+    hidden = jax.process_index() > 0
+    bar = tqdm.tqdm(batches, f"{run.name} decoding", total, unit="batch", disable=hidden)
+    rows = [np.asarray(decode(variables, batch["image"])) for batch in bar]
+    _decoded[name] = np.concatenate(rows)[: source.length]
+    return _decoded[name]
 
 
 def complete(config: ml_collections.ConfigDict, source) -> ml_collections.ConfigDict:
@@ -101,14 +137,15 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
     side = run.data.canvas
     image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), jnp.uint8)
 
-    def init(key):
+    def init(key, constants):
         variables = task.init(key, {"image": jnp.zeros(image.shape, image.dtype)})
+        variables |= {"constants": constants} if constants else {}
         trained = trained_part(task, variables["params"])
         ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
         return TrainState(jnp.zeros((), jnp.int32), variables, optimiser.init(trained), ema)
 
-    key = jax.random.key(run.seed)
-    shapes = jax.eval_shape(init, key)
+    arguments = jax.random.key(run.seed), dict(task.constants)
+    shapes = jax.eval_shape(init, *arguments)
     shardings = sharding.state_shardings(mesh, shapes)
     abstract = jax.tree.map(
         lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
@@ -118,7 +155,7 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
     saved, step = checkpoint.restore_newest(checkpoints, abstract)
     if saved is not None:
         return saved, step
-    state = jax.jit(init, out_shardings=shardings)(key)
+    state = jax.jit(init, out_shardings=shardings)(*arguments)
     variables = state.variables
     for earlier, prefixes in start:
         variables = copy_parts(variables, earlier, prefixes)

@@ -161,9 +161,9 @@ def test_gaussian_bits_equal_scipy_and_finite_differences():
     check_gradient(lambda y: entropy.gaussian_bits(y, wide).sum(), y)
 
 
-def test_table_index_truncates_inside_the_table():
-    given = entropy.table_index(jnp.array([-3.0, 0.9, 20.99, 63.0, 400.0]))
-    np.testing.assert_array_equal(given, [0, 0, 20, 63, 63])
+def test_table_index_is_the_nearest_inside_the_table():
+    given = entropy.table_index(jnp.array([-3.0, 0.4, 0.9, 20.99, 62.6, 63.0, 400.0]))
+    np.testing.assert_array_equal(given, [0, 0, 1, 21, 63, 63, 63])
 
 
 def test_frozen_prior_holds_the_masses_of_the_float_prior(prior):

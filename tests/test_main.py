@@ -149,7 +149,7 @@ def test_every_run_of_every_scale_builds(scale):
         }
         task = build_task(Recorder(dict(run.task, classes=12, mask_classes=13)))
         key = jax.eval_shape(lambda: jax.random.key(0))
-        variables = jax.eval_shape(task.init, key, batch)
+        variables = jax.eval_shape(task.init, key, batch) | {"constants": dict(task.constants)}
         step = jax.ShapeDtypeStruct((), np.int32)
         total, _ = jax.eval_shape(task.loss, variables, batch, key, step)
         assert total.shape == () and total.dtype == np.float32
@@ -166,7 +166,9 @@ def test_no_field_of_the_config_is_without_effect():
         inner = changed
         for name in path[:-1]:
             inner = inner[name]
-        if isinstance(value, tuple):
+        if isinstance(value, bool):
+            inner[path[-1]] = not value
+        elif isinstance(value, tuple):
             inner[path[-1]] = value[:-1]
         else:
             inner[path[-1]] = value + "x" if isinstance(value, str) else 2 * value + 1

@@ -119,6 +119,26 @@ def test_padding_is_blank_and_ignored():
     assert not last["image"][1:].any() and np.all(last["mask"][1:] == geometry.IGNORE)
 
 
+def test_features_take_the_place_of_their_own_images():
+    source, features = numbered(5, unlabelled=(1,)), np.arange(5.0).reshape(5, 1, 1, 1)
+    options = dict(batch_size=5, seed=3, canvas=CANVAS, stop=2)
+    plain = list(pipeline.batches(source, **options))
+    for batch, other in zip(
+        pipeline.batches(source, features=features, **options), plain, strict=True
+    ):
+        assert "image" not in batch
+        np.testing.assert_array_equal(batch["valid"], other["valid"])
+        numbers = other["image"][:, 0, 0, 0] - 1  # which every image shows
+        np.testing.assert_array_equal(batch["feature"].ravel(), numbers)
+
+
+def test_in_order_keeps_the_order_of_examples_without_a_label():
+    source = numbered(5, unlabelled=(0, 3))
+    batches = list(pipeline.in_order(source, batch_size=4, canvas=CANVAS))
+    shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
+    np.testing.assert_array_equal(shown, [1, 2, 3, 4, 5, 0, 0, 0])
+
+
 def test_epochs_differ_and_are_complete_when_the_batch_is_larger():
     batch = next(pipeline.batches(numbered(6), batch_size=20, seed=1, canvas=CANVAS, stop=1))
     epochs = batch["label"][:18].reshape(3, 6)

@@ -44,6 +44,10 @@ def images(rows=4, side=32):
     return jnp.asarray(RNG.integers(0, 256, (rows, side, side, 3)).astype(np.uint8))
 
 
+def initial(task, batch):
+    return {**jax.jit(task.init)(jax.random.key(0), batch), "constants": dict(task.constants)}
+
+
 def unit(*shape):
     x = RNG.normal(size=shape)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
@@ -130,7 +134,7 @@ def test_dilated_tail_has_the_same_values_on_the_coarse_grid():
 def stage1():
     task = build_task(ConfigDict(STAGE1))
     batch = {"image": images()}
-    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    variables = initial(task, batch)
     loss = jax.jit(task.loss)
     return task, variables, batch, loss
 
@@ -204,7 +208,7 @@ def test_bad_contrastive_configs_are_refused():
 def test_filter_pretraining_trains_the_filter_alone():
     task = build_task(ConfigDict(dict(STAGE1, pretrain_filter=True)))
     batch = {"image": images()}
-    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    variables = initial(task, batch)
     total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(total, aux.metrics["bpp"] + 128 * aux.metrics["l1"], rtol=1e-5)
     assert [n for n in variables["params"] if task.groups(n) == "train"] == ["filter"]
@@ -222,7 +226,9 @@ def test_stage_2_weighs_its_distortions():
     results = []
     for weights in ((0.0, 0.0, 0.0), (1.0, 2.0, 3.0)):
         task = build_task(ConfigDict(dict(config, feature_weights=weights)))
-        variables = jax.jit(task.init)(jax.random.key(0), batch)
+        variables = jax.jit(task.init)(jax.random.key(0), batch) | {
+            "constants": dict(task.constants)
+        }
         total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(0), jnp.int32(0))
         np.testing.assert_allclose(
             total, aux.metrics["bpp"] + 3 * aux.metrics["distortion"], rtol=1e-4
@@ -238,7 +244,7 @@ def test_classification_scores_only_valid_rows(frontend):
     config = dict(MODEL, name="classification", frontend=frontend, mode="linear", classes=3)
     task = build_task(ConfigDict(config))
     batch = {"image": images(), "label": jnp.array([0, 1, 2, 0]), "valid": jnp.array([True] * 4)}
-    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    variables = initial(task, batch)
     loss = jax.jit(task.loss)
     half = {**batch, "valid": jnp.array([True, True, False, False])}
     wrong = {**half, "label": jnp.array([0, 1, 0, 1])}
@@ -262,7 +268,7 @@ def test_segmentation_ignores_255():
     task = build_task(ConfigDict(config))
     mask = jnp.asarray(RNG.integers(0, 3, (4, 32, 32)).astype(np.uint8))
     batch = {"image": images(), "mask": mask, "valid": jnp.array([True] * 4)}
-    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    variables = initial(task, batch)
     ignored = {**batch, "mask": jnp.full_like(mask, 255)}
     loss = jax.jit(task.loss)
     assert loss(variables, ignored, jax.random.key(0), jnp.int32(0))[0] == 0
@@ -279,7 +285,7 @@ def test_segmentation_loss_equals_numpy():
     mask = RNG.integers(0, 3, (4, 32, 32)).astype(np.uint8)
     mask[:, :20] = 255
     batch = {"image": images(), "mask": jnp.asarray(mask), "valid": jnp.array([True] * 3 + [False])}
-    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    variables = initial(task, batch)
     bias = np.array([0.1, -0.4, 0.9], np.float32)
     segmenter = jax.tree.map(jnp.zeros_like, variables["params"]["segmenter"])
     segmenter["rate1"]["bias"] = jnp.asarray(bias)  # every pixel has these logits, in any view
@@ -305,7 +311,7 @@ def test_a_few_steps_lower_the_loss(config):
     """Noise, queue and keys are held, so that what is lowered stays the same function."""
     task = build_task(ConfigDict(config))
     batch = {"image": images()}
-    variables = jax.jit(task.init)(jax.random.key(0), batch)
+    variables = initial(task, batch)
     frozen = {n: p for n, p in variables["params"].items() if task.groups(n) != "train"}
     trained = {n: p for n, p in variables["params"].items() if n not in frozen}
 

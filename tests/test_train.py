@@ -1,5 +1,6 @@
 """The loop on the real data path: resume, kill, devices, processes, bad states."""
 
+import io
 import json
 import os
 import pathlib
@@ -15,8 +16,11 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from icm_jax import checkpoint, optim, sharding, train
+from icm_jax.codecs import codec, feature_codec
+from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
 from icm_jax.tasks.task import Aux, Task
 
@@ -257,6 +261,28 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     train._claim(tmp_path, toy_run(log_every=1))
     with pytest.raises(IcmError, match=r"optim\.learning_rate was 0\.1, is 0\.2"):
         train._claim(tmp_path, toy_run(optim=dict(toy_run().optim, learning_rate=0.2)))
+
+
+def test_features_decoded_beforehand_are_those_of_the_bitstreams(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+
+    def load(number):
+        file = io.BytesIO()
+        Image.fromarray(pictures[number]).save(file, "PNG")
+        label = None if number == 1 else 0
+        return {"image": file.getvalue(), "label": label, "name": str(number)}
+
+    source = Source("five", 5, ("one",), load)
+    built = feature_codec("18", 8, 8, (8, 8, 8), 8, (8, 8), 8)
+    variables = jax.jit(built.init)(jax.random.key(0), pictures)
+    run = toy_run(task=dict(size=32), data=dict(canvas=32), start=(("codec", ()),))
+    given = train.decoded_split(built, variables, source, run, tmp_path)
+    frozen = codec.freeze(built, variables)
+    wanted = codec.decode(frozen, codec.encode(frozen, pictures), "feature")
+    np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
+    assert given.std(axis=0).max() > 0.01
+    assert train.decoded_split(None, None, source, run, tmp_path) is given  # the next task's
 
 
 def test_schedules_are_their_formulas():

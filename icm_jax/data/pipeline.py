@@ -27,6 +27,7 @@ def batches(
     canvas: tuple[int, int],
     start: int = 0,
     stop: int,
+    features: np.ndarray | None = None,
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -38,9 +39,10 @@ def batches(
       batch_size: B, rows of the global batch; `processes` must divide it.
       seed: of the order of examples; every epoch has its own permutation.
       canvas: (height, width) of the images.
+      features: [source.length, ...], given in place of the images as "feature".
       threads: decoding threads; default: all cores.
 
-    Yields: {"image": uint8 [b, *canvas, 3], "valid": bool [b], "label": int32 [b] and
+    Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
       "mask": uint8 [b, *canvas] where the source has them}, b = B / processes. Rows whose
       example has no label (COCO images without an object) are not "valid".
 
@@ -56,8 +58,8 @@ def batches(
         return np.random.default_rng([seed, epoch]).permutation(source.length)
 
     def load(position):
-        number = permutation(position // source.length)[position % source.length]
-        return _example(source, int(number), canvas)
+        number = int(permutation(position // source.length)[position % source.length])
+        return _example(source, number, canvas, None if features is None else features[number])
 
     return _parallel(load, rows, batch_size, start, stop, threads)
 
@@ -72,10 +74,35 @@ def evaluation_batches(
     processes: int = 1,
     threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of `in_order`, but within each the "valid" rows come first."""
+    ordered = in_order(
+        source,
+        batch_size=batch_size,
+        canvas=canvas,
+        limit=limit,
+        process=process,
+        processes=processes,
+        threads=threads,
+    )
+    for batch in ordered:
+        order = np.argsort(~batch["valid"], kind="stable")
+        yield {key: value[order] for key, value in batch.items()}
+
+
+def in_order(
+    source: Source,
+    *,
+    batch_size: int,
+    canvas: tuple[int, int],
+    limit: int | None = None,
+    process: int = 0,
+    processes: int = 1,
+    threads: int | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order; the last batch is padded with rows that are not "valid".
 
     Every process gets as many batches with the same keys, though all rows of its last may be
-    padding. Within a batch the "valid" rows come first.
+    padding.
     """
     rows = _own_rows(batch_size, process, processes)
     _check(source)
@@ -88,9 +115,7 @@ def evaluation_batches(
         blanks = {"mask": geometry.IGNORE}
         return {key: np.full_like(value, blanks.get(key, 0)) for key, value in example.items()}
 
-    for batch in _parallel(load, rows, batch_size, 0, -(-length // batch_size), threads):
-        order = np.argsort(~batch["valid"], kind="stable")
-        yield {key: value[order] for key, value in batch.items()}
+    return _parallel(load, rows, batch_size, 0, -(-length // batch_size), threads)
 
 
 def _check(source: Source) -> None:
@@ -125,16 +150,23 @@ def _stack(examples) -> dict[str, np.ndarray]:
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
-def _example(source: Source, number: int, canvas: tuple[int, int]) -> dict[str, np.ndarray]:
+def _example(
+    source: Source, number: int, canvas: tuple[int, int], feature: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """One row of a batch."""
     loaded = source.load(number)
-    image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
-    example = {"image": geometry.fit(image, canvas), "valid": np.bool_(True)}
+    example = {"valid": np.bool_(True)}
+    if feature is None:
+        image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
+        example["image"] = geometry.fit(image, canvas)
+    else:
+        example["feature"] = feature
     if "label" in loaded:
         known = loaded["label"] is not None
         example |= {"label": np.int32(loaded["label"] if known else 0), "valid": np.bool_(known)}
     if "mask" in loaded:
         mask = geometry.decode_mask(loaded["mask"], loaded["name"], len(source.mask_classes))
-        geometry.check_aspect(image, mask, loaded["name"])
+        if feature is None:
+            geometry.check_aspect(image, mask, loaded["name"])
         example["mask"] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
     return example

@@ -2,7 +2,7 @@
 
 Twelve classes, four shapes times three fine textures, lie on backgrounds with the power spectrum of
 natural images (1/f^a, correlated colours), among distractors, occluders, shading, blur and noise.
-The shape survives strong compression, the texture (a period of 6 to 11 pixels) does not: accuracy
+The shape survives strong compression, the texture (a period of 6 to 10 pixels) does not: accuracy
 falls step by step as bits are taken away. The label is the class of the largest object.
 
 Generation is a function of (configuration, split, index) alone, takes no download and writes
@@ -11,6 +11,7 @@ named after the configuration and a checksum of what is drawn, so images of an e
 drawing are never taken for these.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import io
@@ -74,7 +75,8 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         config = self.builder_config
-        for index in range(getattr(config, split)):
+
+        def example(index):
             scene = draw(config.seed, split, index, config.size)
             jpeg = simplejpeg.encode_jpeg(scene["image"], config.quality, "RGB", "420")
             png = io.BytesIO()
@@ -84,15 +86,15 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
                 {"bbox": tfds.features.BBox(*box), "label": int(label)}
                 for box, label in zip(scene["boxes"], scene["labels"], strict=True)
             ]
-            yield (
-                index,
-                {
-                    "image": io.BytesIO(jpeg),
-                    "label": int(scene["labels"][0]),
-                    "objects": objects,
-                    "mask": png,
-                },
-            )
+            return {
+                "image": io.BytesIO(jpeg),
+                "label": int(scene["labels"][0]),
+                "objects": objects,
+                "mask": png,
+            }
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            yield from enumerate(threads.map(example, range(getattr(config, split))))
 
 
 def prepared(data_dir: str | os.PathLike, **sizes) -> tfds.core.DatasetBuilder:
@@ -139,7 +141,7 @@ def draw(seed: int, split: str, index: int, size: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     image = _background(rng, size)
     mask = np.zeros((size, size), np.uint8)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(0, 3)):
         _paint(image, _distractor(rng, size), _noise(rng, size, 1.5) * 0.15 + rng.uniform(0, 1, 3))
     owner = np.zeros((size, size), np.uint8)  # which object shows at a pixel
     found = []
@@ -232,7 +234,7 @@ def _object(rng, size, radius, label):
         ),
         "star": 0.66 + 0.3 * np.cos(5 * angle) - r,
     }[shape]
-    turn = 2 * math.pi * radius / rng.uniform(6, 11)
+    turn = 2 * math.pi * radius / rng.uniform(6, 10)
     phase = rng.uniform(0, 2 * math.pi, 2)
     wave = {
         "stripes": np.sin(turn * u + phase[0]),

@@ -38,8 +38,10 @@ def classification(config) -> Task:
 
     def loss(variables, batch, key, step):
         del step
-        images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
-        logits, stats = logits_of(variables, images, None, tuned)
+        images, feature = None, batch.get("feature")
+        if feature is None:
+            images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
+        logits, stats = logits_of(variables, images, feature, tuned)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         total = mean_of(losses, batch["valid"])

@@ -32,7 +32,7 @@ def compression(config) -> Task:
         variables = codec.init(keys[0], image)
         f = filtered(inner, variables, {"image": image})
         merge(variables, "tail", tail.init(keys[1], f, train=False))
-        return {**variables, "constants": {"lambda": jnp.float32(config.lmbda)}}
+        return variables
 
     def distance(target, given):
         target, given = target.astype(jnp.float32), given.astype(jnp.float32)
@@ -67,4 +67,4 @@ def compression(config) -> Task:
     def groups(name):
         return TRAIN if name == "feature_codec" else FROZEN
 
-    return Task(init, loss, predict, groups, codec)
+    return Task(init, loss, predict, groups, codec, {"lambda": jnp.float32(config.lmbda)})

@@ -103,7 +103,6 @@ def contrastive(config) -> Task:
             "key_params": copy["p"],
             "key_stats": copy["s"],
             "queue": {"keys": _unit(queue), "next": jnp.zeros((), jnp.int32)},
-            "constants": {"alpha": jnp.float32(config.alpha), "l1": jnp.float32(config.l1)},
         }
 
     def embed(variables, images, train, key):
@@ -178,7 +177,8 @@ def contrastive(config) -> Task:
     def groups(name):
         return TRAIN if name == "filter" or not config.pretrain_filter else FROZEN
 
-    return Task(init, loss, predict, groups, codec)
+    constants = {"alpha": jnp.float32(config.alpha), "l1": jnp.float32(config.l1)}
+    return Task(init, loss, predict, groups, codec, constants)
 
 
 def _unit(x):

@@ -37,10 +37,14 @@ def segmentation(config) -> Task:
 
     def loss(variables, batch, key, step):
         del step
-        images, masks = views.mild(
-            batch["image"], config.size, batch["mask"], crop=config.crop, key=key
-        )
-        logits, stats = logits_of(variables, images, None, True)
+        images, feature = None, batch.get("feature")
+        if feature is None:
+            images, masks = views.mild(
+                batch["image"], config.size, batch["mask"], crop=config.crop, key=key
+            )
+        else:
+            masks = views.centre(batch["mask"], config.size)
+        logits, stats = logits_of(variables, images, feature, True)
         known = ((masks != IGNORE) & batch["valid"][:, None, None]).astype(jnp.float32)
         labels = jnp.where(masks == IGNORE, 0, masks).astype(jnp.int32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

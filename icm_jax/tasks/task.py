@@ -2,11 +2,12 @@
 
 All networks of Omni-ICM lie in one flat dict of parameters, by these names: head, filter, tail,
 projector, feature_codec, classifier, segmenter. Weights of a loss (α, λ) are values in the
-collection `constants`: they are stored with the model, and runs that differ in them alone share one
-compiled program.
+collection `constants`: they are stored with the model, and runs that differ in them alone share
+their compiled programs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,13 +32,15 @@ class Aux(NamedTuple):
 class Task(NamedTuple):
     """One learning problem.
 
+    A batch holds "image"; in its place, tasks on decoded features also take "feature".
+
     Attributes:
       init: (key, batch) -> variables {"params": ..., other collections}.
       loss: (variables, batch, key, step) -> (float32 scalar, Aux).
-      predict: (variables, batch) -> {name: array with a leading batch axis}; a batch holds "image"
-        or an already decoded "feature".
+      predict: (variables, batch) -> {name: array with a leading batch axis}.
       groups: top-level parameter name -> "train" or "frozen".
       codec: the codec that the task trains or stands on, or None.
+      constants: weights of the loss, for the collection `constants` that `loss` reads.
     """
 
     init: Callable
@@ -45,6 +48,7 @@ class Task(NamedTuple):
     predict: Callable
     groups: Callable[[str], str]
     codec: Codec | None = None
+    constants: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 def build_feature_codec(config) -> Codec:
