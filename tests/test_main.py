@@ -159,6 +159,7 @@ def test_every_run_of_every_scale_builds(scale):
 def test_no_field_of_the_config_is_without_effect():
     module = load()
     config = module.get_config("demo")
+    config.stage3.tasks.update(linear=1, segment=1)
     plain = [run.to_json_best_effort() for run in module.runs(config)]
     ignored = set()
     for path, value in flax.traverse_util.flatten_dict(config.to_dict()).items():
