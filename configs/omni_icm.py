@@ -22,6 +22,7 @@ ARMS = ("omni", "unfiltered")
 BACKBONE = ("params/head", "params/tail", "batch_stats/head", "batch_stats/tail")
 FILTER = ("params/filter", "batch_stats/filter")
 CODEC = ("params/feature_codec", "batch_stats/feature_codec")
+NEEDS = {"classify": "label", "linear": "label", "segment": "mask"}
 
 
 def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
@@ -72,7 +73,7 @@ def demo() -> dict:
             warmup_steps=20,
         ),
         stage1=dict(
-            steps=140,
+            steps=150,
             batch_size=64,  # contrast wants many images at once
             learning_rate=3e-3,
             optimiser="adamw",
@@ -95,7 +96,7 @@ def demo() -> dict:
         ),
         stage3=dict(
             decode_once=True,  # train on features decoded beforehand; they are kept in memory
-            tasks=dict(classify=1200, linear=0, segment=0),  # steps of each; 0 leaves it out
+            tasks=dict(classify=1600, linear=0, segment=0),  # steps of each; 0 leaves it out
             batch_size=0,
             learning_rate=1e-2,
             optimiser="adamw",
@@ -225,21 +226,22 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
         start = [(f"{base}/stage1", BACKBONE + FILTER)]
         listed.append(make_run(config, seed, codec, task, config.stage2, start=start))
         start = [(codec, BACKBONE + FILTER + CODEC)]
-        for name in config.stage3.tasks:
-            listed.append(
-                task_run(config, keys, seed, arm, f"{base}/{name}-{lmbda:g}", name, start)
-            )
-            if listed[-1] is not None:
-                listed[-1].labels.point = f"{lmbda:g}"
+        for kind, steps in task_steps(config, keys).items():
+            name = f"{base}/{kind}-{lmbda:g}"
+            listed.append(task_run(config, seed, arm, name, kind, steps, start))
+            listed[-1].labels.point = f"{lmbda:g}"
     return listed
 
 
-def task_run(config, keys, seed, arm, name, kind, start):
-    """Stage 3: a head (and the tail) on decoded features; None without such labels or steps."""
-    needs = "mask" if kind == "segment" else "label"
-    steps = config.stage3.tasks[kind]
-    if needs not in keys or not steps:
-        return None
+def task_steps(config, keys) -> dict[str, int]:
+    """Steps of each task of stage 3 that the data has labels for; masks alone are segmented."""
+    asked = config.stage3.tasks
+    known = {kind: asked[kind] for kind in asked if asked[kind] and NEEDS[kind] in keys}
+    return known or ({"segment": max(asked.values())} if "mask" in keys else {})
+
+
+def task_run(config, seed, arm, name, kind, steps, start):
+    """Stage 3: a head (and the tail) on decoded features."""
     task = dict(config.model, frontend="feature")
     if kind == "segment":
         own = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
@@ -248,7 +250,8 @@ def task_run(config, keys, seed, arm, name, kind, start):
         mode = "linear" if kind == "linear" else "finetune"
         task |= dict(name="classification", mode=mode)
     run = make_run(config, seed, name, task, config.stage3, steps, start)
-    run.needs, run.evaluate, run.decode_once = (needs,), ("stream",), config.stage3.decode_once
+    run.needs, run.evaluate = (NEEDS[kind],), ("stream",)
+    run.decode_once = config.stage3.decode_once
     run.labels = dict(curve=kind, arm=arm, point="")
     return run
 
@@ -256,12 +259,10 @@ def task_run(config, keys, seed, arm, name, kind, start):
 def rgb_run(config, keys, seed: int):
     """The rival: the unfiltered backbone trained on pixels, fed with JPEG and WebP files."""
     task = dict(config.model, frontend="pixels")
-    tasks = config.stage3.tasks
-    known = [("classify", "label"), ("segment", "mask")]
-    known = [(kind, needs) for kind, needs in known if needs in keys and tasks[kind]]
-    if not known:
+    kinds = [kind for kind in ("classify", "segment") if kind in task_steps(config, keys)]
+    if not kinds:
         return None
-    kind, needs = known[0]
+    kind = kinds[0]
     if kind == "classify":
         task |= dict(name="classification", mode="finetune")
     else:
@@ -271,7 +272,7 @@ def rgb_run(config, keys, seed: int):
     start = [(f"seed{seed}/unfiltered/stage1", BACKBONE)]
     run = make_run(config, seed, name, task, config.stage3, config.rgb.steps, start)
     points = [f"jpeg-{q}" for q in config.rgb.jpeg] + [f"webp-{q}" for q in config.rgb.webp]
-    run.needs, run.evaluate = (needs,), ("pixels", *points)
+    run.needs, run.evaluate = (NEEDS[kind],), ("pixels", *points)
     run.labels = dict(curve=kind, arm="rgb", point="")
     return run
 

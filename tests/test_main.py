@@ -156,6 +156,18 @@ def test_every_run_of_every_scale_builds(scale):
     assert fields <= Recorder.read
 
 
+@pytest.mark.parametrize(
+    ("name", "curves"), [("scenes", {"classify"}), ("mask_folder", {"segment"})]
+)
+def test_tasks_follow_the_labels_that_the_data_has(name, curves):
+    module = load()
+    config = module.get_config()
+    config.data.name = name
+    runs = [run for run in module.runs(config) if run.evaluate]
+    assert {run.labels.curve for run in runs} == curves
+    assert [run.labels.arm for run in runs].count("rgb") == 1
+
+
 def test_no_field_of_the_config_is_without_effect():
     module = load()
     config = module.get_config("demo")
