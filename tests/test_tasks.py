@@ -86,7 +86,7 @@ def test_views_are_keyed_by_row_and_stay_in_range():
 def test_a_crop_of_everything_is_the_image_or_its_mirror():
     batch = images(6, 16)
     masks = batch[..., 0]
-    view, mask = views.mild(batch, 16, masks, scale=(1.0, 1.0), key=jax.random.key(3))
+    view, mask = views.mild(batch, 16, masks, crop=(1.0, 1.0), key=jax.random.key(3))
     # Aspect may still shrink one side; where it does not, pixels are exact.
     square = jnp.zeros((16, 16))
     ramp = jnp.arange(16, dtype=jnp.float32)[None, :] + square
