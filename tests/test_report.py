@@ -87,17 +87,19 @@ def test_table_states_measured_beside_estimated_rate():
     head, row = report._curve_table([stream("omni", "3", 0.25, 0.5)])
     cells = dict(zip(head, row, strict=True))
     assert cells["bpp measured"] == "0.2500"
-    assert cells["bpp estimated"] == "0.2250"
-    assert cells["header bpp"] == "0.0250"
     assert cells["top-1 [%]"] == "50.0" and cells["top-5 [%]"] == "75.0"
     assert cells["point"] == "λ = 3" and cells["images"] == "20"
+    head, row = report._stream_table([stream("omni", "3", 0.25, 0.5)])
+    cells = dict(zip(head, row, strict=True))
+    assert cells["bpp measured"] == "0.2500" and cells["bpp estimated"] == "0.2250"
+    assert cells["header bpp"] == "0.0250"
 
 
 def test_bd_rates_are_those_of_the_scaled_rates():
     rows = dict(report._bd_table(full_records())[1:])
     assert rows["α = 0 twin"] == "-40.0 %"  # 0.6 of its rates
     assert rows["JPEG"] == "-70.0 %"  # 0.6 of half its rates
-    assert "do not overlap" in rows["WebP"]  # its best is below our worst
+    assert "no quality that both" in rows["WebP"]  # its best is below our worst
 
 
 def test_principal_colours_separate_what_differs_most():
