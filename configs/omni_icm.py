@@ -60,25 +60,25 @@ def demo() -> dict:
             filter_widths=(16, 32, 64),
             codec_channels=48,
             codec_widths=(16, 64),
-            hyper_channels=16,
+            hyper_channels=8,
             projector_hidden=128,
             embedding=64,
         ),
         train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
         stage0=dict(  # steps=0: no pre-training of the information filter
-            steps=600,
+            steps=450,
             batch_size=0,  # 0: train.batch_size
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=20,
         ),
         stage1=dict(
-            steps=150,
+            steps=300,
             batch_size=64,  # contrast wants many images at once
             learning_rate=3e-3,
             optimiser="adamw",
             warmup_steps=20,
-            alpha=0.5,
+            alpha=0.2,
             l1=30.0,
             negatives="batch",
             queue=1024,
@@ -86,7 +86,7 @@ def demo() -> dict:
             temperature=0.2,
         ),
         stage2=dict(
-            steps=300,
+            steps=250,
             batch_size=0,
             learning_rate=3e-3,
             optimiser="adamw",
@@ -96,7 +96,7 @@ def demo() -> dict:
         ),
         stage3=dict(
             decode_once=True,  # train on features decoded beforehand; they are kept in memory
-            tasks=dict(classify=1600, linear=0, segment=0),  # steps of each; 0 leaves it out
+            tasks=dict(classify=900, linear=0, segment=0),  # steps of each; 0 leaves it out
             batch_size=0,
             learning_rate=1e-2,
             optimiser="adamw",
@@ -109,9 +109,10 @@ def demo() -> dict:
 
 
 def study() -> dict:
-    """The demo over three seeds and more rates."""
+    """The demo over three seeds and more rates, with more contrast."""
     config = demo()
     config["seeds"] = (0, 1, 2)
+    config["stage1"].update(steps=600)
     config["stage2"].update(lambdas=(0.1, 0.3, 1.0))
     return config
 
