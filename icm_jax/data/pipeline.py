@@ -64,27 +64,9 @@ def batches(
     return _parallel(load, rows, batch_size, start, stop, threads)
 
 
-def evaluation_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    canvas: tuple[int, int],
-    limit: int | None = None,
-    process: int = 0,
-    processes: int = 1,
-    threads: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of `in_order`, but within each the "valid" rows come first."""
-    ordered = in_order(
-        source,
-        batch_size=batch_size,
-        canvas=canvas,
-        limit=limit,
-        process=process,
-        processes=processes,
-        threads=threads,
-    )
-    for batch in ordered:
+def evaluation_batches(source: Source, **options) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of `in_order`, which takes the options; within each the "valid" rows come first."""
+    for batch in in_order(source, **options):
         order = np.argsort(~batch["valid"], kind="stable")
         yield {key: value[order] for key, value in batch.items()}
 
