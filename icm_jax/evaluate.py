@@ -2,14 +2,18 @@
 
 Each entry of `run.evaluate` gives records, one per point of a curve:
 
-    "stream"     every image -> bytes of the frozen codec -> decoded feature -> prediction
+    "stream"     every image -> bytes of the frozen codec -> decoded feature -> prediction;
+                 "stream-q" at quality q, for codecs with qualities
     "jpeg-q"     every image -> JPEG (or "webp-q") file at quality q -> decoded pixels -> prediction
     "pixels"     the images as they are
 
+For codecs of images, decoded images at their full size are held against the originals instead.
+
 A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
-images, bpp (measured), top1 / top5 or miou; of JPEG and WebP also bpp_without_tables; of streams
-also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes
-exceed its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included).
+images, bpp (measured), top1 / top5, miou, or psnr and ms_ssim_db (means over images, of MS-SSIM m
+as -10 log10(1 - m)); of JPEG and WebP also bpp_without_tables; of streams also bpp_estimated,
+bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed its estimate
++ 1 %), encode_ms and decode_ms (median of an image, networks included).
 """
 
 import json
@@ -25,12 +29,14 @@ import tqdm
 from icm_jax import checkpoint, views
 from icm_jax.codecs import codec as codecs
 from icm_jax.coding import container
-from icm_jax.data import open_source, pipeline
+from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.errors import IcmError
-from icm_jax.evaluators import Accuracy, MeanIoU, classical
+from icm_jax.evaluators import Accuracy, MeanIoU, classical, metrics
 from icm_jax.evaluators.metrics import bpp
 from icm_jax.tasks import build_task
 from icm_jax.train import complete
+
+CALIBRATION = 64  # training images that set the ranges of integer networks
 
 
 def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[dict]:
@@ -49,18 +55,37 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     config = complete(run.task, source)
     task = build_task(config)
     variables = checkpoint.load_variables(folder)
-    records = []
-    for point in run.evaluate:
-        frozen = codecs.freeze(task.codec, variables) if point == "stream" else None
-        if frozen is not None and jax.process_index() == 0:
+    records, frozen = [], None
+    if any(point.startswith("stream") for point in run.evaluate):
+        frozen = freeze(task.codec, variables, run, config)
+        if jax.process_index() == 0:
             codecs.save(folder / "codec.icmc", frozen)
+    of_images = task.codec is not None and "image" in task.codec.outputs
+    for point in run.evaluate:
         record = dict(run.labels)
         record |= {"seed": run.seed, "kind": point, "run": run.name}
-        record |= score(task, variables, frozen, point, source, run, config)
+        if of_images:
+            record |= score_images(frozen, point, source, run.name)
+        else:
+            record |= score(task, variables, frozen, point, source, run, config)
         records.append(record)
     if jax.process_index() == 0:
         checkpoint.write_json(kept, records)
     return records
+
+
+def freeze(codec, variables, run, config) -> codecs.FrozenCodec:
+    """The run's codec, its integer networks calibrated on some of the training images."""
+    source = open_source(run.data, "train")
+    batches = pipeline.batches(
+        source,
+        batch_size=min(CALIBRATION, source.length),
+        seed=run.seed,
+        canvas=(run.data.canvas,) * 2,
+        stop=1,
+    )
+    images = views.centre(next(batches)["image"], config.size)
+    return codecs.freeze(codec, variables, np.asarray(images))
 
 
 def score(task, variables, frozen, point: str, source, run, config) -> dict:
@@ -98,43 +123,85 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
         tally.update(jax.device_get(predict(on_device, inputs)), batch)
     record = {**tally.result(), "images": source.length}
     if parts:
-        for name in parts[0]:
-            values = [part[name] for part in parts]
-            if name.startswith("bpp"):
-                record[name] = bpp(np.mean(values), side, side)
-            else:
-                record[name] = float(np.median(values))
-        gaps = [part["bpp"] - 1.01 * part["bpp_estimated"] for part in parts]
-        record["worst_gap_bytes"] = max(gaps)
+        record |= _of_parts(parts)
     elif sizes:
         whole, bare = np.mean(sizes, axis=0)
         record |= {"bpp": bpp(whole, side, side), "bpp_without_tables": bpp(bare, side, side)}
     return record
 
 
-def through_stream(frozen, images: np.ndarray) -> tuple[np.ndarray, list[dict]]:
-    """(decoded features, sizes in bytes and times of each image), by way of real bytes.
+def _of_parts(parts: list[dict]) -> dict:
+    """Means of sizes in bits per pixel, medians of times, over images."""
+    pixels = np.array([part["pixels"] for part in parts], np.float64)
+    record = {}
+    for name in parts[0]:
+        values = np.array([part[name] for part in parts])
+        if name.startswith("bpp"):
+            record[name] = float((8 * values / pixels).mean())
+        elif name.endswith("_ms"):
+            record[name] = float(np.median(values))
+    gaps = [part["bpp"] - 1.01 * part["bpp_estimated"] for part in parts]
+    return record | {"worst_gap_bytes": max(gaps)}
+
+
+def score_images(frozen, point: str, source, name: str) -> dict:
+    """Rate and distortion of one point over the validation split, images at their full size.
+
+    MS-SSIM is left out where an image is too small for it.
+    """
+    method, _, quality = point.partition("-")
+    parts, sizes, scores = [], [], []
+    for number in tqdm.trange(source.length, desc=f"{name} {point}", unit="image"):
+        loaded = source.load(number)
+        image = geometry.decode_image(loaded["image"], loaded["name"])
+        if method == "stream":
+            own = float(quality) if quality else None
+            given, part = through_stream(frozen, image[None], "image", own)
+            parts += part
+            given = np.rint(given[0].clip(0, 255)).astype(np.uint8)
+        else:
+            file = classical.encode(image, method, int(quality))
+            given = classical.decode(file)
+            bare = len(file) - (classical.table_bytes(file) if method == "jpeg" else 0)
+            sizes.append([bpp(size, *image.shape[:2]) for size in (len(file), bare)])
+        small = min(image.shape[:2]) < metrics.SMALLEST
+        m = None if small else metrics.ms_ssim(image, given)
+        scores.append((metrics.psnr(image, given), None if small else metrics.decibels(m)))
+    record = {"images": source.length, "psnr": float(np.mean([psnr for psnr, _ in scores]))}
+    similar = [db for _, db in scores if db is not None]
+    record |= {"ms_ssim_db": float(np.mean(similar))} if similar else {}
+    if parts:
+        return record | _of_parts(parts)
+    whole, bare = np.mean(sizes, axis=0)
+    return record | {"bpp": float(whole), "bpp_without_tables": float(bare)}
+
+
+def through_stream(
+    frozen, images: np.ndarray, output: str = "feature", quality: float | None = None
+) -> tuple[np.ndarray, list[dict]]:
+    """(what the decoder gives, sizes in bytes and times of each image), by way of real bytes.
 
     Raises: IcmError if decoding does not give back the encoder's latents.
     """
     began = time.perf_counter()
-    streams = codecs.encode(frozen, images)
+    streams = codecs.encode(frozen, images, quality=quality)
     encoded = time.perf_counter()
-    features = codecs.decode(frozen, streams, "feature")
+    features = codecs.decode(frozen, streams, output)
     decoded = time.perf_counter()
-    estimated = codecs.estimate(frozen, images)
+    estimated = codecs.estimate(frozen, images, quality=quality)
     sizes = []
     for row, data in enumerate(streams):
-        stream = container.unpack(data)
+        strings = [string for layer in container.unpack(data).layers for string in layer.strings]
         bits = sum(float(values[row]) for values in estimated.values())
         part = {
+            "pixels": images[row, ..., 0].size,
             "bpp": len(data),
             "bpp_estimated": bits / 8,
-            "bpp_header": container.overhead(stream),
+            "bpp_header": container.overhead(data),
             "encode_ms": 1e3 * (encoded - began) / len(streams),
             "decode_ms": 1e3 * (decoded - encoded) / len(streams),
         }
-        for segment, string in zip(frozen.codec.segments, stream.strings, strict=True):
+        for segment, string in zip(frozen.codec.segments, strings, strict=True):
             part[f"bpp_{segment.name}"] = len(string)
         sizes.append(part)
     if not np.isfinite(features).all():

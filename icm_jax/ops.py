@@ -34,11 +34,13 @@ def round_straight_through(x: jax.Array) -> jax.Array:
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
-def quantise(x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-    """x + U(-1/2, 1/2) with a key (training), rounding without one."""
+def quantise(
+    x: jax.Array, mean: jax.Array | None = None, *, key: jax.Array | None = None
+) -> jax.Array:
+    """x + U(-1/2, 1/2) with a key (training); without one, rounded, seen from `mean`."""
     if key is not None:
         return x + jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5)
-    return round_straight_through(x)
+    return round_straight_through(x) if mean is None else round_straight_through(x - mean) + mean
 
 
 def normalise(image: jax.Array, dtype=jnp.float32) -> jax.Array:
@@ -49,6 +51,52 @@ def normalise(image: jax.Array, dtype=jnp.float32) -> jax.Array:
     return ((image.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 
+def halved(size: int, times: int) -> int:
+    """`size` after `times` halvings, each rounded up."""
+    return -(-size // 2**times)
+
+
 def crop_to(x: jax.Array, height: int, width: int) -> jax.Array:
     """The top-left [N, height, width, C] of x."""
     return x[:, :height, :width]
+
+
+SSIM_WINDOW = 11
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def ms_ssim(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multi-scale SSIM (Wang et al. 2003) as a loss sees it: float32 [N, H, W, C] twice -> [N].
+
+    The same definition as `icm_jax.evaluators.metrics.ms_ssim`, on 0...255; sides at least 176.
+    Negative means of a scale are kept above zero, so that the gradient stays finite.
+    """
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+    def band(length):
+        """[length - 10, length]: the Gaussian window of σ = 1.5 at every place where it fits."""
+        rows = jnp.arange(length - SSIM_WINDOW + 1, dtype=jnp.float32)[:, None]
+        distance = jnp.arange(length, dtype=jnp.float32)[None, :] - rows - SSIM_WINDOW // 2
+        inside = jnp.abs(distance) <= SSIM_WINDOW // 2
+        weights = jnp.where(inside, jnp.exp(-0.5 * jnp.square(distance / 1.5)), 0.0)
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    def blurred(image):
+        down, across = band(image.shape[1]), band(image.shape[2])
+        return jnp.einsum("ph,nhwc,qw->npqc", down, image, across, precision="highest")
+
+    def halved_image(image):
+        n, h, w, c = image.shape
+        even = image[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
+        return even.mean(axis=(2, 4))
+
+    product = 1.0
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
+        mean_x, mean_y = blurred(x), blurred(y)
+        variances = blurred(x * x) - mean_x**2 + blurred(y * y) - mean_y**2
+        value = (2 * (blurred(x * y) - mean_x * mean_y) + c2) / (variances + c2)
+        if scale == len(MS_SSIM_WEIGHTS) - 1:
+            value = value * (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+        product = product * jnp.maximum(value.mean(axis=(1, 2)), 1e-4) ** weight
+        x, y = halved_image(x), halved_image(y)
+    return product.mean(axis=-1)

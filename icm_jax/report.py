@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import subprocess
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -23,11 +24,24 @@ from icm_jax.codecs import codec as codecs
 from icm_jax.data import open_source, pipeline
 from icm_jax.evaluators.metrics import bd_rate
 
-TITLES = {
-    "classify": "Classification, tail fine-tuned",
-    "linear": "Classification, linear",
-    "segment": "Semantic segmentation",
-}
+
+class Measure(NamedTuple):
+    """What is drawn over the rate: records of `curve` that have `key`, times `factor`."""
+
+    curve: str
+    key: str
+    title: str
+    axis: str
+    factor: float = 1.0
+
+
+MEASURES = (
+    Measure("classify", "top1", "Classification, tail fine-tuned", "top-1 accuracy [%]", 100),
+    Measure("linear", "top1", "Classification, linear", "top-1 accuracy [%]", 100),
+    Measure("segment", "miou", "Semantic segmentation", "mIoU [%]", 100),
+    Measure("image", "psnr", "Image quality, PSNR", "PSNR [dB]"),
+    Measure("image", "ms_ssim_db", "Image quality, MS-SSIM", "MS-SSIM [dB]"),
+)
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
 NAMES = {"omni": "Omni-ICM (α > 0)", "unfiltered": "α = 0 twin", "jpeg": "JPEG", "webp": "WebP"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
@@ -41,19 +55,22 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     parts: list[tuple[str, str]] = [("h1", f"{config.name} on {config.data.name}")]
     if missing:
         parts.append(("p", "Not finished yet: " + ", ".join(missing)))
-    for curve in TITLES:
-        own = [record for record in records if record.get("curve") == curve]
+    for measure in MEASURES:
+        own = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
         if own:
-            parts += [("h2", TITLES[curve])]
-            parts += [("image", _draw_curves(own, workdir / f"rate_{curve}.png", curve))]
+            parts += [("h2", measure.title)]
+            name = f"rate_{measure.curve}.png"
+            if measure.curve == "image":
+                name = f"rate_{measure.key}.png"
+            parts += [("image", _draw_curves(own, workdir / name, measure))]
             seeds = len({record["seed"] for record in own})
             spread = "mean and population standard deviation over the seeds"
             parts += [("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}.")]
-            parts += [("table", _curve_table(own)), ("table", _bd_table(own))]
-    streams = [record for record in records if record["kind"] == "stream"]
+            parts += [("table", _curve_table(own, measure)), ("table", _bd_table(own, measure))]
+    streams = [record for record in records if record["kind"].startswith("stream")]
     if streams:
         parts += [("h2", "Bitstreams"), ("table", _stream_table(streams))]
-    parts += [("h2", "Decoded features"), *_samples(config, runs, workdir)]
+    parts += _samples(config, runs, workdir)
     parts += [("h2", "Training"), ("image", _draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]
     _write(workdir / "report.md", _markdown(parts))
@@ -61,21 +78,14 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     return workdir / "report.html"
 
 
-def quality_of(record: dict) -> float:
-    """top1 or miou of a record, as a share."""
-    return record["miou"] if "miou" in record else record["top1"]
-
-
-def curves_of(records: list[dict], rate: str = "bpp") -> dict[str, np.ndarray]:
-    """Points of each curve, averaged over seeds: {name: float [n, 4]} of (bpp, quality, ± both)."""
+def curves_of(records: list[dict], key: str, rate: str = "bpp") -> dict[str, np.ndarray]:
+    """Points of each curve, averaged over seeds: {name: float [n, 4]} of (bpp, value, ± both)."""
     points: dict[tuple, list] = {}
     for record in records:
         if rate not in record:
             continue
-        stream = record["kind"] == "stream"
-        name = record["arm"] if stream else record["kind"].split("-")[0]
-        point = record["point"] if stream else record["kind"]
-        points.setdefault((name, point), []).append((record[rate], quality_of(record)))
+        name, point = _name_and_point(record)
+        points.setdefault((name, point), []).append((record[rate], record[key]))
     curves: dict[str, list] = {}
     for (name, _), values in points.items():
         values = np.array(values)
@@ -83,75 +93,67 @@ def curves_of(records: list[dict], rate: str = "bpp") -> dict[str, np.ndarray]:
     return {name: np.array(sorted(rows)) for name, rows in curves.items()}
 
 
-def _draw_curves(records, path, curve):
+def _name_and_point(record: dict) -> tuple[str, str]:
+    """The curve that a record belongs to, and which point of it."""
+    method, _, quality = record["kind"].partition("-")
+    if method == "stream":
+        return record["arm"], f"{record['point']} {quality}".strip()
+    return method, quality
+
+
+def _draw_curves(records, path, measure: Measure):
     figure = Figure(figsize=(7.5, 5), dpi=120)
     axes = figure.subplots()
-    for name, rows in curves_of(records).items():
+    for name, rows in curves_of(records, measure.key).items():
         axes.errorbar(
             rows[:, 0],
-            100 * rows[:, 1],
-            100 * rows[:, 3],
+            measure.factor * rows[:, 1],
+            measure.factor * rows[:, 3],
             rows[:, 2],
             marker="o",
-            color=COLOURS[name],
-            label=NAMES[name],
+            color=COLOURS.get(name),
+            label=NAMES.get(name, name),
             capsize=2,
         )
-    bare = curves_of([r for r in records if r["kind"].startswith("jpeg")], "bpp_without_tables")
-    for rows in bare.values():
+    jpeg = [record for record in records if record["kind"].startswith("jpeg")]
+    for rows in curves_of(jpeg, measure.key, "bpp_without_tables").values():
         axes.plot(
             rows[:, 0],
-            100 * rows[:, 1],
+            measure.factor * rows[:, 1],
             "--",
             color=COLOURS["jpeg"],
             linewidth=1,
             label="JPEG without its tables",
         )
-    pixels = [quality_of(record) for record in records if record["kind"] == "pixels"]
+    pixels = [record[measure.key] for record in records if record["kind"] == "pixels"]
     if pixels:
-        axes.axhline(
-            100 * np.mean(pixels), color="grey", linestyle=":", label="uncompressed pixels"
-        )
+        value = measure.factor * np.mean(pixels)
+        axes.axhline(value, color="grey", linestyle=":", label="uncompressed pixels")
     axes.set_xscale("log")
     axes.set_xlabel("bits per pixel, measured on whole files")
-    axes.set_ylabel("mIoU [%]" if curve == "segment" else "top-1 accuracy [%]")
-    axes.set_title(TITLES[curve])
+    axes.set_ylabel(measure.axis)
+    axes.set_title(measure.title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return _save(figure, path)
 
 
-def _curve_table(records) -> list[list[str]]:
-    measure = "mIoU [%]" if "miou" in records[0] else "top-1 [%]"
-    rows = [
-        [
-            "curve",
-            "point",
-            "seed",
-            "bpp measured",
-            "bpp without tables",
-            measure,
-            "top-5 [%]",
-            "images",
-        ]
-    ]
+def _curve_table(records, measure: Measure) -> list[list[str]]:
+    top5 = any("top5" in record for record in records)
+    head = ["curve", "point", "seed", "bpp measured", "bpp without tables", measure.axis]
+    rows = [[*head, *(["top-5 [%]"] if top5 else []), "images"]]
     for r in sorted(records, key=lambda r: (r["arm"], r["kind"].split("-")[0], r.get("bpp", 99))):
-        stream = r["kind"] == "stream"
-        name = NAMES[r["arm"]] if stream else f"pixels: {r['kind'].split('-')[0]}"
-        point = f"λ = {r['point']}" if stream else r["kind"].partition("-")[2]
+        name, point = _name_and_point(r)
+        stream = r["kind"].startswith("stream")
         rates = [f"{r[key]:.4f}" if key in r else "–" for key in ("bpp", "bpp_without_tables")]
-        top5 = f"{100 * r['top5']:.1f}" if "top5" in r else "–"
-        rows.append(
-            [
-                name,
-                point,
-                str(r["seed"]),
-                *rates,
-                f"{100 * quality_of(r):.1f}",
-                top5,
-                str(r["images"]),
-            ]
-        )
+        last = [f"{100 * r['top5']:.1f}"] if top5 else []
+        value = f"{measure.factor * r[measure.key]:.{1 if measure.factor == 100 else 2}f}"
+        title = NAMES.get(name, name) if stream else f"pixels: {name}"
+        if measure.curve == "image":
+            title = NAMES.get(name, name)
+        elif stream:
+            point = f"λ = {point}"
+        rows.append([title, point, str(r["seed"]), *rates, value, *last, str(r["images"])])
     return rows
 
 
@@ -162,7 +164,7 @@ def _stream_table(records) -> list[list[str]]:
     rows = [
         [
             "codec",
-            "λ",
+            "point",
             "seed",
             "bpp measured",
             "bpp estimated",
@@ -173,13 +175,13 @@ def _stream_table(records) -> list[list[str]]:
             "decode [ms]",
         ]
     ]
-    codecs_seen = {(r["arm"], r["point"], r["seed"]): r for r in reversed(records)}
+    codecs_seen = {(*_name_and_point(r), r["seed"]): r for r in reversed(records)}
     for (arm, point, seed), r in sorted(codecs_seen.items(), key=lambda item: item[1]["bpp"]):
         rates = ("bpp", "bpp_estimated", "bpp_header", *segments)
         others = ("worst_gap_bytes", "encode_ms", "decode_ms")
         rows.append(
             [
-                NAMES[arm],
+                NAMES.get(arm, arm),
                 point,
                 str(seed),
                 *(f"{r[key]:.4f}" if key in r else "–" for key in rates),
@@ -189,33 +191,45 @@ def _stream_table(records) -> list[list[str]]:
     return rows
 
 
-def _bd_table(records) -> list[list[str]]:
-    curves = curves_of(records)
-    rows = [["BD-rate of Omni-ICM against", "bits at equal quality"]]
-    for name in curves:
-        if "omni" in curves and name != "omni":
-            value = bd_rate(curves[name][:, :2], curves["omni"][:, :2])
-            text = f"{value:+.1f} %"
-            if np.isnan(value):
-                few = min(len(curves[name]), len(curves["omni"])) < 2
-                text = "– (needs two points)" if few else "– (no quality that both curves reach)"
-            rows.append([NAMES[name], text])
+def _bd_table(records, measure: Measure) -> list[list[str]]:
+    """BD-rate of Omni-ICM, or the first learned codec, against every other curve, seed by seed.
+
+    A curve that does not depend on the seed (one file format on one network) stands against all.
+    """
+    arms = [r["arm"] for r in records if r["kind"].startswith("stream")]
+    ours = "omni" if "omni" in arms else next(iter(arms), None)
+    rows = [[f"BD-rate of {NAMES.get(ours, ours)} against", "bits at equal quality"]]
+    seeds = sorted({record["seed"] for record in records})
+    each = [curves_of([r for r in records if r["seed"] == s], measure.key) for s in seeds]
+    for name in curves_of(records, measure.key):
+        if ours is None or name == ours:
+            continue
+        pairs = [(own[name], own[ours]) for own in each if name in own and ours in own]
+        values = np.array([bd_rate(anchor[:, :2], curve[:, :2]) for anchor, curve in pairs])
+        if not len(values) or np.isnan(values).any():
+            few = any(min(map(len, pair)) < 2 for pair in pairs)
+            text = "– (needs two points)" if few else "– (no quality that both curves reach)"
+        elif len(values) == 1:
+            text = f"{values[0]:+.1f} %"
+        else:
+            each_text = ", ".join(f"{value:+.1f}" for value in values)
+            text = f"{values.mean():+.1f} ± {values.std():.1f} % (by seed: {each_text})"
+        rows.append([NAMES.get(name, name), text])
     return rows
 
 
 def _samples(config, runs, workdir) -> list[tuple[str, object]]:
-    """Images beside their decoded features (first three principal components as colours)."""
-    drawn = [
-        run
-        for run in runs
-        if "stream" in run.evaluate and (workdir / run.name / "codec.icmc").is_file()
-    ]
-    seen, columns = set(), []
-    for run in drawn:
-        label = (run.labels.arm, run.labels.point)
-        if run.seed == drawn[0].seed and label not in seen:
-            seen.add(label)
-            columns.append((label, codecs.load(workdir / run.name / "codec.icmc", CODECS)))
+    """Images beside what is decoded: images, or features (principal components as colours)."""
+    columns: dict[str, tuple] = {}
+    for run in runs:
+        path = workdir / run.name / "codec.icmc"
+        for point in run.evaluate:
+            method, _, quality = point.partition("-")
+            if method == "stream" and run.seed == runs[0].seed and path.is_file():
+                title = f"{run.labels.arm}\n" + (
+                    f"quality {quality}" if quality else f"λ = {run.labels.point}"
+                )
+                columns.setdefault(title, (path, float(quality) if quality else None))
     if not columns:
         return [("p", "No frozen codec yet.")]
     source = open_source(config.data, "validation")
@@ -227,19 +241,26 @@ def _samples(config, runs, workdir) -> list[tuple[str, object]]:
     axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image)
-    for number, ((arm, point), frozen) in enumerate(columns, 1):
-        streams = codecs.encode(frozen, images)
-        colours = principal_colours(codecs.decode(frozen, streams, "feature"))
-        axes[0, number].set_title(f"{arm}\nλ = {point}", fontsize=8)
+    features = False
+    for number, (title, (path, quality)) in enumerate(columns.items(), 1):
+        frozen = codecs.load(path, CODECS)
+        streams = codecs.encode(frozen, images, quality=quality)
+        (output,) = frozen.codec.outputs
+        decoded = codecs.decode(frozen, streams, output)
+        features = output == "feature"
+        pictures = principal_colours(decoded) if features else (decoded / 255).clip(0, 1)
+        axes[0, number].set_title(title, fontsize=8)
         for row, data in enumerate(streams):
-            axes[row, number].imshow(colours[row])
+            axes[row, number].imshow(pictures[row])
             rate = 8 * len(data) / images[row, ..., 0].size
             axes[row, number].set_xlabel(f"{len(data)} bytes, {rate:.3f} bpp", fontsize=6)
     for axis in axes.ravel():
         axis.set_xticks([])
         axis.set_yticks([])
     figure.tight_layout()
-    return [("image", _save(figure, workdir / "features.png"))]
+    name = "features" if features else "images"
+    title = "Decoded features" if features else "Decoded images"
+    return [("h2", title), ("image", _save(figure, workdir / f"{name}.png"))]
 
 
 def principal_colours(features: np.ndarray) -> np.ndarray:

@@ -61,18 +61,40 @@ def mild(
     return jax.vmap(one, axes)(images, masks, _row_keys(key, len(images)))
 
 
+def cut(images: jax.Array, size: int, *, key: jax.Array) -> jax.Array:
+    """Random windows, flipped or not, of the pixels as they are: [N, size, size, 3] like `images`.
+
+    Raises: IcmError if the canvas is smaller than `size`.
+    """
+    room = [side - size for side in images.shape[1:3]]
+    if min(room) < 0:
+        raise IcmError(_too_small(images, size))
+
+    def one(image, key):
+        keys = jax.random.split(key, 3)
+        top, left = (jax.random.randint(k, (), 0, r + 1) for k, r in zip(keys, room, strict=False))
+        view = jax.lax.dynamic_slice(image, (top, left, 0), (size, size, image.shape[-1]))
+        return jnp.where(jax.random.bernoulli(keys[2], FLIP_P), view[:, ::-1], view)
+
+    return jax.vmap(one)(images, _row_keys(key, len(images)))
+
+
 def centre(images: jax.Array, size: int) -> jax.Array:
     """The central [N, size, size, ...] of images or masks [N, H, W, ...].
 
     Raises: IcmError if the canvas is smaller than `size`.
     """
     if min(images.shape[1:3]) < size:
-        raise IcmError(
-            f"a canvas of {images.shape[1]} × {images.shape[2]} pixels holds no view of {size}; "
-            "set data.canvas to at least model.size"
-        )
+        raise IcmError(_too_small(images, size))
     top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
     return images[:, top : top + size, left : left + size]
+
+
+def _too_small(images, size: int) -> str:
+    return (
+        f"a canvas of {images.shape[1]} × {images.shape[2]} pixels holds no view of {size}; "
+        "set data.canvas to at least model.size"
+    )
 
 
 def _row_keys(key: jax.Array, rows: int) -> jax.Array:

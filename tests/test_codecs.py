@@ -11,10 +11,11 @@ import scipy.signal
 import scipy.stats
 
 from icm_jax import entropy, ops
-from icm_jax.codecs import CODECS, codec, feature_codec, filter_codec
+from icm_jax.codecs import CODECS, codec, feature_codec, filter_codec, image_codec
+from icm_jax.codecs.hyperprior import Gain
 from icm_jax.coding import container, tables
 from icm_jax.errors import IcmError
-from icm_jax.nets.layers import GDN, Projector, Up, down_by_two
+from icm_jax.nets.layers import GDN, Projector, Up, down_by_two, up_by_two
 
 CODERS = ["native"]
 if importlib.util.find_spec("tensorflow_compression_ops"):
@@ -78,6 +79,18 @@ def test_strided_convolution_equals_scipy(size, kernel):
         )
         np.testing.assert_allclose(given[..., out], full[::2, ::2], atol=2e-5)
     check_gradient(lambda w: jnp.sin(down_by_two(x, w)).sum(), weights)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 5)])
+def test_transposed_convolution_equals_its_definition(size):
+    x, kernel = normal(1, *size, 3), normal(5, 5, 3, 2)
+    full = np.zeros((2 * size[0] + 4, 2 * size[1] + 4, 2))
+    for row, column in np.ndindex(*size):
+        stamp = np.einsum("c,abcf->abf", x[0, row, column], kernel)
+        full[2 * row : 2 * row + 5, 2 * column : 2 * column + 5] += stamp
+    given = up_by_two(x, kernel)[0]
+    np.testing.assert_allclose(given, full[2 : 2 + 2 * size[0], 2 : 2 + 2 * size[1]], atol=2e-5)
+    check_gradient(lambda w: jnp.sin(up_by_two(x, w)).sum(), kernel)
 
 
 def test_sub_pixel_convolution_doubles_the_sides():
@@ -192,14 +205,25 @@ SMALL = dict(
 )
 
 
-@pytest.fixture(scope="module", params=["omni_feature", "omni_filter"])
+BUILT = {
+    "omni_feature": lambda: feature_codec(**SMALL),
+    "omni_filter": lambda: filter_codec("18", 8, 6, (4, 8, 8)),
+    "factorised": lambda: image_codec("factorised", 6, 8),
+    "scale_hyperprior": lambda: image_codec("scale_hyperprior", 6, 8),
+    "mean_scale_hyperprior": lambda: image_codec("mean_scale_hyperprior", 6, 8, levels=3),
+}
+
+
+def quality_of(built):
+    """(as `encode` takes it, as `forward` takes it for two images)."""
+    return (43.21, {"quality": np.full(2, 0.4321, np.float32)}) if built.qualities else (None, {})
+
+
+@pytest.fixture(scope="module", params=list(BUILT))
 def frozen(request):
-    if request.param == "omni_feature":
-        built = feature_codec(**SMALL)
-    else:
-        built = filter_codec("18", 8, 6, (4, 8, 8))
+    built = BUILT[request.param]()
     variables = jax.jit(built.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.uint8))
-    return codec.freeze(built, variables)
+    return codec.freeze(built, variables, images(2, 32, 32, 3))
 
 
 def images(*shape):
@@ -210,42 +234,50 @@ def images(*shape):
 @pytest.mark.parametrize("size", [(1, 1), (7, 5), (33, 64)])
 def test_decoding_equals_test_mode_at_any_size(frozen, size, coder):
     batch = images(2, *size, 3)
-    streams = codec.encode(frozen, batch, coder)
-    result = codec.forward(frozen.codec, frozen.on_device, {"image": batch}, size)
+    quality, condition = quality_of(frozen.codec)
+    streams = codec.encode(frozen, batch, coder, quality=quality)
+    result = codec.forward(frozen.codec, frozen.on_device, {"image": batch} | condition, size)
     for row, stream in enumerate(streams):
-        latents, shape = codec.decode_latents(frozen, stream, coder)
-        assert shape == size
-        for name, latent in latents.items():
-            np.testing.assert_array_equal(latent[0], np.round(result.latents[name][row]))
-    features = codec.decode(frozen, streams, "feature", coder)
-    assert features.shape == (2, -(-size[0] // 4), -(-size[1] // 4), 8)
-    np.testing.assert_allclose(features, result.outputs["feature"], rtol=1e-3, atol=1e-3)
-    assert codec.encode(frozen, batch, "native") == streams
+        latents, header = codec.decode_latents(frozen, stream, coder)
+        assert header.shape == size
+        for name, expected in result.latents.items():
+            np.testing.assert_allclose(latents[name][0], expected[row], atol=1e-3)
+    (output,) = frozen.codec.outputs
+    decoded = codec.decode(frozen, streams, output, coder)
+    quarter = tuple(-(-side // 4) for side in size)
+    assert decoded.shape == ((2, *quarter, 8) if output == "feature" else batch.shape)
+    np.testing.assert_allclose(decoded, result.outputs[output], rtol=1e-3, atol=1e-2)
+    assert codec.encode(frozen, batch, "native", quality=quality) == streams
+
+
+def encoded(frozen, batch):
+    return codec.encode(frozen, batch, quality=quality_of(frozen.codec)[0])
 
 
 def test_every_altered_byte_is_an_error(frozen):
-    stream = codec.encode(frozen, images(1, 16, 16, 3))[0]
+    stream = encoded(frozen, images(1, 16, 16, 3))[0]
+    (output,) = frozen.codec.outputs
     for at in range(0, len(stream), 3):
         altered = stream[:at] + bytes([stream[at] ^ 1]) + stream[at + 1 :]
         with pytest.raises(IcmError):
-            codec.decode(frozen, [altered], "feature")
+            codec.decode(frozen, [altered], output)
 
 
 def test_latents_that_decode_differently_are_an_error(frozen):
-    parts = container.unpack(codec.encode(frozen, images(1, 16, 16, 3))[0])
-    other = container.pack(parts._replace(latents_crc=parts.latents_crc ^ 1))
-    with pytest.raises(IcmError, match="floating point"):
-        codec.decode(frozen, [other], "feature")
+    stream = container.unpack(encoded(frozen, images(1, 16, 16, 3))[0])
+    other = container.pack(stream.header, [(stream.layers[0].strings, 0)])
+    with pytest.raises(IcmError, match="did not decode to the latents"):
+        codec.decode(frozen, [other], *frozen.codec.outputs)
 
 
 def test_only_frozen_codecs_write_and_only_their_own_read(frozen):
-    variables = {name: tree for name, tree in frozen.variables.items()}
+    variables = {name: frozen.variables[name] for name in frozen.variables if name != "integer"}
     with pytest.raises(IcmError, match="freeze"):
         codec.encode(frozen.codec, images(1, 8, 8, 3))
     changed = jax.tree.map(lambda x: x + 1e-3, variables)
-    other = codec.freeze(frozen.codec, changed)
+    other = codec.freeze(frozen.codec, changed, images(2, 32, 32, 3))
     with pytest.raises(IcmError, match="decode with the model that wrote it"):
-        codec.decode(other, codec.encode(frozen, images(1, 8, 8, 3)), "feature")
+        codec.decode(other, encoded(frozen, images(1, 8, 8, 3)), *frozen.codec.outputs)
     with pytest.raises(IcmError, match="no output"):
         codec.decode(frozen, [], "picture")
     with pytest.raises(IcmError, match="uint8"):
@@ -253,11 +285,10 @@ def test_only_frozen_codecs_write_and_only_their_own_read(frozen):
 
 
 def test_latents_that_are_not_finite_are_refused(frozen):
-    broken = jax.tree.map(lambda x: x * np.nan, frozen.variables["params"]["head"])
-    params = dict(frozen.variables["params"], head=broken)
+    params = jax.tree.map(lambda x: x * np.nan, frozen.variables["params"])
     other = codec.FrozenCodec(frozen.codec, dict(frozen.variables, params=params), frozen.tables)
     with pytest.raises(IcmError, match="not finite"):
-        codec.encode(other, images(1, 8, 8, 3))
+        encoded(other, images(1, 8, 8, 3))
 
 
 def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
@@ -266,10 +297,11 @@ def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
     loaded = codec.load(path, CODECS)
     assert loaded.fingerprint == frozen.fingerprint
     batch = images(1, 9, 12, 3)
-    assert codec.encode(loaded, batch) == codec.encode(frozen, batch)
+    assert encoded(loaded, batch) == encoded(frozen, batch)
     assert [p.name for p in tmp_path.iterdir()] == ["codec.icmc"]
     data = path.read_bytes()
-    for damaged in (data[: len(data) // 2], b"", data.replace(b"omni", b"icmo")):
+    name = frozen.codec.config[0].encode()
+    for damaged in (data[: len(data) // 2], b"", data.replace(name, name[::-1])):
         path.write_bytes(damaged)
         with pytest.raises(IcmError, match=r"codec\.icmc"):
             codec.load(path, CODECS)
@@ -284,11 +316,48 @@ def test_written_bytes_match_the_estimate():
     params = jax.tree.map(jnp.copy, variables["params"])
     last = params["feature_codec"]["analysis"]["Down_1"]
     last["kernel"] = last["kernel"] * 0.05  # scales near the table's middle, as after training
-    frozen = codec.freeze(built, {**variables, "params": params})
     batch = images(3, 96, 128, 3)
+    frozen = codec.freeze(built, {**variables, "params": params}, batch)
     for row, stream in enumerate(codec.encode(frozen, batch)):
         bits = sum(float(v[row]) for v in codec.estimate(frozen, batch).values())
         assert abs(len(stream) - bits / 8) <= 0.01 * bits / 8 + 32
+
+
+def test_grey_images_come_back_grey_from_the_header(frozen):
+    grey = images(1, 20, 12)
+    (stream,) = encoded(frozen, grey)
+    (same,) = encoded(frozen, np.repeat(grey[..., None], 3, axis=-1))
+    given, colour = (codec.decode_latents(frozen, data) for data in (stream, same))
+    assert given.header.grey and not colour.header.grey
+    for name, latent in given.latents.items():
+        np.testing.assert_array_equal(latent, colour.latents[name])
+
+
+def test_a_quality_is_asked_for_where_there_are_qualities():
+    batch = images(1, 40, 24, 3)
+    one, many = BUILT["scale_hyperprior"](), BUILT["mean_scale_hyperprior"]()
+    one, many = (
+        codec.freeze(built, jax.jit(built.init)(jax.random.key(1), batch), batch)
+        for built in (one, many)
+    )
+    with pytest.raises(IcmError, match="one rate"):
+        codec.encode(one, batch, quality=50)
+    for wrong in (None, -0.1, 100.1, float("nan")):
+        with pytest.raises(IcmError, match="quality from 0 to 100"):
+            codec.encode(many, batch, quality=wrong)
+    bits = [sum(codec.estimate(many, batch, quality=q).values())[0] for q in (0, 25.5, 100)]
+    assert bits == sorted(bits) and bits[0] < bits[-1]
+    header = codec.decode_latents(many, codec.encode(many, batch, quality=25.5)[0]).header
+    assert header.quality == 2550
+
+
+def test_gain_interpolates_logarithms():
+    gain = Gain(levels=3, channels=1)
+    y = jnp.ones((3, 1, 1, 1))
+    rows = {"log_gain": jnp.log(jnp.array([[1.0], [4.0], [9.0]])), "log_inverse": jnp.zeros((3, 1))}
+    given = gain.apply({"params": rows}, y, jnp.array([0.25, 0.5, 0.875]))
+    expected = [2.0, 4.0, np.exp(np.log(4) * 0.25 + np.log(9) * 0.75)]
+    np.testing.assert_allclose(given.ravel(), expected, rtol=1e-6)
 
 
 def test_training_mode_gives_noise_and_gradients():

@@ -18,17 +18,20 @@ from icm_jax.report import curves_of, principal_colours
 from icm_jax.tasks import build_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "omni_icm.py"
+SCALES = {
+    "omni_icm": ("demo", "study", "tiny", "imagenet"),
+    "hyperprior": ("demo", "sweep", "large", "tiny"),
+}
 
 
-def main(workdir, *flags, scale="tiny", cache=None):
+def main(workdir, *flags, name="omni_icm", scale="tiny", cache=None):
     environment = dict(os.environ, JAX_PLATFORMS="cpu", ICM_JAX_CACHE=str(cache or workdir))
     environment.pop("XLA_FLAGS", None)
     command = [
         sys.executable,
         "-m",
         "icm_jax.main",
-        f"--config={CONFIG}:{scale}",
+        f"--config={ROOT / 'configs' / name}.py:{scale}",
         f"--workdir={workdir}",
         *flags,
     ]
@@ -65,6 +68,23 @@ def test_the_main_job_ends_with_a_report(finished):
         assert (workdir / picture).read_bytes()[:4] == b"\x89PNG"
         assert picture in report
     assert (workdir / "report.html").read_text().count("data:image/png;base64,") == 4
+
+
+def test_image_codecs_end_with_a_report(tmp_path):
+    done = main(tmp_path, name="hyperprior")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (path,) = tmp_path.glob("seed0/*/records.json")
+    records = {record["kind"]: record for record in json.loads(path.read_text())}
+    assert list(records) == ["stream-0", "stream-100", "jpeg-10", "jpeg-40", "webp-10", "webp-40"]
+    for kind, record in records.items():
+        assert record["images"] == 3 and record["psnr"] > 5 and record["bpp"] > 0, kind
+        assert "ms_ssim_db" not in record  # its images are too small
+    assert records["stream-0"]["bpp"] < records["stream-100"]["bpp"]
+    assert records["jpeg-10"]["psnr"] < records["jpeg-40"]["psnr"]
+    text = (tmp_path / "report.md").read_text()
+    assert "Image quality, PSNR" in text and "MS-SSIM" not in text
+    for picture in ("rate_psnr.png", "images.png", "training.png"):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_rates_are_those_of_written_bytes(finished):
@@ -107,8 +127,8 @@ def test_a_workdir_of_another_experiment_is_refused(finished):
     assert done.returncode == 2 and "alpha was" in done.stderr
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("omni_icm", CONFIG)
+def load(name="omni_icm"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -124,9 +144,9 @@ class Recorder(ml_collections.ConfigDict):
         return super().__getitem__(key)
 
 
-@pytest.mark.parametrize("scale", ["demo", "study", "tiny", "imagenet"])
-def test_every_run_of_every_scale_builds(scale):
-    module = load()
+@pytest.mark.parametrize("name, scale", [(n, s) for n in SCALES for s in SCALES[n]])
+def test_every_run_of_every_scale_builds(name, scale):
+    module = load(name)
     config = module.get_config(scale)
     names = set()
     for run in module.runs(config):
@@ -135,7 +155,8 @@ def test_every_run_of_every_scale_builds(scale):
     kinds, fields = {}, set()
     Recorder.read.clear()
     for run in module.runs(config):
-        kind = [run.task.get(key) for key in ("name", "frontend", "mode", "pretrain_filter")]
+        keys = ("name", "frontend", "mode", "pretrain_filter", "kind")
+        kind = [run.task.get(key) for key in keys]
         kinds.setdefault(tuple(kind), run)
     for run in kinds.values():
         fields |= set(run.task)
@@ -168,10 +189,12 @@ def test_tasks_follow_the_labels_that_the_data_has(name, curves):
     assert [run.labels.arm for run in runs].count("rgb") == 1
 
 
-def test_no_field_of_the_config_is_without_effect():
-    module = load()
+@pytest.mark.parametrize("name", SCALES)
+def test_no_field_of_the_config_is_without_effect(name):
+    module = load(name)
     config = module.get_config("demo")
-    config.stage3.tasks.update(linear=1, segment=1)
+    if name == "omni_icm":
+        config.stage3.tasks.update(linear=1, segment=1)
     plain = [run.to_json_best_effort() for run in module.runs(config)]
     ignored = set()
     for path, value in flax.traverse_util.flatten_dict(config.to_dict()).items():
@@ -193,7 +216,7 @@ def test_no_field_of_the_config_is_without_effect():
 def test_curves_average_seeds():
     record = dict(kind="stream", arm="omni", point="1", bpp=0.2, top1=0.5)
     other = dict(record, bpp=0.4, top1=0.7)
-    curve = curves_of([record, other, dict(kind="pixels", arm="rgb", point="", top1=0.9)])
+    curve = curves_of([record, other, dict(kind="pixels", arm="rgb", point="", top1=0.9)], "top1")
     np.testing.assert_allclose(curve["omni"], [[0.3, 0.6, 0.1, 0.1]])
 
 

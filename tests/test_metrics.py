@@ -1,9 +1,12 @@
 """SSIM and MS-SSIM against closed forms and SciPy; broken predictions never count as right."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
 
+from icm_jax import ops
 from icm_jax.errors import IcmError
 from icm_jax.evaluators import Accuracy, MeanIoU, metrics
 
@@ -94,3 +97,23 @@ def test_class_ids_out_of_range_are_refused(mask, segment):
         score.update(
             {"segments": np.array([[[segment]]])}, {"mask": np.array([[[mask]]]), "valid": VALID}
         )
+
+
+def test_the_loss_is_the_metric():
+    """ops.ms_ssim in float32 on the device against the float64 metric, and its gradient."""
+    pairs = [images(190, 181, seed) for seed in range(2)]
+    x, y = (np.stack(side) for side in zip(*pairs, strict=True))
+    given = ops.ms_ssim(jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32))
+    expected = [metrics.ms_ssim(*pair) for pair in pairs]
+    np.testing.assert_allclose(given, expected, rtol=1e-4)
+    loss = lambda y: 1 - ops.ms_ssim(jnp.asarray(x[:1], jnp.float32), y).sum()  # noqa: E731
+    start = jnp.asarray(y[:1], jnp.float32)
+    gradient = jax.grad(loss)(start)
+    step = 20.0 * gradient / jnp.linalg.norm(gradient)
+    slope = (loss(start + step) - loss(start - step)) / 2
+    np.testing.assert_allclose(slope, (gradient * step).sum(), rtol=2e-2)
+
+
+def test_decibels_of_similarity():
+    assert metrics.decibels(0.99) == pytest.approx(20.0)
+    assert metrics.decibels(1.0) == float("inf")

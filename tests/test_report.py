@@ -9,6 +9,7 @@ import pytest
 
 from icm_jax import report
 
+CLASSIFY = report.MEASURES[0]
 RATES = (0.1, 0.2, 0.4, 0.8)
 SHARES = (0.50, 0.60, 0.66, 0.70)
 
@@ -64,30 +65,25 @@ def test_points_are_averaged_over_seeds_with_their_spread():
         stream("omni", "1", 0.4, 0.7, seed=1),
         stream("omni", "3", 0.1, 0.4),
     ]
-    rows = report.curves_of(records)["omni"]
+    rows = report.curves_of(records, "top1")["omni"]
     # sorted by rate; mean and standard deviation (over n) of (0.2, 0.4) and (0.5, 0.7)
     np.testing.assert_allclose(rows, [[0.1, 0.4, 0, 0], [0.3, 0.6, 0.1, 0.1]], atol=1e-12)
 
 
 def test_rivals_are_curves_of_their_own_and_bare_pixels_are_none():
-    curves = report.curves_of(full_records())
+    curves = report.curves_of(full_records(), "top1")
     assert sorted(curves) == ["jpeg", "omni", "unfiltered", "webp"]
     np.testing.assert_allclose(curves["jpeg"][:, 0], 2 * np.array(RATES))
-    bare = report.curves_of(full_records(), "bpp_without_tables")
+    bare = report.curves_of(full_records(), "top1", "bpp_without_tables")
     assert list(bare) == ["jpeg"]
     np.testing.assert_allclose(bare["jpeg"][:, 0], RATES)
 
 
-def test_quality_is_miou_where_there_is_one():
-    assert report.quality_of({"top1": 0.3}) == 0.3
-    assert report.quality_of({"miou": 0.2, "top1": 0.3}) == 0.2
-
-
 def test_table_states_measured_beside_estimated_rate():
-    head, row = report._curve_table([stream("omni", "3", 0.25, 0.5)])
+    head, row = report._curve_table([stream("omni", "3", 0.25, 0.5)], CLASSIFY)
     cells = dict(zip(head, row, strict=True))
     assert cells["bpp measured"] == "0.2500"
-    assert cells["top-1 [%]"] == "50.0" and cells["top-5 [%]"] == "75.0"
+    assert cells["top-1 accuracy [%]"] == "50.0" and cells["top-5 [%]"] == "75.0"
     assert cells["point"] == "λ = 3" and cells["images"] == "20"
     head, row = report._stream_table([stream("omni", "3", 0.25, 0.5)])
     cells = dict(zip(head, row, strict=True))
@@ -96,10 +92,33 @@ def test_table_states_measured_beside_estimated_rate():
 
 
 def test_bd_rates_are_those_of_the_scaled_rates():
-    rows = dict(report._bd_table(full_records())[1:])
+    rows = dict(report._bd_table(full_records(), CLASSIFY)[1:])
     assert rows["α = 0 twin"] == "-40.0 %"  # 0.6 of its rates
     assert rows["JPEG"] == "-70.0 %"  # 0.6 of half its rates
     assert "no quality that both" in rows["WebP"]  # its best is below our worst
+
+
+def test_bd_rates_of_several_seeds_are_given_with_their_spread():
+    records = []
+    for seed, factor in ((0, 0.6), (1, 0.8)):
+        for number, (rate, share) in enumerate(zip(RATES, SHARES, strict=True)):
+            records.append(stream("omni", str(number), factor * rate, share, seed))
+            records.append(stream("unfiltered", str(number), rate, share, seed))
+    (row,) = report._bd_table(records, CLASSIFY)[1:]
+    assert row == ["α = 0 twin", "-30.0 ± 10.0 % (by seed: -40.0, -20.0)"]
+
+
+def test_images_are_measured_in_decibels():
+    own = {"curve": "image", "arm": "codec", "point": "", "seed": 0, "images": 3}
+    records = [{**own, "kind": "stream-12.5", "bpp": 0.5, "psnr": 30.125}]
+    records.append({**own, "kind": "jpeg-7", "bpp": 0.7, "bpp_without_tables": 0.6, "psnr": 29.0})
+    measure = next(measure for measure in report.MEASURES if measure.key == "psnr")
+    head, *rows = report._curve_table(records, measure)
+    cells = [dict(zip(head, row, strict=True)) for row in rows]
+    assert {c["curve"]: (c["point"], c["PSNR [dB]"]) for c in cells} == {
+        "codec": ("12.5", "30.12"),
+        "JPEG": ("7", "29.00"),
+    }
 
 
 def test_principal_colours_separate_what_differs_most():

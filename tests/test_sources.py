@@ -216,6 +216,7 @@ def opened(name, path, split="train", **fields):
     "config, classes, keys",
     [
         (dict(name="folder", path="classify"), 25, {"label"}),
+        (dict(name="photos", path="photos"), 0, set()),
         (dict(name="coco_json", path="detect"), 80, {"label"}),
         (dict(name="coco_json", path="detect_raccoon"), 1, {"label"}),
         (dict(name="mask_folder", path="segment"), 11, {"mask"}),
@@ -247,6 +248,21 @@ def test_folder_layouts(tmp_path):
     sources = [opened("folder", plain, split) for split in ("train", "validation")]
     names = [{s.load(i)["name"] for i in range(s.length)} for s in sources]
     assert len(names[0] | names[1]) == 60 and not names[0] & names[1] and len(names[1]) > 3
+
+
+def test_photos_need_no_classes(tmp_path):
+    for number in range(60):
+        save(tmp_path / ("deep/er" if number % 2 else "") / f"{number}.png")
+    save(tmp_path / ".hidden" / "no.png")
+    sources = [opened("photos", tmp_path, split) for split in ("train", "validation")]
+    names = [{s.load(i)["name"] for i in range(s.length)} for s in sources]
+    assert len(names[0] | names[1]) == 60 and not names[0] & names[1] and len(names[1]) > 3
+    assert sources[0].classes == () and "label" not in sources[0].load(0)
+    (tmp_path / "train.txt").write_text("2.png\ndeep/er/1.png\n")
+    assert opened("photos", tmp_path).length == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(IcmError, match="no images for train"):
+        opened("photos", tmp_path / "empty")
 
 
 def first_batch(config, split="train"):

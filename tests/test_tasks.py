@@ -239,6 +239,52 @@ def test_stage_2_weighs_its_distortions():
     assert {n for n in variables["params"] if task.groups(n) == "train"} == {"feature_codec"}
 
 
+CODEC = dict(
+    name="image_compression",
+    kind="mean_scale_hyperprior",
+    width=4,
+    channels=6,
+    levels=2,
+    dtype="float32",
+    metric="mse",
+    lambdas=(0.01, 1.0),
+    size=32,
+    straight_through=False,
+)
+
+
+def test_image_compression_weighs_each_image_by_its_own_quality():
+    task = build_task(ConfigDict(CODEC))
+    batch = {"image": images(rows=3)}
+    variables = initial(task, batch)
+    total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(5), jnp.int32(0))
+    low, high = (aux.metrics["bpp"] + l * aux.metrics["mse"] for l in CODEC["lambdas"])  # noqa: E741
+    assert low < total < high
+    np.testing.assert_allclose(aux.metrics["mse"], aux.metrics["distortion"], rtol=1e-6)
+    # With both ends of λ equal, the weights are too.
+    log_lambdas = jnp.log(jnp.full(2, 0.25))
+    same = dict(variables, constants={"log_lambdas": log_lambdas})
+    total, aux = jax.jit(task.loss)(same, batch, jax.random.key(5), jnp.int32(0))
+    np.testing.assert_allclose(total, aux.metrics["bpp"] + 0.25 * aux.metrics["mse"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(metric="psnr"), "unknown metric"),
+        (dict(lambdas=(0.1,)), "two ends"),
+        (dict(lambdas=(0.0, 1.0)), "positive"),
+        (dict(levels=1), "two ends"),
+        (dict(metric="ms_ssim"), "176"),
+        (dict(kind="context"), "no image codec 'context'"),
+        (dict(width=0), "at least 1"),
+    ],
+)
+def test_bad_image_compression_configs_are_refused(change, message):
+    with pytest.raises(IcmError, match=message):
+        build_task(ConfigDict(dict(CODEC, **change)))
+
+
 @pytest.mark.parametrize("frontend", ["pixels", "feature"])
 def test_classification_scores_only_valid_rows(frontend):
     config = dict(MODEL, name="classification", frontend=frontend, mode="linear", classes=3)
@@ -304,13 +350,15 @@ def test_segmentation_loss_equals_numpy():
     [
         dict(STAGE1, dtype="bfloat16"),
         dict(MODEL, name="compression", lmbda=100.0, feature_weights=(1.0,) * 3, relative=True),
+        dict(CODEC, straight_through=True),
+        dict(CODEC, levels=1, lambdas=(10.0,), metric="ms_ssim", size=176),
     ],
-    ids=["contrastive-bfloat16", "compression"],
+    ids=["contrastive-bfloat16", "compression", "image_compression", "ms_ssim"],
 )
 def test_a_few_steps_lower_the_loss(config):
     """Noise, queue and keys are held, so that what is lowered stays the same function."""
     task = build_task(ConfigDict(config))
-    batch = {"image": images()}
+    batch = {"image": images(side=config["size"])}
     variables = initial(task, batch)
     frozen = {n: p for n, p in variables["params"].items() if task.groups(n) != "train"}
     trained = {n: p for n, p in variables["params"].items() if n not in frozen}

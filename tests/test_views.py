@@ -126,3 +126,20 @@ def test_centre_is_the_middle():
     np.testing.assert_array_equal(views.centre(IMAGES[..., 0], 20), IMAGES[:, :, 4:24, 0])
     with pytest.raises(IcmError, match="20 × 28 pixels holds no view of 24"):
         views.centre(IMAGES, 24)
+
+
+def test_a_cut_is_a_window_of_the_very_pixels_or_its_mirror():
+    images = RNG.integers(0, 256, (6, 9, 7, 3)).astype(np.uint8)
+    cuts = np.asarray(views.cut(jnp.asarray(images), 5, key=jax.random.key(1)))
+    places = set()
+    for image, given in zip(images, cuts, strict=True):
+        found = [
+            (top, left, flip)
+            for top, left, flip in np.ndindex(5, 3, 2)
+            if (image[top : top + 5, left : left + 5][:, :: 1 - 2 * flip] == given).all()
+        ]
+        assert len(found) == 1
+        places.add(found[0])
+    assert len(places) > 3
+    with pytest.raises(IcmError, match="holds no view of 8"):
+        views.cut(jnp.asarray(images), 8, key=jax.random.key(1))

@@ -1,6 +1,7 @@
 """Codecs: nets and priors wired into segments."""
 
 from icm_jax.codecs.feature import feature_codec, filter_codec
+from icm_jax.codecs.hyperprior import image_codec
 
-CODECS = {"omni_filter": filter_codec, "omni_feature": feature_codec}
+CODECS = {"omni_filter": filter_codec, "omni_feature": feature_codec, "image": image_codec}
 """Name -> builder; a builder called twice with equal arguments returns the same Codec."""

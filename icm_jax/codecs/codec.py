@@ -4,11 +4,10 @@ A segment is one latent. Its prior depends on the segments before it:
 
     prior(variables, decoded, shape) -> Prior(bits, index)
 
-`forward` adds noise (training) or rounds (test); `freeze` turns the priors into integer tables and
-gives a `FrozenCodec`, which alone can `encode` and `decode`. Encoder and decoder compute table
-indexes with one and the same compiled function of one image, and every stream carries a CRC of the
-integer latents: on a machine whose floating point differs, decoding ends in an error, never in a
-wrong array.
+`forward` adds noise (training) or rounds (test); `freeze` turns the priors into integer tables, and
+the networks that choose among them into integer ones, and gives a `FrozenCodec`, which alone can
+`encode` and `decode`. From decoded symbols to table rows everything is integer arithmetic, so a
+stream decodes to the encoder's latents on every machine; a seal over the latents proves it.
 """
 
 import dataclasses
@@ -30,6 +29,8 @@ from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
 
+DEFAULT_QUALITY = 50.0
+
 
 class Prior(NamedTuple):
     """What a segment's prior says of a latent of known shape.
@@ -37,10 +38,12 @@ class Prior(NamedTuple):
     Attributes:
       bits: latent float [N, h, w, C] -> bits of each element, float32 of the same shape.
       index: int32 [N, h, w, C], the table row of each element.
+      mean: float32 [N, h, w, C] or None: the latent is coded as its rounded distance from it.
     """
 
     bits: Callable[[jax.Array], jax.Array]
     index: jax.Array
+    mean: jax.Array | None = None
 
 
 class Segment(NamedTuple):
@@ -49,14 +52,18 @@ class Segment(NamedTuple):
     Attributes:
       name: its key in the dictionaries of latents.
       shape: (height, width) of the image -> (h, w, C) of the latent.
-      prior: (variables, decoded, shape [N, h, w, C]) -> Prior.
-      freeze: host variables -> Tables.
+      prior: (variables, decoded, shape [N, h, w, C]) -> Prior. Once `variables` have the collection
+        `integer` with the segment's name, index and mean come from integers alone.
+      freeze: (host variables, sample latents {segment: [N, h, w, C]}) -> (Tables, arrays for
+        `variables["integer"][name]` or None).
+      layer: which layer of the file holds it, from 0 on.
     """
 
     name: str
     shape: Callable[[int, int], tuple[int, int, int]]
     prior: Callable[[Any, Mapping[str, jax.Array], tuple[int, ...]], Prior]
-    freeze: Callable[[Any], Tables]
+    freeze: Callable[[Any, Mapping[str, np.ndarray]], tuple[Tables, Any]]
+    layer: int = 0
 
 
 class Codec(NamedTuple):
@@ -66,9 +73,11 @@ class Codec(NamedTuple):
       config: (name in CODECS, its keyword arguments as sorted items); what a saved codec stores.
       parts: top-level names of the parameters that the codec needs.
       init: (key, image uint8 [N, H, W, 3]) -> variables.
-      analyse: (variables, {"image": uint8 [N, H, W, 3]} or {"feature": f}) -> {segment: latent}.
-      segments: in the order of the stream.
-      outputs: name -> (variables, decoded, (height, width)) -> array.
+      analyse: (variables, inputs) -> {segment: latent}; inputs hold "image" uint8 [N, H, W, 3] or,
+        for codecs of features, "feature"; and "quality" where the codec has qualities.
+      segments: in the order of the stream, layer by layer.
+      outputs: name -> (variables, decoded, (height, width)) -> array; `decoded` has "quality", too.
+      qualities: the rate is chosen at encoding: "quality" float32 [N], 0 to 1, is an input.
     """
 
     config: tuple
@@ -77,6 +86,22 @@ class Codec(NamedTuple):
     analyse: Callable
     segments: tuple[Segment, ...]
     outputs: Mapping[str, Callable]
+    qualities: bool = False
+
+
+class Outputs(dict):
+    """A dict that a codec, which is a static argument of compiled functions, may hold."""
+
+    def __init__(self, **outputs):
+        super().__init__(outputs)
+
+    def __hash__(self):
+        return id(self)
+
+
+def channel_index(shape: tuple[int, ...]) -> jax.Array:
+    """Table rows of a factorised prior: int32 [N, h, w, C], the channel's number."""
+    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32).reshape(1, 1, 1, -1), shape)
 
 
 class Forward(NamedTuple):
@@ -104,16 +129,20 @@ def forward(
       straight_through: with a key, let the outputs see rounded latents, the priors noisy ones.
     """
     latents = codec.analyse(variables, inputs)
-    noisy, decoded, bits = {}, {}, {}
+    decoded = {"quality": inputs["quality"]} if codec.qualities else {}
+    bits = {}
     for number, segment in enumerate(codec.segments):
         latent = latents[segment.name]
         prior = segment.prior(variables, decoded, latent.shape)
         own = None if key is None else jax.random.fold_in(key, number)
-        noisy[segment.name] = ops.quantise(latent, key=own)
-        decoded[segment.name] = ops.quantise(latent, key=None if straight_through else own)
-        bits[segment.name] = prior.bits(noisy[segment.name]).sum(axis=(1, 2, 3))
+        noisy = ops.quantise(latent, prior.mean, key=own)
+        bits[segment.name] = prior.bits(noisy).sum(axis=(1, 2, 3))
+        rounds = straight_through and key is not None
+        decoded[segment.name] = ops.quantise(latent, prior.mean) if rounds else noisy
     outputs = {name: output(variables, decoded, shape) for name, output in codec.outputs.items()}
-    return Forward(outputs, bits, decoded)
+    return Forward(
+        outputs, bits, {segment.name: decoded[segment.name] for segment in codec.segments}
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,81 +168,153 @@ class FrozenCodec:
         """The variables as arrays of the default device."""
         return jax.device_put(self.variables, jax.devices()[0])
 
+    def compress(self, image: np.ndarray, quality: float | None = None) -> bytes:
+        """The .icm file of an image, uint8 [H, W, 3] or [H, W].
 
-def freeze(codec: Codec, variables) -> FrozenCodec:
-    """Turns trained variables into an immutable coder: the one step between training and bytes."""
+        Args:
+          quality: 0 to 100 for a codec with qualities, 50 if left out.
+
+        Raises: IcmError as `encode` does.
+        """
+        image = np.asarray(image)
+        if image.ndim not in (2, 3):
+            raise IcmError(f"an image is uint8 [H, W, 3] or [H, W], not {image.shape}")
+        if quality is None and self.codec.qualities:
+            quality = DEFAULT_QUALITY
+        return encode(self, image[None], quality=quality)[0]
+
+    def decompress(self, data: bytes) -> np.ndarray:
+        """The image of an .icm file that this codec wrote: uint8 [H, W, 3] or, if grey, [H, W].
+
+        Raises: IcmError if the file is damaged, from another model, or holds no image.
+        """
+        image = decode(self, [data], "image")[0]
+        if container.unpack(data).header.grey:
+            image = image.mean(axis=-1)
+        return np.rint(image.clip(0, 255)).astype(np.uint8)
+
+
+def freeze(codec: Codec, variables, images: np.ndarray) -> FrozenCodec:
+    """Turns trained variables into an immutable coder: the one step between training and bytes.
+
+    Args:
+      variables: of the trained codec, as on a device or the host.
+      images: uint8 [N, H, W, 3], some typical ones: the ranges of integer networks are set on them.
+
+    Raises: IcmError if a prior cannot be tabulated or a network not be converted.
+    """
     kept = {
         collection: {part: tree[part] for part in codec.parts if part in tree}
         for collection, tree in variables.items()
         if collection in ("params", "batch_stats")
     }
     kept = jax.tree.map(np.asarray, jax.device_get(kept))
-    tables = {segment.name: segment.freeze(kept) for segment in codec.segments}
-    return FrozenCodec(codec, kept, tables)
+    inputs = {"image": _require_images(images)}
+    if codec.qualities:
+        inputs["quality"] = np.linspace(0, 1, len(images), dtype=np.float32)
+    sample = _sample(codec, kept, inputs)
+    tables, integer = {}, {}
+    for segment in codec.segments:
+        tables[segment.name], arrays = segment.freeze(kept, sample)
+        if arrays is not None:
+            integer[segment.name] = arrays
+    return FrozenCodec(codec, dict(kept, integer=integer) if integer else kept, tables)
 
 
-def encode(frozen: FrozenCodec, images: np.ndarray, coder: str = "native") -> list[bytes]:
+def encode(
+    frozen: FrozenCodec, images: np.ndarray, coder: str = "native", *, quality: float | None = None
+) -> list[bytes]:
     """One self-contained byte string per image.
 
     Args:
       frozen: what `freeze` returned.
-      images: uint8 [N, H, W, 3], any H, W >= 1.
+      images: uint8 [N, H, W, 3] or, greyscale, [N, H, W]; any H, W >= 1.
       coder: "native" or "tfc".
+      quality: 0 to 100, in steps of 1/100; for codecs with qualities, and needed there.
 
     Raises:
-      IcmError: the codec was not frozen, the images are not uint8 RGB, or a latent is not finite.
+      IcmError: the codec was not frozen, images or quality are not as above, or a latent is not
+        finite.
     """
     codec = _require_frozen(frozen).codec
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise IcmError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {images.shape}")
+    grey = images.ndim == 3
+    images = _require_images(np.repeat(images[..., None], 3, axis=-1) if grey else images)
+    steps = _quality_steps(codec, quality)
     streams = []
     for image in images:
-        latents = jax.device_get(_analyse(codec, frozen.on_device, image[None]))
-        decoded, strings = {}, []
+        inputs = {"image": image[None]} | _condition(steps)
+        latents = jax.device_get(_analyse(codec, frozen.on_device, inputs))
+        decoded = _condition(steps)
+        coded: list[tuple[list[bytes], int]] = []
         for number, segment in enumerate(codec.segments):
             latent = latents[segment.name]
-            if not np.isfinite(latent).all() or np.abs(latent).max(initial=0) > 2**29:
+            rows, mean = _rows(frozen, number, latent.shape, decoded)
+            with np.errstate(invalid="ignore"):
+                symbols = np.rint(latent - mean)
+            if not np.isfinite(symbols).all() or np.abs(symbols).max(initial=0) > 2**29:
                 raise IcmError(f"latent {segment.name!r} is not finite or too large to code")
-            index = _index(codec, number, latent.shape, frozen.on_device, decoded)
-            symbols, rows = latent.astype(np.int32).ravel(), np.asarray(index).ravel()
+            decoded[segment.name] = symbols + mean
+            symbols = symbols.astype(np.int32).ravel()
+            if segment.layer == len(coded):
+                coded.append(([], 0))
+            strings, crc = coded[-1]
             strings.append(range_coder.encode(symbols, rows, frozen.tables[segment.name], coder))
-            decoded[segment.name] = latent
+            coded[-1] = strings, zlib.crc32(symbols.astype("<i4").tobytes(), crc)
         shape = (image.shape[0], image.shape[1])
-        stream = container.Stream(frozen.fingerprint, _crc(decoded), shape, tuple(strings))
-        streams.append(container.pack(stream))
+        streams.append(
+            container.pack(container.Header(frozen.fingerprint, shape, grey, steps), coded)
+        )
     return streams
 
 
-def decode_latents(frozen: FrozenCodec, data: bytes, coder: str = "native") -> tuple:
-    """(decoded latents {name: float32 [1, h, w, C], whole numbers}, (height, width)) of a stream.
+class Decoded(NamedTuple):
+    """latents: {segment: float32 [1, h, w, C]} and "quality"; the header of the stream."""
+
+    latents: dict[str, np.ndarray]
+    header: container.Header
+
+
+def decode_latents(
+    frozen: FrozenCodec, data: bytes, coder: str = "native", *, layers: int | None = None
+) -> Decoded:
+    """The latents of a stream, up to the first `layers` layers or all.
 
     Raises:
       IcmError: the stream is damaged, from another model, or does not decode to what was encoded.
     """
     codec = _require_frozen(frozen).codec
-    stream = container.unpack(data)
-    if stream.fingerprint != frozen.fingerprint:
+    stream = container.unpack(data, layers)
+    header = stream.header
+    if header.fingerprint != frozen.fingerprint:
         raise IcmError(
-            f"the stream was written by model {stream.fingerprint.hex()}, this is model "
+            f"the stream was written by model {header.fingerprint.hex()}, this is model "
             f"{frozen.fingerprint.hex()}; decode with the model that wrote it"
         )
-    if len(stream.strings) != len(codec.segments):
-        raise IcmError(f"{len(stream.strings)} segments in the stream, {len(codec.segments)} here")
-    decoded = {}
-    for number, (segment, string) in enumerate(zip(codec.segments, stream.strings, strict=True)):
-        shape = (1, *segment.shape(*stream.shape))
-        if np.prod(shape, dtype=np.int64) > 1 << 31:
-            raise IcmError(f"the stream claims an image of {stream.shape} pixels; refused")
-        index = np.asarray(_index(codec, number, shape, frozen.on_device, decoded)).ravel()
-        symbols = range_coder.decode(string, index, frozen.tables[segment.name], coder)
-        decoded[segment.name] = symbols.reshape(shape).astype(np.float32)
-    if _crc(decoded) != stream.latents_crc:
-        raise IcmError(
-            "decoding did not give back the encoder's latents: the hyperprior's floating point "
-            "differs between the two machines; decode where the stream was written"
-        )
-    return decoded, stream.shape
+    own = [[s for s in codec.segments if s.layer == n] for n in range(len(stream.layers))]
+    if [len(layer.strings) for layer in stream.layers] != [len(segments) for segments in own]:
+        raise IcmError("the stream has other layers than this model writes")
+    if (header.quality is not None) != codec.qualities:
+        raise IcmError("the stream has a quality and the model none, or the other way round")
+    decoded = _condition(header.quality)
+    number = 0
+    for at, (segments, layer) in enumerate(zip(own, stream.layers, strict=True)):
+        crc = 0
+        for segment, string in zip(segments, layer.strings, strict=True):
+            shape = (1, *segment.shape(*header.shape))
+            if np.prod(shape, dtype=np.int64) > 1 << 31:
+                raise IcmError(f"the stream claims an image of {header.shape} pixels; refused")
+            rows, mean = _rows(frozen, number, shape, decoded)
+            symbols = range_coder.decode(string, rows, frozen.tables[segment.name], coder)
+            crc = zlib.crc32(symbols.astype("<i4").tobytes(), crc)
+            decoded[segment.name] = symbols.reshape(shape).astype(np.float32) + mean
+            number += 1
+        if container.seal(stream.head, layer.strings, crc) != layer.seal:
+            raise IcmError(
+                f"layer {at + 1} did not decode to the latents that were encoded: the stream was "
+                "altered, or this machine's integer arithmetic is broken"
+            )
+    return Decoded(decoded, header)
 
 
 def decode(
@@ -227,15 +328,23 @@ def decode(
         raise IcmError(f"no output {output!r}; this codec has {', '.join(frozen.codec.outputs)}")
     results = []
     for data in streams:
-        decoded, shape = decode_latents(frozen, data, coder)
+        decoded, header = decode_latents(frozen, data, coder)
+        shape = header.shape
         results.append(np.asarray(_output(frozen.codec, output, shape, frozen.on_device, decoded)))
     return np.concatenate(results)
 
 
-def estimate(frozen: FrozenCodec, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Bits per image and segment that the float model expects: {segment: float32 [N]}."""
+def estimate(
+    frozen: FrozenCodec, images: np.ndarray, *, quality: float | None = None
+) -> dict[str, np.ndarray]:
+    """Bits per image and segment that the densities say: {segment: float32 [N]}.
+
+    The densities are those of the float priors at the scales and means that are coded with.
+    """
     codec = _require_frozen(frozen).codec
-    return jax.device_get(_bits(codec, frozen.on_device, np.asarray(images)))
+    inputs = {"image": _require_images(images)}
+    inputs |= _condition(_quality_steps(codec, quality), len(images))
+    return jax.device_get(_bits(codec, frozen.on_device, inputs))
 
 
 def save(path: str | os.PathLike, frozen: FrozenCodec) -> None:
@@ -298,11 +407,35 @@ def _require_frozen(frozen) -> FrozenCodec:
     return frozen
 
 
-def _crc(decoded: Mapping[str, np.ndarray]) -> int:
-    crc = 0
-    for latent in decoded.values():
-        crc = zlib.crc32(latent.astype("<i4").tobytes(), crc)
-    return crc
+def _require_images(images) -> np.ndarray:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise IcmError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {images.shape}")
+    return images
+
+
+def _quality_steps(codec: Codec, quality: float | None) -> int | None:
+    """A quality in the steps of the file format."""
+    if not codec.qualities:
+        if quality is not None:
+            raise IcmError("this model has one rate; leave the quality out")
+        return None
+    if quality is None or not 0 <= quality <= 100:
+        raise IcmError(f"this model needs a quality from 0 to 100, not {quality}")
+    return round(quality * container.QUALITY_STEPS)
+
+
+def _condition(steps: int | None, rows: int = 1) -> dict[str, np.ndarray]:
+    """The entry "quality" of inputs and decoded latents; empty for a model of one rate."""
+    if steps is None:
+        return {}
+    return {"quality": np.full(rows, steps / (100 * container.QUALITY_STEPS), np.float32)}
+
+
+def _rows(frozen: FrozenCodec, number: int, shape, decoded) -> tuple[np.ndarray, np.ndarray]:
+    """(table rows, int32 [n]; mean, float32 broadcast against `shape`) of a segment."""
+    index, mean = jax.device_get(_prior(frozen.codec, number, shape, frozen.on_device, decoded))
+    return index.ravel(), np.float32(0) if mean is None else mean
 
 
 def _tupled(value):
@@ -314,13 +447,19 @@ def _flatten(variables) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _analyse(codec, variables, image):
-    return jax.tree.map(jnp.round, codec.analyse(variables, {"image": image}))
+def _analyse(codec, variables, inputs):
+    return codec.analyse(variables, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(codec, variables, inputs):
+    return jax.tree.map(jnp.round, codec.analyse(variables, inputs))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _index(codec, number, shape, variables, decoded):
-    return codec.segments[number].prior(variables, decoded, shape).index
+def _prior(codec, number, shape, variables, decoded):
+    prior = codec.segments[number].prior(variables, decoded, shape)
+    return prior.index, prior.mean
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -329,5 +468,5 @@ def _output(codec, name, shape, variables, decoded):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _bits(codec, variables, image):
-    return forward(codec, variables, {"image": image}, image.shape[1:3]).bits
+def _bits(codec, variables, inputs):
+    return forward(codec, variables, inputs, inputs["image"].shape[1:3]).bits

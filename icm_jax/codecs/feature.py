@@ -14,11 +14,18 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax import entropy, ops
-from icm_jax.codecs.codec import Codec, Prior, Segment
+from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
 from icm_jax.coding import tables
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
-from icm_jax.nets.transforms import Analysis, HyperAnalysis, HyperSynthesis, Synthesis
+from icm_jax.nets.transforms import (
+    Analysis,
+    HyperAnalysis,
+    HyperSynthesis,
+    Synthesis,
+    integer_hyper_synthesis,
+    run_hyper_synthesis,
+)
 
 
 class InformationFilter(nn.Module):
@@ -80,11 +87,6 @@ class FeatureCodec(nn.Module):
         return ops.crop_to(self.synthesis(y), *shape)
 
 
-def halved(size: int, times: int) -> int:
-    """`size` after `times` halvings, each rounded up."""
-    return -(-size // 2**times)
-
-
 @functools.cache
 def filter_codec(variant: str, width: int, channels: int, widths: tuple[int, int, int]) -> Codec:
     """The information filter as a codec of its own: segment y, output "feature" (f')."""
@@ -96,7 +98,7 @@ def filter_codec(variant: str, width: int, channels: int, widths: tuple[int, int
         return module.apply({"params": variables["params"]["filter"]}, *args, method=method)
 
     def prior(variables, decoded, shape):
-        return Prior(lambda y: run(variables, y, method="bits"), _channel_index(shape))
+        return Prior(lambda y: run(variables, y, method="bits"), channel_index(shape))
 
     def init(key, image):
         f, variables = _init_head(head, key, image)
@@ -116,14 +118,17 @@ def filter_codec(variant: str, width: int, channels: int, widths: tuple[int, int
         segments=(
             Segment(
                 "y",
-                lambda h, w: (halved(h, 5), halved(w, 5), channels),
+                lambda h, w: (ops.halved(h, 5), ops.halved(w, 5), channels),
                 prior,
-                lambda v: entropy.factorised_tables(v["params"]["filter"]["prior"]),
+                lambda v, _: (entropy.factorised_tables(v["params"]["filter"]["prior"]), None),
             ),
         ),
-        outputs=_Outputs(
+        outputs=Outputs(
             feature=lambda variables, decoded, shape: run(
-                variables, decoded["y"], (halved(shape[0], 2), halved(shape[1], 2)), method="decode"
+                variables,
+                decoded["y"],
+                (ops.halved(shape[0], 2), ops.halved(shape[1], 2)),
+                method="decode",
             )
         ),
     )
@@ -156,15 +161,23 @@ def feature_codec(
         return {"z": z, "y": y}
 
     def hyperprior(variables, decoded, shape):
-        return Prior(lambda z: run(variables, z, method="hyper_bits"), _channel_index(shape))
+        return Prior(lambda z: run(variables, z, method="hyper_bits"), channel_index(shape))
 
     def conditional(variables, decoded, shape):
+        if "integer" in variables:
+            whole = run_hyper_synthesis(variables["integer"]["y"], decoded["z"])
+            rows = ops.crop_to(whole, *shape[1:3])
+            return Prior(lambda y: entropy.gaussian_bits(y, rows), rows)
         index = run(variables, decoded["z"], shape, method="index")
         return Prior(lambda y: entropy.gaussian_bits(y, index), entropy.table_index(index))
 
+    def freeze(variables, sample):
+        params = variables["params"]["feature_codec"]["hyper_synthesis"]
+        return tables.gaussian_tables(), integer_hyper_synthesis(params, sample["z"])
+
     def init(key, image):
         variables = inner.init(key, image)
-        f = jnp.zeros((1, halved(image.shape[1], 2), halved(image.shape[2], 2), features))
+        f = jnp.zeros((1, ops.halved(image.shape[1], 2), ops.halved(image.shape[2], 2), features))
         own = module.init(jax.random.fold_in(key, 2), f)["params"]
         variables["params"]["feature_codec"] = own
         return variables
@@ -188,20 +201,26 @@ def feature_codec(
         segments=(
             Segment(
                 "z",
-                lambda h, w: (halved(h, 6), halved(w, 6), hyper_channels),
+                lambda h, w: (ops.halved(h, 6), ops.halved(w, 6), hyper_channels),
                 hyperprior,
-                lambda v: entropy.factorised_tables(v["params"]["feature_codec"]["prior"]),
+                lambda v, _: (
+                    entropy.factorised_tables(v["params"]["feature_codec"]["prior"]),
+                    None,
+                ),
             ),
             Segment(
                 "y",
-                lambda h, w: (halved(h, 4), halved(w, 4), channels),
+                lambda h, w: (ops.halved(h, 4), ops.halved(w, 4), channels),
                 conditional,
-                lambda v: tables.gaussian_tables(),
+                freeze,
             ),
         ),
-        outputs=_Outputs(
+        outputs=Outputs(
             feature=lambda variables, decoded, shape: run(
-                variables, decoded["y"], (halved(shape[0], 2), halved(shape[1], 2)), method="decode"
+                variables,
+                decoded["y"],
+                (ops.halved(shape[0], 2), ops.halved(shape[1], 2)),
+                method="decode",
             )
         ),
     )
@@ -221,16 +240,6 @@ def _require_widths(name, widths, count):
         raise IcmError(f"{name}_widths needs {count} positive numbers, not {widths}")
 
 
-class _Outputs(dict):
-    """A dict that a codec, which is a static argument of compiled functions, may hold."""
-
-    def __init__(self, **outputs):
-        super().__init__(outputs)
-
-    def __hash__(self):
-        return id(self)
-
-
 def _feature(head, variables, inputs):
     if "feature" in inputs:
         return inputs["feature"]
@@ -241,7 +250,3 @@ def _feature(head, variables, inputs):
 def _init_head(head, key, image):
     f, own = head.init_with_output(key, ops.normalise(image[:1]), train=False)
     return f, {name: {"head": tree} for name, tree in own.items()}
-
-
-def _channel_index(shape):
-    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32).reshape(1, 1, 1, -1), shape)

@@ -1,107 +1,190 @@
-"""The stream of one image: a short header, the strings of the segments, a checksum.
+"""The `.icm` stream of one image: a header, then layers of strings; see docs/icm_format.md.
 
     bytes   content
     3       b"ICM"
-    1       format version
+    1       format version, 2
     4       fingerprint of the model that wrote it (weights and tables)
-    4       CRC-32 of the integer latents, little-endian
+    1       number of layers (bits 0-3), greyscale (bit 4), has a quality (bit 5); the rest 0
     1-3 ×2  height and width of the image in pixels (LEB128)
-    1       number of segments
-    1-5 ×n  length of each string but the last, which takes the rest (LEB128)
-    ...     the strings, in the codec's order
-    4       CRC-32 of everything before it, little-endian
+    0-2     quality in hundredths, 0 to 10000 (LEB128)
+    ...     per layer: number of its strings (1 byte), then the length of each (LEB128); the last
+            string of the last layer has no length and takes the rest of the file
+    2       CRC-16/XMODEM of the header up to here, big-endian
 
-Beside the strings that is 19 to 23 bytes for one segment and at most 28 for three, for images below
-65,536 pixels a side, a first string below 16 KiB and a second below 2 MiB.
+and per layer
+
+    2       CRC-16/XMODEM of its strings, big-endian: are these the bytes that were written?
+    4       its seal, little-endian: CRC-32 of the integer latents (int32, little-endian), continued
+            over the header and the strings: did they decode to what was encoded?
+    ...     the strings
+
+A prefix of the file that holds the header and a whole layer can be decoded up to that layer.
 """
 
+import binascii
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from icm_jax.errors import IcmError
 
 MAGIC = b"ICM"
-VERSION = 1
+VERSION = 2
+QUALITY_STEPS = 100  # per unit of quality
 _MAX_SIDE = 1 << 21
-_MAX_SEGMENTS = 64
+_MAX_LAYERS = 15
+_MAX_STRINGS = 64
 
 
-class Stream(NamedTuple):
-    """One coded image.
+class Header(NamedTuple):
+    """What is known before any latent is decoded.
 
     Attributes:
       fingerprint: 4 bytes that name the frozen model.
-      latents_crc: CRC-32 of the integer latents that a right decode gives.
       shape: (height, width) of the image in pixels.
-      strings: one byte string per segment, in the codec's order.
+      grey: the image has one channel.
+      quality: in hundredths, 0 to 10000, or None for a model of one rate.
     """
 
     fingerprint: bytes
-    latents_crc: int
     shape: tuple[int, int]
+    grey: bool = False
+    quality: int | None = None
+
+
+class Layer(NamedTuple):
+    """The strings of one layer, one per segment, and its seal (see `seal`)."""
+
     strings: tuple[bytes, ...]
+    seal: int
 
 
-def pack(stream: Stream) -> bytes:
-    """The bytes of a stream. Raises IcmError if a field does not fit the format."""
-    height, width = stream.shape
-    if len(stream.fingerprint) != 4:
-        raise IcmError(f"a fingerprint has 4 bytes, not {len(stream.fingerprint)}")
+class Stream(NamedTuple):
+    """A parsed file: `head` the bytes of the header without their CRC, `layers` those asked for."""
+
+    header: Header
+    layers: tuple[Layer, ...]
+    head: bytes
+
+
+def pack(header: Header, layers: Sequence[tuple[Sequence[bytes], int]]) -> bytes:
+    """The bytes of a stream.
+
+    Args:
+      layers: per layer its strings and the CRC-32 of its integer latents.
+
+    Raises: IcmError if a field does not fit the format.
+    """
+    height, width = header.shape
+    if len(header.fingerprint) != 4:
+        raise IcmError(f"a fingerprint has 4 bytes, not {len(header.fingerprint)}")
     if not (1 <= height < _MAX_SIDE and 1 <= width < _MAX_SIDE):
         raise IcmError(f"image sides must be 1 to {_MAX_SIDE - 1} pixels, not {height}×{width}")
-    if not 0 <= stream.latents_crc < 1 << 32:
-        raise IcmError(f"a CRC-32 has 32 bits; {stream.latents_crc} does not fit")
-    if len(stream.strings) > _MAX_SEGMENTS:
-        raise IcmError(f"{len(stream.strings)} segments; the format holds {_MAX_SEGMENTS}")
-    body = b"".join(
-        [
-            MAGIC,
-            bytes([VERSION]),
-            stream.fingerprint,
-            stream.latents_crc.to_bytes(4, "little"),
-            _varint(height),
-            _varint(width),
-            bytes([len(stream.strings)]),
-            *(_varint(len(string)) for string in stream.strings[:-1]),
-            *stream.strings,
-        ]
-    )
-    return body + zlib.crc32(body).to_bytes(4, "little")
+    if header.quality is not None and not 0 <= header.quality <= 100 * QUALITY_STEPS:
+        raise IcmError(f"a quality is 0 to 100, not {header.quality / QUALITY_STEPS}")
+    if not 1 <= len(layers) <= _MAX_LAYERS:
+        raise IcmError(f"{len(layers)} layers; the format holds 1 to {_MAX_LAYERS}")
+    if not all(1 <= len(strings) <= _MAX_STRINGS for strings, _ in layers):
+        raise IcmError(f"a layer holds 1 to {_MAX_STRINGS} strings")
+    flags = len(layers) | header.grey << 4 | (header.quality is not None) << 5
+    head = [MAGIC, bytes([VERSION]), header.fingerprint, bytes([flags])]
+    head += [_varint(height), _varint(width)]
+    head += [] if header.quality is None else [_varint(header.quality)]
+    for number, (strings, _) in enumerate(layers):
+        implicit = number == len(layers) - 1
+        head.append(bytes([len(strings)]))
+        head += [_varint(len(string)) for string in strings[: len(strings) - implicit]]
+    head = b"".join(head)
+    parts = [head, _crc16(head)]
+    for strings, latents_crc in layers:
+        body = b"".join(strings)
+        parts += [_crc16(body), seal(head, strings, latents_crc).to_bytes(4, "little"), body]
+    return b"".join(parts)
 
 
-def unpack(data: bytes) -> Stream:
-    """The inverse of `pack`. Raises IcmError on anything that `pack` has not written whole."""
+def seal(head: bytes, strings: Sequence[bytes], latents_crc: int) -> int:
+    """CRC-32 over a layer's latents, the header and the layer's strings."""
+    if not 0 <= latents_crc < 1 << 32:
+        raise IcmError(f"a CRC-32 has 32 bits; {latents_crc} does not fit")
+    return zlib.crc32(b"".join(strings), zlib.crc32(head, latents_crc))
+
+
+def unpack(data: bytes, layers: int | None = None) -> Stream:
+    """The inverse of `pack`, of the first `layers` layers or of all.
+
+    Raises: IcmError on anything that `pack` has not written; what follows the layers asked for is
+      not looked at.
+    """
     data = bytes(data)
     if data[:3] != MAGIC:
-        raise IcmError(f"not an icm_jax stream: it starts with {data[:3]!r}, not {MAGIC!r}")
+        raise IcmError(f"not an .icm file: it starts with {data[:3]!r}, not {MAGIC!r}")
     if len(data) > 3 and data[3] != VERSION:
-        raise IcmError(f"stream format {data[3]} is not known here; this version reads {VERSION}")
-    if len(data) < 19 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
-        raise IcmError("the stream is truncated or altered: its checksum does not match")
-    at = 12
+        raise IcmError(f"format version {data[3]} is not known here; this release reads {VERSION}")
+    flags, at = _byte(data, 8)
+    count, grey, has_quality = flags & 15, bool(flags & 16), bool(flags & 32)
     (height, at), (width, at) = (pair := _read_varint(data, at)), _read_varint(data, pair[1])
-    count, at = data[at], at + 1
-    lengths = []
-    for _ in range(min(count, _MAX_SEGMENTS) - 1):
-        length, at = _read_varint(data, at)
-        lengths.append(length)
-    rest = len(data) - 4 - at - sum(lengths)
-    if rest < 0 or count > _MAX_SEGMENTS or (count == 0 and rest):
-        raise IcmError("the stream's directory does not match its length")
-    lengths += [rest] if count else []
+    quality, at = _read_varint(data, at) if has_quality else (None, at)
+    directory, sizes = [], []
+    for number in range(count):
+        strings, at = _byte(data, at)
+        sizes.append(strings)
+        lengths = []
+        for _ in range(strings - (number == count - 1)):
+            length, at = _read_varint(data, at)
+            lengths.append(length)
+        directory.append(lengths)
+    head = data[:at]
+    if data[at : at + 2] != _crc16(head):
+        raise IcmError("the header of the file is truncated or altered: its checksum differs")
+    header = Header(data[4:8], (height, width), grey, quality)
+    if flags >> 6 or not count or not all(1 <= size <= _MAX_STRINGS for size in sizes):
+        raise IcmError("the header of the file is of no known kind")
     if not (1 <= height < _MAX_SIDE and 1 <= width < _MAX_SIDE):
-        raise IcmError(f"the stream claims an impossible image of {height}×{width} pixels")
-    strings = []
-    for length in lengths:
-        strings.append(data[at : at + length])
-        at += length
-    crc = int.from_bytes(data[8:12], "little")
-    return Stream(data[4:8], crc, (height, width), tuple(strings))
+        raise IcmError(f"the file claims an impossible image of {height}×{width} pixels")
+    if has_quality and quality > 100 * QUALITY_STEPS:
+        raise IcmError(f"the file claims an impossible quality of {quality / QUALITY_STEPS}")
+    wanted = count if layers is None else layers
+    if not 1 <= wanted <= count:
+        raise IcmError(f"{layers} layers asked for; the file has {count}")
+    return Stream(header, _read_layers(data, at + 2, directory, wanted), head)
 
 
-def overhead(stream: Stream) -> int:
-    """Bytes of the packed stream beside its strings."""
-    return len(pack(stream)) - sum(map(len, stream.strings))
+def _read_layers(data: bytes, at: int, directory, wanted: int) -> tuple[Layer, ...]:
+    found = []
+    for number, lengths in enumerate(directory[:wanted]):
+        body = at + 6
+        if number == len(directory) - 1:
+            lengths = [*lengths, len(data) - body - sum(lengths)]
+        end = body + sum(lengths)
+        whole = lengths[-1] >= 0 and end <= len(data)
+        if not whole or data[at : at + 2] != _crc16(data[body:end]):
+            raise IcmError(
+                f"layer {number + 1} of {len(directory)} is truncated or altered: its checksum "
+                "differs" + (f"; the first {number} can still be decoded" if number else "")
+            )
+        strings = []
+        for length in lengths:
+            strings.append(data[body : body + length])
+            body += length
+        found.append(Layer(tuple(strings), int.from_bytes(data[at + 2 : at + 6], "little")))
+        at = end
+    return tuple(found)
+
+
+def overhead(data: bytes) -> int:
+    """Bytes of a packed stream beside its strings."""
+    strings = (len(string) for layer in unpack(data).layers for string in layer.strings)
+    return len(data) - sum(strings)
+
+
+def _crc16(data: bytes) -> bytes:
+    return binascii.crc_hqx(data, 0).to_bytes(2, "big")
+
+
+def _byte(data: bytes, at: int) -> tuple[int, int]:
+    if at >= len(data):
+        raise IcmError("the header of the file is truncated")
+    return data[at], at + 1
 
 
 def _varint(value: int) -> bytes:
@@ -115,12 +198,10 @@ def _varint(value: int) -> bytes:
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 35, 7):
-        if at >= len(data) - 4:
-            break
-        value |= (data[at] & 0x7F) << shift
-        at += 1
-        if not data[at - 1] & 0x80:
-            if shift and not data[at - 1]:
+        byte, at = _byte(data, at)
+        value |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            if shift and not byte:
                 break  # a longer form than `_varint` writes
             return value, at
-    raise IcmError("the stream's header is damaged")
+    raise IcmError("the header of the file is damaged")

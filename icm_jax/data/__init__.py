@@ -17,6 +17,7 @@ class Dataset(NamedTuple):
 DATASETS = {
     "scenes": Dataset(("label", "mask"), sources.scenes_source),
     "folder": Dataset(("label",), sources.folder),
+    "photos": Dataset((), sources.photos),
     "coco_json": Dataset(("label",), sources.coco_json),
     "mask_folder": Dataset(("mask",), sources.mask_folder),
     "imagenet2012": Dataset(

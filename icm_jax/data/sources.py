@@ -94,6 +94,26 @@ def folder(config, split: str) -> Source:
     return Source(str(root), len(entries), tuple(classes), load)
 
 
+def photos(config, split: str) -> Source:
+    """Images without labels, in a folder and its subfolders.
+
+    `train.txt` and `val.txt` list files, or every fifth image by name hash is kept for validation.
+    """
+    root = _existing(config)
+    short = {"train": "train", "validation": "val"}[split]
+    if (root / f"{short}.txt").is_file():
+        entries = [root / line for line in _lines(root / f"{short}.txt")]
+    else:
+        entries = [path for path in _images(root) if (_digest(path) % 5 == 0) == (split != "train")]
+    if not entries:
+        raise IcmError(f"no images for {split} in {root}; expected files {SUFFIXES}")
+
+    def load(index):
+        return {"image": _read(entries[index]), "name": str(entries[index])}
+
+    return Source(str(root), len(entries), (), load)
+
+
 def coco_json(config, split: str) -> Source:
     """COCO format: `images/` beside `train.json` and `val.json`.
 

@@ -6,6 +6,8 @@ from icm_jax.errors import IcmError
 
 WINDOW = 11
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+SMALLEST = WINDOW << (len(SCALE_WEIGHTS) - 1)
+"""Sides of an image from which on MS-SSIM is defined."""
 
 
 def bpp(size: float, height: int, width: int) -> float:
@@ -35,7 +37,7 @@ def ms_ssim(reference: np.ndarray, given: np.ndarray) -> float:
 
     Raises: IcmError if shapes differ or a side is shorter than 176 pixels.
     """
-    x, y = _planes(reference, given, WINDOW << (len(SCALE_WEIGHTS) - 1))
+    x, y = _planes(reference, given, SMALLEST)
     product = np.ones(len(x))
     for scale, weight in enumerate(SCALE_WEIGHTS):
         whole, structure = _similarity(x, y)
@@ -43,6 +45,11 @@ def ms_ssim(reference: np.ndarray, given: np.ndarray) -> float:
         product *= np.maximum(whole if last else structure, 0) ** weight
         x, y = _halved(x), _halved(y)
     return float(product.mean())
+
+
+def decibels(similarity: float) -> float:
+    """-10 log10(1 - s) of an SSIM or MS-SSIM; infinite for 1."""
+    return float("inf") if similarity >= 1 else float(-10 * np.log10(1 - similarity))
 
 
 def _planes(reference, given, smallest: int) -> tuple[np.ndarray, np.ndarray]:

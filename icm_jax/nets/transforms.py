@@ -2,6 +2,7 @@
 
     information filter (Feng et al. 2022, stage 1)    f [H/4] -> y [H/32] -> f [H/4]
     feature codec (stage 2)                           f [H/4] -> y [H/16] -> f [H/4]
+    images (Ballé et al. 2018, figure 4)              x [H] -> y [H/16] -> x [H]
     hyperprior of y (Ballé et al. 2018)               y -> z [/4] -> scale index of y
 
 Layer lists follow papers.md 5.2 and 6.3; synthesis goes by sub-pixel convolution. Sizes that do not
@@ -14,8 +15,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from icm_jax.nets.layers import Down, ResidualBlock, Up, orthogonal_window
+from icm_jax.nets import integer
+from icm_jax.nets.layers import GDN, Down, ResidualBlock, TransposedUp, Up, orthogonal_window
 
 
 class Analysis(nn.Module):
@@ -64,6 +67,46 @@ class Synthesis(nn.Module):
         return nn.Conv(self.features, (1, 1), dtype=self.dtype)(x).astype(jnp.float32)
 
 
+class ImageAnalysis(nn.Module):
+    """Four 5×5 convolutions with stride 2, GDN between them (Ballé et al. 2018).
+
+    Attributes:
+      channels: M, of the latent. width: N, of the layers before it.
+    """
+
+    channels: int
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float [N, H, W, 3] on 0...255, sides multiples of 16 -> float32 [N, H/16, W/16, M]."""
+        x = (x / 255.0 - 0.5).astype(self.dtype)
+        for features in (self.width,) * 3:
+            init = orthogonal_window(2)
+            x = Down(features, 5, dtype=self.dtype, kernel_init=init)(x)
+            x = GDN(dtype=self.dtype)(x)
+        init = orthogonal_window(2)
+        x = Down(self.channels, 5, dtype=self.dtype, kernel_init=init)(x)
+        return x.astype(jnp.float32)
+
+
+class ImageSynthesis(nn.Module):
+    """The mirror of `ImageAnalysis`, with inverse GDN."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """float [N, h, w, M] -> float32 [N, 16h, 16w, 3] on 0...255, not clipped."""
+        x = y.astype(self.dtype)
+        for _ in range(3):
+            x = GDN(inverse=True, dtype=self.dtype)(TransposedUp(self.width, self.dtype)(x))
+        x = TransposedUp(3, self.dtype)(x).astype(jnp.float32)
+        return 255.0 * (x + 0.5)
+
+
 class HyperAnalysis(nn.Module):
     """|y| -> z at a quarter of its sides: conv3×3, ReLU, conv5×5/2, ReLU, conv5×5/2."""
 
@@ -76,15 +119,54 @@ class HyperAnalysis(nn.Module):
         return Down(self.channels, 5)(x)
 
 
+TOP_INDEX = 63
+
+
 class HyperSynthesis(nn.Module):
-    """ẑ -> real-valued scale index of each element of y (64 scales, 0.11 to 256)."""
+    """ẑ -> real-valued scale index of each element of y (64 scales, 0.11 to 256), and its mean.
+
+    Attributes:
+      channels: inner width. latent_channels: C of y.
+      mean: also give a mean (Minnen et al. 2018): 2C channels, indexes first.
+    """
 
     channels: int
     latent_channels: int
+    mean: bool = False
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         x = nn.relu(Up(self.channels)(z))
         x = nn.relu(Up(self.channels)(x))
+        return nn.Conv(self.latent_channels * (1 + self.mean), (3, 3), bias_init=self._bias)(x)
+
+    def _bias(self, key, shape, dtype=jnp.float32):
         # Index 18 is a scale of about one: a new codec starts neither starved nor flooded.
-        return nn.Conv(self.latent_channels, (3, 3), bias_init=nn.initializers.constant(18.0))(x)
+        return jnp.where(jnp.arange(shape[0]) < self.latent_channels, 18.0, 0.0).astype(dtype)
+
+
+_UPS = (True, True, False)  # which layers of `HyperSynthesis` double the sides
+MEAN_STEPS = 16  # per unit of a mean, in integers
+
+
+def integer_hyper_synthesis(params, z: np.ndarray, mean: bool = False) -> dict:
+    """A trained `HyperSynthesis` as an integer stack, for `run_hyper_synthesis`.
+
+    Args:
+      z: sample hyper-latents [N, h, w, C], whole numbers.
+      mean: as the module's.
+    """
+    convolutions = params["Up_0"]["Conv_0"], params["Up_1"]["Conv_0"], params["Conv_0"]
+    layers = [
+        integer.FloatLayer(layer["kernel"], layer["bias"], relu=up, up=up)
+        for layer, up in zip(convolutions, _UPS, strict=True)
+    ]
+    channels = len(layers[-1].bias) // (1 + mean)
+    ranges = [integer.Range(0, TOP_INDEX, 1.0)] * channels
+    ranges += [integer.Range(-(1 << 15), 1 << 15, 1 / MEAN_STEPS)] * (channels * mean)
+    return integer.quantise(layers, z, ranges)
+
+
+def run_hyper_synthesis(stack, z: jax.Array) -> jax.Array:
+    """ẑ -> int32 scale index, 0 to 63, of each element of y, then its mean in 1/16."""
+    return integer.run(stack, z, _UPS)

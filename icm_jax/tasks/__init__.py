@@ -4,12 +4,14 @@ from icm_jax.errors import IcmError
 from icm_jax.tasks.classification import classification
 from icm_jax.tasks.compression import compression
 from icm_jax.tasks.contrastive import contrastive
+from icm_jax.tasks.image_compression import image_compression
 from icm_jax.tasks.segmentation import segmentation
 from icm_jax.tasks.task import Task
 
 TASKS = {
     "contrastive": contrastive,
     "compression": compression,
+    "image_compression": image_compression,
     "classification": classification,
     "segmentation": segmentation,
 }

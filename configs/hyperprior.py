@@ -1,0 +1,154 @@
+"""Image codecs for humans: rate against PSNR and MS-SSIM, with JPEG and WebP beside them.
+
+    python -m icm_jax.main --config=configs/hyperprior.py          # one variable-rate model
+    python -m icm_jax.main --config=configs/hyperprior.py:sweep    # a model per λ, three kinds
+    python -m icm_jax.main --config=configs/hyperprior.py:large    # N = 192, M = 320
+
+On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
+"""
+
+import ml_collections
+
+LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
+"""The field's λ for the mean squared error on 0...255 (papers.md 6.2)."""
+LAMBDAS_MS_SSIM = (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00)
+
+
+def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
+    """Settings of one scale; every field can be overridden on the command line."""
+    scales = {"demo": demo, "sweep": sweep, "large": large, "tiny": tiny}
+    if arg not in scales:
+        raise ValueError(f"hyperprior.py has no scale {arg!r}; choose one of {', '.join(scales)}")
+    return ml_collections.ConfigDict(scales[arg]())
+
+
+def demo() -> dict:
+    """One small variable-rate mean-scale hyperprior on the embedded data."""
+    return dict(
+        name="hyperprior",
+        seeds=(0,),
+        data=dict(
+            name="scenes",
+            path="",
+            canvas=96,
+            size=96,
+            train=2000,
+            validation=24,
+            seed=0,
+            quality=95,
+        ),
+        model=dict(
+            kinds=("mean_scale_hyperprior",),
+            width=32,
+            channels=48,
+            levels=5,  # of quality; 1: a model for every λ
+            dtype="float32",
+            metric="mse",
+            lambdas=(0.0018, 0.18),  # the ends, or with levels=1 the models
+            size=64,  # of training views
+            straight_through=False,
+        ),
+        train=dict(
+            steps=1500,
+            batch_size=16,
+            learning_rate=1e-3,
+            optimiser="adamw",
+            warmup_steps=100,
+            clip_norm=1.0,
+            log_every=20,
+            save_every=500,
+            fsdp=1,
+            ema=0.0,
+        ),
+        qualities=(0, 25, 50, 75, 100),
+        jpeg=(5, 10, 20, 40, 60, 80),
+        webp=(0, 10, 25, 50, 75, 90),
+    )
+
+
+def sweep() -> dict:
+    """The published setting: every kind, N = 128, M = 192, one model per λ."""
+    config = demo()
+    config["model"].update(
+        kinds=("factorised", "scale_hyperprior", "mean_scale_hyperprior"),
+        width=128,
+        channels=192,
+        levels=1,
+        lambdas=LAMBDAS,
+        size=256,
+    )
+    config["data"].update(canvas=256, size=256, train=20000)
+    config["train"].update(steps=1_000_000, batch_size=8, learning_rate=1e-4, save_every=5000)
+    return config
+
+
+def large() -> dict:
+    """N = 192, M = 320, as published for the highest rates; one variable-rate model."""
+    config = sweep()
+    config["model"].update(
+        kinds=("mean_scale_hyperprior",),
+        width=192,
+        channels=320,
+        levels=8,
+        lambdas=(LAMBDAS[0], LAMBDAS[-1]),
+    )
+    return config
+
+
+def tiny() -> dict:
+    """A few steps of the demo, for tests."""
+    config = demo()
+    config["data"].update(canvas=64, size=64, train=24, validation=3)
+    config["model"].update(width=8, channels=8, levels=3)
+    config["train"].update(steps=6, batch_size=4, warmup_steps=2, log_every=2, save_every=4)
+    config.update(qualities=(0, 100), jpeg=(10, 40), webp=(10, 40))
+    return config
+
+
+def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+    """A run per seed and kind, and per λ where a model has one rate."""
+    listed = []
+    for seed in config.seeds:
+        for kind in config.model.kinds:
+            several = config.model.levels > 1
+            ends = [config.model.lambdas] if several else [(v,) for v in config.model.lambdas]
+            for lambdas in ends:
+                rivals = not listed  # they are the same for all
+                listed.append(make_run(config, seed, kind, lambdas, several, rivals))
+    return listed
+
+
+def make_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.ConfigDict:
+    """One codec; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
+    point = "" if several else f"{lambdas[0]:g}"
+    streams = [f"stream-{q:g}" for q in config.qualities] if several else ["stream"]
+    files = [f"jpeg-{q}" for q in config.jpeg] + [f"webp-{q}" for q in config.webp]
+    model = {name: value for name, value in config.model.items() if name != "kinds"}
+    train = config.train
+    return ml_collections.ConfigDict(
+        dict(
+            name=f"seed{seed}/{kind}" + (f"-{point}" if point else ""),
+            seed=seed,
+            task=dict(model, name="image_compression", kind=kind, lambdas=lambdas),
+            data=config.data.to_dict(),
+            optim=dict(
+                name=train.optimiser,
+                learning_rate=train.learning_rate,
+                schedule="cosine",
+                warmup_steps=train.warmup_steps,
+                weight_decay=0.0,
+                clip_norm=train.clip_norm,
+            ),
+            batch_size=train.batch_size,
+            steps=train.steps,
+            log_every=train.log_every,
+            save_every=train.save_every,
+            fsdp=train.fsdp,
+            ema=train.ema,
+            start=(),
+            decode_once=False,
+            needs=(),
+            evaluate=tuple(streams + (files if rivals else [])),
+            labels=dict(curve="image", arm=kind, point=point),
+        )
+    )

@@ -1,0 +1,208 @@
+"""Image codecs: factorised prior, scale hyperprior, mean-and-scale hyperprior.
+
+    x -> analysis -> y · gain -> round -> y_hat / gain -> synthesis -> x_hat
+                     |                     ^
+                     +-> hyper-analysis -> z_hat -> hyper-synthesis -> scale index (and mean) of y
+
+Ballé et al. 2017 (factorised), Ballé et al. 2018 (scale hyperprior), Minnen et al. 2018 without its
+context model (mean and scale). One model serves a range of rates by gain units (Cui et al. 2021,
+"Asymmetric gained deep image compression with continuous rate adaptation"): per quality level a
+vector that multiplies y's channels and one that divides them again, interpolated between levels.
+Parameters lie under `image_codec`.
+"""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from icm_jax import entropy, ops
+from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
+from icm_jax.coding import tables
+from icm_jax.errors import IcmError
+from icm_jax.nets.transforms import (
+    MEAN_STEPS,
+    HyperAnalysis,
+    HyperSynthesis,
+    ImageAnalysis,
+    ImageSynthesis,
+    integer_hyper_synthesis,
+    run_hyper_synthesis,
+)
+
+PART = "image_codec"
+KINDS = ("factorised", "scale_hyperprior", "mean_scale_hyperprior")
+_FIRST_GAIN, _GAIN_SPREAD = 16.0, 10.0
+
+
+class Gain(nn.Module):
+    """Two vectors per quality level: the gain of y's channels, and what takes it back.
+
+    Attributes:
+      levels: of quality, at equal distances from 0 to 1; between two, logarithms are interpolated.
+      channels: of y.
+    """
+
+    levels: int
+    channels: int
+
+    def setup(self):
+        shape = (self.levels, self.channels)
+        self.log_gain = self.param("log_gain", self._initial, shape)
+        self.log_inverse = self.param("log_inverse", self._initial, shape)
+
+    def _initial(self, key, shape):
+        at = jnp.linspace(-0.5, 0.5, shape[0]) if shape[0] > 1 else jnp.zeros((1,))
+        rows = math.log(_FIRST_GAIN) + math.log(_GAIN_SPREAD) * at
+        return jnp.broadcast_to(rows[:, None], shape)
+
+    def __call__(self, y, quality):
+        """y float [N, h, w, C] with its gain; quality float32 [N] or None for a single level."""
+        return y * self._at(self.log_gain, quality)
+
+    def undo(self, y, quality):
+        return y / self._at(self.log_inverse, quality)
+
+    def _at(self, rows, quality):
+        if quality is None:
+            return jnp.exp(rows[:1]).reshape(1, 1, 1, -1)
+        place = jnp.clip(quality, 0.0, 1.0) * (self.levels - 1)
+        distance = jnp.abs(place[:, None] - jnp.arange(self.levels, dtype=jnp.float32)[None, :])
+        weights = jnp.maximum(1.0 - distance, 0.0)  # [N, levels], two of them not zero
+        return jnp.exp(jnp.matmul(weights, rows, precision="highest"))[:, None, None, :]
+
+
+class ImageCodec(nn.Module):
+    """All networks of a codec; `hyper` and `mean` choose the kind."""
+
+    width: int
+    channels: int
+    levels: int
+    hyper: bool
+    mean: bool
+    dtype: str
+
+    def setup(self):
+        dtype = jnp.dtype(self.dtype)
+        self.analysis = ImageAnalysis(self.channels, self.width, dtype)
+        self.synthesis = ImageSynthesis(self.width, dtype)
+        self.gain = Gain(self.levels, self.channels)
+        self.prior = entropy.Factorised()  # of z, or of y without a hyperprior
+        if self.hyper:
+            self.hyper_analysis = HyperAnalysis(self.width)
+            self.hyper_synthesis = HyperSynthesis(self.width, self.channels, self.mean)
+
+    def __call__(self, x, quality):
+        latents = self.encode(x, quality)
+        parts = [self.prior_bits(latents["z" if self.hyper else "y"])]
+        if self.hyper:
+            parts.append(self.parameters(latents["z"]))
+        return self.decode(latents["y"], quality), parts
+
+    def encode(self, x, quality):
+        y = self.gain(self.analysis(x), quality)
+        return {"z": self.hyper_analysis(y), "y": y} if self.hyper else {"y": y}
+
+    def prior_bits(self, latent):
+        return self.prior(latent)
+
+    def parameters(self, z):
+        return self.hyper_synthesis(z)
+
+    def decode(self, y, quality):
+        return self.synthesis(self.gain.undo(y, quality))
+
+
+@functools.cache
+def image_codec(
+    kind: str, width: int, channels: int, levels: int = 1, dtype: str = "float32"
+) -> Codec:
+    """The codec of a kind in `KINDS`; output "image", float32 on 0...255.
+
+    Args:
+      width: N, of inner layers. channels: M, of the latent y.
+      levels: of quality; with more than one the rate is chosen when encoding.
+      dtype: of analysis and synthesis.
+
+    Raises: IcmError for an unknown kind or numbers below 1.
+    """
+    if kind not in KINDS or min(width, channels, levels) < 1:
+        raise IcmError(
+            f"no image codec {kind!r} with width {width}, channels {channels}, levels {levels}; "
+            f"kinds are {', '.join(KINDS)}, the numbers at least 1"
+        )
+    hyper, mean = kind != "factorised", kind == "mean_scale_hyperprior"
+    module = ImageCodec(width, channels, levels, hyper, mean, dtype)
+
+    def run(variables, *args, method):
+        return module.apply({"params": variables["params"][PART]}, *args, method=method)
+
+    def analyse(variables, inputs):
+        image = inputs["image"]
+        pads = [(0, -side % 16) for side in image.shape[1:3]]
+        image = jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge").astype(jnp.float32)
+        return run(variables, image, inputs.get("quality"), method="encode")
+
+    def factorised_prior(variables, decoded, shape):
+        return Prior(
+            lambda latent: run(variables, latent, method="prior_bits"), channel_index(shape)
+        )
+
+    def conditional(variables, decoded, shape):
+        if "integer" in variables:
+            whole = ops.crop_to(
+                run_hyper_synthesis(variables["integer"]["y"], decoded["z"]), *shape[1:3]
+            )
+            index = rows = whole[..., :channels]
+            centre = whole[..., channels:].astype(jnp.float32) / MEAN_STEPS if mean else None
+        else:
+            real = ops.crop_to(run(variables, decoded["z"], method="parameters"), *shape[1:3])
+            index, centre = real[..., :channels], real[..., channels:] if mean else None
+            rows = entropy.table_index(index)
+        return Prior(lambda y: entropy.gaussian_bits(y, index, centre), rows, centre)
+
+    def image_of(variables, decoded, shape):
+        y, quality = decoded["y"], decoded.get("quality")
+        return ops.crop_to(run(variables, y, quality, method="decode"), *shape)
+
+    def init(key, image):
+        quality = None if levels == 1 else jnp.zeros((1,))
+        x = jnp.zeros((1, 64, 64, 3))
+        return {"params": {PART: module.init(key, x, quality)["params"]}}
+
+    def freeze_factorised(variables, _):
+        return entropy.factorised_tables(variables["params"][PART]["prior"]), None
+
+    def freeze_conditional(variables, sample):
+        params = variables["params"][PART]["hyper_synthesis"]
+        return tables.gaussian_tables(), integer_hyper_synthesis(params, sample["z"], mean)
+
+    latent = ("y", lambda h, w: (ops.halved(h, 4), ops.halved(w, 4), channels))
+    side = ("z", lambda h, w: (ops.halved(h, 6), ops.halved(w, 6), width))
+    segments = (
+        (
+            Segment(*side, factorised_prior, freeze_factorised),
+            Segment(*latent, conditional, freeze_conditional),
+        )
+        if hyper
+        else (Segment(*latent, factorised_prior, freeze_factorised),)
+    )
+    return Codec(
+        config=(
+            "image",
+            (
+                ("kind", kind),
+                ("width", width),
+                ("channels", channels),
+                ("levels", levels),
+                ("dtype", dtype),
+            ),
+        ),
+        parts=(PART,),
+        init=init,
+        analyse=analyse,
+        segments=segments,
+        outputs=Outputs(image=image_of),
+        qualities=levels > 1,
+    )

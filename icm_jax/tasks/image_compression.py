@@ -1,0 +1,76 @@
+"""Rate and distortion of image codecs: L = bits per pixel + λ · D.
+
+D is the mean squared error on 0...255 over pixels and channels, or 1 - MS-SSIM. A codec with
+qualities sees every λ between the ends of `lambdas`: each example of a batch draws its own quality
+q, and log λ goes linearly with q.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from icm_jax import ops, views
+from icm_jax.codecs.codec import forward
+from icm_jax.codecs.hyperprior import image_codec
+from icm_jax.errors import IcmError
+from icm_jax.tasks.task import TRAIN, Aux, Task
+
+METRICS = ("mse", "ms_ssim")
+
+
+def image_compression(config) -> Task:
+    """The task.
+
+    Fields: kind, width, channels, levels, dtype (of `image_codec`); lambdas (λ, or its ends);
+    metric (mse or ms_ssim); size (sides of the training views); straight_through.
+
+    Raises: IcmError for an unknown metric, or λ that are not positive or not one or two.
+    """
+    lambdas = [float(value) for value in config.lambdas]
+    if config.metric not in METRICS:
+        raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(METRICS)}")
+    if min(lambdas, default=0) <= 0 or len(lambdas) != (2 if config.levels > 1 else 1):
+        raise IcmError(
+            f"lambdas {lambdas} and levels {config.levels}: give the two ends of λ to a codec of "
+            "several quality levels, and one λ to a codec of one; all positive"
+        )
+    if config.metric == "ms_ssim" and config.size < 176:
+        raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
+    codec = image_codec(config.kind, config.width, config.channels, config.levels, config.dtype)
+
+    def loss(variables, batch, key, step):
+        del step
+        keys = jax.random.split(key, 3)
+        x = views.cut(batch["image"], config.size, key=keys[0])
+        inputs = {"image": x}
+        ends = variables["constants"]["log_lambdas"]
+        if codec.qualities:
+            quality = jax.random.uniform(keys[1], (len(x),))
+            inputs["quality"] = quality
+            lmbda = jnp.exp(ends[0] + quality * (ends[1] - ends[0]))
+        else:
+            lmbda = jnp.exp(ends)
+        shape = x.shape[1:3]
+        result = forward(
+            codec, variables, inputs, shape, straight_through=config.straight_through, key=keys[2]
+        )
+        x, x_hat = x.astype(jnp.float32), result.outputs["image"]
+        mse = jnp.square(x - x_hat).mean(axis=(1, 2, 3))
+        distortion = mse if config.metric == "mse" else 1.0 - ops.ms_ssim(x, x_hat)
+        bpp = sum(result.bits.values()) / config.size**2
+        total = (bpp + lmbda * distortion).mean()
+        metrics = {"bpp": bpp.mean(), "mse": mse.mean(), "distortion": distortion.mean()}
+        metrics["psnr"] = (20 * jnp.log10(255.0) - 10 * jnp.log10(mse)).mean()
+        return total, Aux(metrics, {})
+
+    def predict(variables, batch):
+        result = forward(codec, variables, batch, batch["image"].shape[1:3])
+        return {"image": result.outputs["image"]}
+
+    return Task(
+        init=lambda key, batch: codec.init(key, batch["image"]),
+        loss=loss,
+        predict=predict,
+        groups=lambda name: TRAIN,
+        codec=codec,
+        constants={"log_lambdas": jnp.log(jnp.asarray(lambdas, jnp.float32))},
+    )
