@@ -1,0 +1,401 @@
+"""The `icm` command: image files in, .icm files out, and back.
+
+    icm compress photo.png --model M --quality 60     photo.icm
+    icm decompress photo.icm --model M                photo.png
+    icm info photo.icm                                what the header says; needs no model
+    icm verify *.icm --model M                        do they decode to what was encoded?
+    icm eval FOLDER --model M                         rate and distortion beside JPEG and WebP
+
+Several files are taken at once; `-` is standard input or output. A file is written whole or not at
+all, and none is overwritten without --force. Exit codes: 0 all done, 1 some files failed (each with
+one line on standard error), 2 wrong usage.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import pathlib
+import sys
+import time
+
+from icm_jax.errors import IcmError
+
+QUALITIES = (0, 25, 50, 75, 100)
+RIVALS = {"jpeg": (5, 10, 20, 40, 60, 80, 90), "webp": (0, 10, 25, 50, 75, 90)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses and runs one subcommand; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except IcmError as error:
+        print(f"icm: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "icm",
+        description="Learned image compression whose files decode to the same bits everywhere.",
+        epilog="exit codes: 0 all done, 1 some files failed, 2 wrong usage",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, text, files, model=True):
+        own = commands.add_parser(name, help=text, description=text)
+        own.set_defaults(run=run)
+        own.add_argument("files", nargs="+", metavar=files)
+        if model:
+            own.add_argument(
+                "--model", "-m", required=True, help="codec file that `freeze` and `save` wrote"
+            )
+        return own
+
+    own = command("compress", _compress, "image files to .icm files", "IMAGE")
+    _output_options(own, "FILE.icm or folder; default: beside the image")
+    own.add_argument(
+        "--quality", "-q", type=float, help="0 to 100, real numbers too, higher is better (50)"
+    )
+    own = command("decompress", _decompress, ".icm files to images", "FILE.icm")
+    _output_options(own, "image file (its suffix names the format) or folder; default: FILE.png")
+    own = command("info", _info, "what the headers of .icm files say", "FILE.icm", model=False)
+    own.add_argument("--json", action="store_true", help="one JSON object per file")
+    command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
+    own = command("eval", _eval, "rate and distortion over images, beside JPEG and WebP", "FOLDER")
+    own.add_argument("--quality", "-q", type=float, nargs="+", help=f"default: {QUALITIES}")
+    own.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
+    own.add_argument("--no-rivals", action="store_true", help="leave JPEG and WebP out")
+    return parser
+
+
+def _output_options(parser, text):
+    parser.add_argument("--out", "-o", help=text)
+    parser.add_argument("--force", "-f", action="store_true", help="overwrite existing files")
+
+
+def _compress(options) -> int:
+    codec = _load(options.model)
+
+    def one(data, name):
+        return codec.compress(read_image(data, name), options.quality)
+
+    return _each(options, one, ".icm")
+
+
+def _decompress(options) -> int:
+    codec = _load(options.model)
+    out = options.out or ""
+    suffix = ".png" if _is_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
+
+    def one(data, name):
+        return write_image(codec.decompress(data), suffix)
+
+    return _each(options, one, suffix)
+
+
+def _info(options) -> int:
+    from icm_jax.coding import container
+
+    failed = 0
+    for name in options.files:
+        try:
+            data = _read(name)
+            stream = container.unpack(data)
+        except IcmError as error:
+            failed += _failed(name, error)
+            continue
+        header, (height, width) = stream.header, stream.header.shape
+        facts = {
+            "file": name,
+            "bytes": len(data),
+            "width": width,
+            "height": height,
+            "channels": 1 if header.grey else 3,
+            "bpp": round(8 * len(data) / (height * width), 4),
+            "quality": None if header.quality is None else header.quality / container.QUALITY_STEPS,
+            "model": header.fingerprint.hex(),
+            "version": container.VERSION,
+            "layers": [[len(string) for string in layer.strings] for layer in stream.layers],
+        }
+        if options.json:
+            print(json.dumps(facts))
+        else:
+            print("\n".join(f"{key:9} {value}" for key, value in facts.items()), end="\n\n")
+    return int(failed > 0)
+
+
+def _verify(options) -> int:
+    from icm_jax.codecs.codec import decode_latents
+
+    codec = _load(options.model)
+    failed = 0
+    for name in options.files:
+        try:
+            decode_latents(codec, _read(name))
+            print(f"{name}: decodes to the latents that were encoded")
+        except IcmError as error:
+            failed += _failed(name, error)
+    return int(failed > 0)
+
+
+def _eval(options) -> int:
+    import numpy as np
+    import tqdm
+
+    from icm_jax.codecs import codec as codecs
+    from icm_jax.data.sources import SUFFIXES
+    from icm_jax.evaluators import classical, metrics
+
+    codec = _load(options.model)
+    if not codec.codec.qualities and options.quality:
+        raise IcmError("this model has one rate; leave --quality out")
+    qualities = options.quality or (QUALITIES if codec.codec.qualities else (None,))
+    paths = sorted(
+        path
+        for given in map(pathlib.Path, options.files)
+        for path in (given.rglob("*") if given.is_dir() else [given])
+        if path.suffix.lower() in SUFFIXES
+    )
+    if not paths:
+        raise IcmError(f"no images in {', '.join(options.files)}; expected files {SUFFIXES}")
+    points = [("icm", quality) for quality in qualities]
+    if not options.no_rivals:
+        points += [(name, quality) for name in RIVALS for quality in RIVALS[name]]
+    rows, failed = [], 0
+    for path in tqdm.tqdm(paths, unit="image"):
+        try:
+            image = read_image(_read(str(path)), str(path))
+        except IcmError as error:
+            failed += _failed(str(path), error)
+            continue
+        colour = np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image
+        for name, quality in points:
+            began = time.perf_counter()
+            if name == "icm":
+                data = codec.compress(image, quality)
+            else:
+                data = classical.encode(colour, name, quality)
+            encoded = time.perf_counter()
+            given = codec.decompress(data) if name == "icm" else classical.decode(data)
+            decoded = time.perf_counter()
+            height, width = image.shape[:2]
+            row = {"image": str(path), "codec": name, "quality": quality, "bytes": len(data)}
+            row["bpp"] = metrics.bpp(len(data), height, width)
+            row["bpp_estimated"] = None
+            if name == "icm":
+                estimated = codecs.estimate(codec, colour[None], quality=quality)
+                bits = sum(float(value[0]) for value in estimated.values())
+                row["bpp_estimated"] = bits / (height * width)
+            reference = image if given.ndim == image.ndim else colour
+            row["psnr"] = metrics.psnr(reference, given)
+            large = min(height, width) >= metrics.SMALLEST
+            row["ms_ssim"] = metrics.ms_ssim(reference, given) if large else None
+            row["encode_ms"] = 1e3 * (encoded - began)
+            row["decode_ms"] = 1e3 * (decoded - encoded)
+            rows.append(row)
+    if not rows:
+        return 1
+    means = _means(rows)
+    print(_table(means))
+    if options.out:
+        _write_results(pathlib.Path(options.out), rows, means)
+        print(f"written to {options.out}: results.csv, results.json, curves.png")
+    return int(failed > 0)
+
+
+def _means(rows: list[dict]) -> list[dict]:
+    """Means over images of each point, in the order of the points; times are medians."""
+    import numpy as np
+
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["codec"], row["quality"]), []).append(row)
+    means = []
+    for (name, quality), own in groups.items():
+        mean = {"codec": name, "quality": quality, "images": len(own)}
+        for key in ("bytes", "bpp", "bpp_estimated", "psnr", "ms_ssim", "encode_ms", "decode_ms"):
+            values = [row[key] for row in own if row[key] is not None]
+            average = np.median if key.endswith("_ms") else np.mean
+            mean[key] = float(average(values)) if values else None
+        means.append(mean)
+    return means
+
+
+def _table(rows: list[dict]) -> str:
+    digits = {"bytes": 0, "quality": 1, "psnr": 2, "encode_ms": 1, "decode_ms": 1, "images": 0}
+    cells = [list(rows[0])]
+    for row in rows:
+        cells.append(
+            [
+                "–"
+                if value is None
+                else value
+                if isinstance(value, str)
+                else f"{value:.{digits.get(key, 4)}f}"
+                for key, value in row.items()
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    )
+
+
+def _write_results(folder: pathlib.Path, rows: list[dict], means: list[dict]) -> None:
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "results.csv", text.getvalue().encode())
+    content = json.dumps({"means": means, "images": rows}, indent=1)
+    _write(folder / "results.json", content.encode())
+    measures = [key for key in ("psnr", "ms_ssim") if means[0][key] is not None]
+    figure = Figure(figsize=(5.5 * len(measures), 4.5), dpi=110)
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axis, key in zip(axes, measures, strict=True):
+        for name in dict.fromkeys(row["codec"] for row in means):
+            curve = sorted((row["bpp"], row[key]) for row in means if row["codec"] == name)
+            axis.plot(*zip(*curve, strict=True), marker="o", label=name)
+        axis.set_xlabel("bits per pixel")
+        axis.set_ylabel({"psnr": "PSNR [dB]", "ms_ssim": "MS-SSIM"}[key])
+        axis.grid(alpha=0.3)
+        axis.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, bbox_inches="tight")
+    _write(folder / "curves.png", picture.getvalue())
+
+
+def read_image(data: bytes, name: str):
+    """uint8 [H, W, 3], or [H, W] of a greyscale file; the EXIF orientation is applied.
+
+    16 bits are reduced to 8, transparency is laid over white.
+
+    Raises: IcmError if the bytes are not a whole image.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                return (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+            if image.mode in ("1", "L"):
+                return np.asarray(image.convert("L"))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise IcmError(f"cannot read the image {name}: {error}") from error
+
+
+def write_image(image, suffix: str) -> bytes:
+    """The file of a uint8 image in the format that a suffix names. Raises IcmError if none does."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    kind = Image.registered_extensions().get(suffix.lower())
+    try:
+        Image.fromarray(image).save(file, kind)
+    except (KeyError, OSError, ValueError) as error:
+        raise IcmError(f"cannot write images as {suffix!r}: {error}; use .png") from error
+    return file.getvalue()
+
+
+def _each(options, convert, suffix: str) -> int:
+    """Converts every file; one line on standard error for each that fails."""
+    import tqdm
+
+    names, out = options.files, options.out
+    many = len(names) > 1
+    if many and out is not None and not _is_folder(out) and pathlib.Path(out).suffix:
+        raise IcmError(f"{len(names)} files do not fit one output {out}; give -o a folder")
+    if many and (out == "-" or "-" in names):
+        raise IcmError("standard input and output take one file at a time")
+    failed = 0
+    for name in tqdm.tqdm(names, unit="file", disable=not many or not sys.stderr.isatty()):
+        try:
+            target = _target(name, out, suffix, many)
+            if target is not None and target.exists() and not options.force:
+                raise IcmError(f"{target} exists; --force overwrites it")
+            content = convert(_read(name), name)
+            if target is None:
+                sys.stdout.buffer.write(content)
+                sys.stdout.buffer.flush()
+            else:
+                _write(target, content)
+        except IcmError as error:
+            failed += _failed(name, error)
+    return int(failed > 0)
+
+
+def _target(name: str, out: str | None, suffix: str, many: bool) -> pathlib.Path | None:
+    """Where the result of a file goes; None is standard output."""
+    if out == "-" or (name == "-" and out is None):
+        return None
+    if out is None:
+        return pathlib.Path(name).with_suffix(suffix)
+    if many or _is_folder(out):
+        stem = "stdin" if name == "-" else pathlib.Path(name).stem
+        return pathlib.Path(out) / (stem + suffix)
+    return pathlib.Path(out)
+
+
+def _is_folder(out: str) -> bool:
+    return bool(out) and (out.endswith(("/", os.sep)) or pathlib.Path(out).is_dir())
+
+
+def _read(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return pathlib.Path(name).read_bytes()
+    except OSError as error:
+        raise IcmError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+def _write(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise IcmError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load(path: str):
+    import icm_jax
+
+    codec = icm_jax.load(path)
+    if "image" not in codec.codec.outputs:
+        outputs = ", ".join(codec.codec.outputs)
+        raise IcmError(f"{path} codes no images: it gives {outputs}")
+    return codec
+
+
+def _failed(name: str, error: Exception) -> int:
+    print(f"icm: {name}: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The `icm` command as a user types it: files, streams, exit codes, and what its errors say."""
+
+import io
+import json
+import pathlib
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import icm_jax
+from icm_jax import cli
+from icm_jax.codecs import codec, filter_codec, image_codec
+
+RNG = np.random.default_rng(5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A frozen codec with qualities, in a file."""
+    path = tmp_path_factory.mktemp("model") / "model.icmc"
+    built = image_codec("mean_scale_hyperprior", 6, 8, levels=3)
+    sample = RNG.integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
+    variables = jax.jit(built.init)(jax.random.key(1), sample)
+    codec.save(path, codec.freeze(built, variables, sample))
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two small images, colour and grey."""
+    Image.fromarray(RNG.integers(0, 256, (20, 28, 3)).astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(RNG.integers(0, 256, (20, 28)).astype(np.uint8)).save(tmp_path / "b.png")
+    return tmp_path
+
+
+def icm(*arguments, capsys, standard_input=b"", monkeypatch=None):
+    """(exit code, standard output as bytes, standard error) of the command."""
+    out = types.SimpleNamespace(buffer=io.BytesIO())
+    if monkeypatch:
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(standard_input)))
+        out.write, out.flush = (lambda text: out.buffer.write(text.encode())), (lambda: None)
+        monkeypatch.setattr(sys, "stdout", out)
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, out.buffer.getvalue() or captured.out.encode(), captured.err
+
+
+def test_files_there_and_back(model, photos, capsys):
+    both = photos / "a.png", photos / "b.png"
+    out = photos / "coded"
+    code, _, errors = icm("compress", *both, "-m", model, "-q", 25.5, "-o", out, capsys=capsys)
+    assert (code, errors) == (0, "")
+    coded = sorted(out.iterdir())
+    assert [path.name for path in coded] == ["a.icm", "b.icm"]
+    assert icm("decompress", *coded, "-m", model, "-o", f"{photos}/back/", capsys=capsys)[0] == 0
+    loaded = icm_jax.load(model)
+    for name, shape in (("a", (20, 28, 3)), ("b", (20, 28))):
+        given = np.asarray(Image.open(photos / "back" / f"{name}.png"))
+        assert given.shape == shape
+        np.testing.assert_array_equal(given, loaded.decompress((out / f"{name}.icm").read_bytes()))
+    assert icm("verify", *coded, "-m", model, capsys=capsys)[0] == 0
+    code, text, _ = icm("info", "--json", *coded, capsys=capsys)
+    facts = [json.loads(line) for line in text.splitlines()]
+    assert [f["channels"] for f in facts] == [3, 1] and facts[0]["quality"] == 25.5
+    assert facts[0]["bytes"] == coded[0].stat().st_size and facts[0]["width"] == 28
+    assert facts[0]["model"] == loaded.fingerprint.hex()
+
+
+def test_streams_equal_files(model, photos, capsys, monkeypatch):
+    image = (photos / "a.png").read_bytes()
+    expected = icm_jax.load(model).compress(np.asarray(Image.open(photos / "a.png")))
+    code, coded, _ = icm(
+        "compress", "-", "-m", model, capsys=capsys, standard_input=image, monkeypatch=monkeypatch
+    )
+    assert code == 0 and coded == expected
+    code, back, _ = icm(
+        "decompress", "-", "-m", model, capsys=capsys, standard_input=coded, monkeypatch=monkeypatch
+    )
+    assert code == 0 and Image.open(io.BytesIO(back)).size == (28, 20)
+
+
+def test_nothing_is_overwritten_unasked_and_failures_are_counted(model, photos, capsys):
+    image = photos / "a.png"
+    assert icm("compress", image, "-m", model, capsys=capsys)[0] == 0
+    before = (photos / "a.icm").read_bytes()
+    code, _, errors = icm("compress", image, "-m", model, "-q", 90, capsys=capsys)
+    assert code == 1 and "--force overwrites it" in errors
+    assert (photos / "a.icm").read_bytes() == before
+    (photos / "broken.png").write_bytes(image.read_bytes()[:60])
+    code, _, errors = icm(
+        "compress", photos / "broken.png", image, "-m", model, "-q", 90, "-f", "-o", photos,
+        capsys=capsys,
+    )  # fmt: skip
+    assert code == 1 and errors.count("\n") == 1 and "broken.png" in errors
+    assert (photos / "a.icm").read_bytes() != before
+    assert not list(photos.glob("*.tmp")) and not (photos / "broken.icm").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (["compress", "absent.png"], 1, "cannot read absent.png: No such file"),
+        (["compress", "{a}", "-q", "101"], 1, "quality from 0 to 100"),
+        (["compress", "{a}", "{b}", "-o", "one.icm"], 2, "give -o a folder"),
+        (["compress", "{a}", "-", "-o", "-"], 2, "one file at a time"),
+        (["decompress", "{a}", "-o", "{empty}/x.png"], 1, "not an .icm file"),
+        (["eval", "{empty}"], 2, "no images in"),
+    ],
+)
+def test_wrong_use_is_one_clear_line(model, photos, capsys, arguments, code, message):
+    (photos / "empty").mkdir()
+    names = {"a": photos / "a.png", "b": photos / "b.png", "empty": photos / "empty"}
+    arguments = [argument.format(**names) for argument in arguments]
+    given, _, errors = icm(*arguments, "-m", model, capsys=capsys)
+    assert given == code and message in errors.splitlines()[-1]
+
+
+def test_models_that_cannot_serve_are_refused(tmp_path, photos, capsys):
+    built = filter_codec("18", 8, 6, (4, 8, 8))
+    sample = np.zeros((1, 32, 32, 3), np.uint8)
+    variables = jax.jit(built.init)(jax.random.key(1), sample)
+    codec.save(tmp_path / "features.icmc", codec.freeze(built, variables, sample))
+    for name, message in (("features.icmc", "codes no images"), ("absent", "not a readable")):
+        code, _, errors = icm("compress", photos / "a.png", "-m", tmp_path / name, capsys=capsys)
+        assert code == 2 and message in errors
+
+
+def test_eval_measures_what_was_written(model, photos, capsys):
+    Image.fromarray(RNG.integers(0, 256, (180, 176, 3)).astype(np.uint8)).save(photos / "c.png")
+    out = photos / "results"
+    code, text, _ = icm("eval", photos, "-m", model, "-q", 0, 100, "-o", out, capsys=capsys)
+    assert code == 0
+    results = json.loads((out / "results.json").read_text())
+    rows = [row for row in results["images"] if row["codec"] == "icm"]
+    assert len(rows) == 6
+    for row in rows:
+        image = cli.read_image(pathlib.Path(row["image"]).read_bytes(), row["image"])
+        data = icm_jax.load(model).compress(image, row["quality"])
+        assert row["bytes"] == len(data)
+        assert row["bpp"] == pytest.approx(8 * len(data) / image[..., :1].size if image.ndim == 3
+                                           else 8 * len(data) / image.size)  # fmt: skip
+        assert (row["ms_ssim"] is None) == (image.shape[0] < 176)
+    assert {row["codec"] for row in results["means"]} == {"icm", "jpeg", "webp"}
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len((out / "results.csv").read_text().splitlines()) == 1 + len(results["images"])
+    assert "bpp_estimated" in text.decode()
+
+
+def test_orientation_transparency_and_depth(tmp_path):
+    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = cli.read_image((tmp_path / "turned.png").read_bytes(), "turned")
+    np.testing.assert_array_equal(turned, np.rot90(np.asarray(image), -1))
+    clear = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
+    clear.save(tmp_path / "clear.png")
+    assert (cli.read_image((tmp_path / "clear.png").read_bytes(), "clear") == 255).all()
+    deep = Image.fromarray(np.full((1, 1), 0x1234, np.uint16))
+    deep.save(tmp_path / "deep.png")
+    assert cli.read_image((tmp_path / "deep.png").read_bytes(), "deep") == 0x12
+
+
+@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["info"], ["eval"]])
+def test_help_is_there(command, capsys):
+    code, text, _ = icm(*command, "--help", capsys=capsys)
+    assert code == 0 and b"usage: icm" in text
