@@ -11,7 +11,7 @@ import scipy.signal
 import scipy.stats
 
 from icm_jax import entropy, ops
-from icm_jax.codecs import CODECS, codec, feature_codec, filter_codec, image_codec
+from icm_jax.codecs import CODECS, codec, feature_codec, filter_codec, image_codec, tiles
 from icm_jax.codecs.hyperprior import Gain
 from icm_jax.coding import container, tables
 from icm_jax.errors import IcmError
@@ -349,6 +349,88 @@ def test_a_quality_is_asked_for_where_there_are_qualities():
     assert bits == sorted(bits) and bits[0] < bits[-1]
     header = codec.decode_latents(many, codec.encode(many, batch, quality=25.5)[0]).header
     assert header.quality == 2550
+
+
+@pytest.mark.parametrize("kind", ["factorised", "mean_scale_hyperprior"])
+def test_windows_leave_no_trace(kind):
+    """An image in small windows: latents and pixels as in one piece, at seams as elsewhere."""
+    built = image_codec(kind, 6, 8)
+    batch = images(1, 201, 330, 3)
+    variables = jax.jit(built.init)(jax.random.key(1), batch)
+    frozen = codec.freeze(built, variables, batch[:, :64, :64])
+    whole, cut = (codec.encode(frozen, batch, window=w)[0] for w in (1024, 112))
+    one, other = (codec.decode_latents(frozen, data).latents["y"] for data in (whole, cut))
+    assert (one != other).mean() < 1e-3 and np.abs(one - other).max() <= 1  # a tie in rounding
+    pixels = [codec.decode(frozen, [whole], "image", window=w) for w in (1024, 96)]
+    np.testing.assert_allclose(*pixels, atol=0.05)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 100, 257])
+def test_spans_keep_every_place_once_and_its_halo(length):
+    size, halo = 64, 16
+    kept = []
+    for start, begin, end in tiles.spans(length, min(size, length), halo):
+        assert 0 <= start <= begin < end <= min(start + size, length)
+        assert begin - start >= halo or start == 0
+        assert start + size - end >= halo or end == length
+        kept += range(begin, end)
+    assert kept == list(range(length))
+
+
+@pytest.fixture(scope="module")
+def file_and_codec():
+    """A colour image of 40 × 56 pixels in a file, and the codec that wrote it."""
+    built = BUILT["mean_scale_hyperprior"]()
+    batch = images(1, 40, 56, 3)
+    variables = jax.jit(built.init)(jax.random.key(1), batch)
+    frozen = codec.freeze(built, variables, batch)
+    return frozen.compress(batch[0], 80), frozen
+
+
+def survives(frozen, data, altered):
+    """Whether an altered file gives an error or, in spite of it, the very image."""
+    try:
+        given = frozen.decompress(altered)
+    except IcmError:
+        return True
+    return altered == data or bool((given == frozen.decompress(data)).all())
+
+
+def test_every_bit_of_a_file_is_guarded(file_and_codec):
+    data, frozen = file_and_codec
+    for bit in range(8 * len(data)):
+        altered = bytearray(data)
+        altered[bit // 8] ^= 1 << bit % 8
+        assert survives(frozen, data, bytes(altered)), bit
+
+
+def test_twenty_thousand_alterations_give_an_error_or_the_image(file_and_codec):
+    """Flips, truncations, splices and runs of zeros, drawn from a fixed seed."""
+    data, frozen = file_and_codec
+    rng = np.random.default_rng(11)
+    for number in range(20_000):
+        altered = bytearray(data)
+        at, length = rng.integers(0, len(data)), int(rng.geometric(0.1))
+        if number % 4 == 0:
+            for place in rng.integers(0, 8 * len(data), length):
+                altered[place // 8] ^= 1 << place % 8
+        elif number % 4 == 1:
+            altered = altered[:at]
+        elif number % 4 == 2:
+            source = rng.integers(0, len(data))
+            altered[at : at + length] = data[source : source + int(rng.geometric(0.1))]
+        else:
+            altered[at : at + length] = bytes(len(altered[at : at + length]))
+        assert survives(frozen, data, bytes(altered)), number
+
+
+def test_a_forged_size_takes_no_memory(file_and_codec):
+    data, frozen = file_and_codec
+    stream = container.unpack(data)
+    header = stream.header._replace(shape=((1 << 21) - 1,) * 2)
+    forged = container.pack(header, [(layer.strings, 0) for layer in stream.layers])
+    with pytest.raises(IcmError, match="claims an image of 2097151"):
+        frozen.decompress(forged)
 
 
 def test_gain_interpolates_logarithms():

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +26,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import ops
+from icm_jax.codecs import tiles
 from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
 
 DEFAULT_QUALITY = 50.0
+MAX_PIXELS = 1 << 28
+"""A header can claim any size in a few bytes; larger images are refused before memory is taken."""
 
 
 class Prior(NamedTuple):
@@ -78,6 +82,7 @@ class Codec(NamedTuple):
       segments: in the order of the stream, layer by layer.
       outputs: name -> (variables, decoded, (height, width)) -> array; `decoded` has "quality", too.
       qualities: the rate is chosen at encoding: "quality" float32 [N], 0 to 1, is an input.
+      tiling: how to code large images in windows, or None.
     """
 
     config: tuple
@@ -87,6 +92,7 @@ class Codec(NamedTuple):
     segments: tuple[Segment, ...]
     outputs: Mapping[str, Callable]
     qualities: bool = False
+    tiling: tiles.Tiling | None = None
 
 
 class Outputs(dict):
@@ -222,7 +228,12 @@ def freeze(codec: Codec, variables, images: np.ndarray) -> FrozenCodec:
 
 
 def encode(
-    frozen: FrozenCodec, images: np.ndarray, coder: str = "native", *, quality: float | None = None
+    frozen: FrozenCodec,
+    images: np.ndarray,
+    coder: str = "native",
+    *,
+    quality: float | None = None,
+    window: int = tiles.WINDOW,
 ) -> list[bytes]:
     """One self-contained byte string per image.
 
@@ -231,6 +242,7 @@ def encode(
       images: uint8 [N, H, W, 3] or, greyscale, [N, H, W]; any H, W >= 1.
       coder: "native" or "tfc".
       quality: 0 to 100, in steps of 1/100; for codecs with qualities, and needed there.
+      window: larger images are analysed in windows of so many pixels a side; see `tiles`.
 
     Raises:
       IcmError: the codec was not frozen, images or quality are not as above, or a latent is not
@@ -244,6 +256,8 @@ def encode(
     streams = []
     for image in images:
         inputs = {"image": image[None]} | _condition(steps)
+        if codec.tiling and tiles.needed(*image.shape[:2], window):
+            inputs = {"latent": _tiled_front(frozen, image, steps, window)} | _condition(steps)
         latents = jax.device_get(_analyse(codec, frozen.on_device, inputs))
         decoded = _condition(steps)
         coded: list[tuple[list[bytes], int]] = []
@@ -296,14 +310,17 @@ def decode_latents(
         raise IcmError("the stream has other layers than this model writes")
     if (header.quality is not None) != codec.qualities:
         raise IcmError("the stream has a quality and the model none, or the other way round")
+    if math.prod(header.shape) > MAX_PIXELS:
+        raise IcmError(
+            f"the stream claims an image of {header.shape[0]} × {header.shape[1]} pixels; at most "
+            f"{MAX_PIXELS} are decoded: raise codec.MAX_PIXELS if the image is really so large"
+        )
     decoded = _condition(header.quality)
     number = 0
     for at, (segments, layer) in enumerate(zip(own, stream.layers, strict=True)):
         crc = 0
         for segment, string in zip(segments, layer.strings, strict=True):
             shape = (1, *segment.shape(*header.shape))
-            if np.prod(shape, dtype=np.int64) > 1 << 31:
-                raise IcmError(f"the stream claims an image of {header.shape} pixels; refused")
             rows, mean = _rows(frozen, number, shape, decoded)
             symbols = range_coder.decode(string, rows, frozen.tables[segment.name], coder)
             crc = zlib.crc32(symbols.astype("<i4").tobytes(), crc)
@@ -318,9 +335,16 @@ def decode_latents(
 
 
 def decode(
-    frozen: FrozenCodec, streams: Sequence[bytes], output: str, coder: str = "native"
+    frozen: FrozenCodec,
+    streams: Sequence[bytes],
+    output: str,
+    coder: str = "native",
+    *,
+    window: int = tiles.WINDOW,
 ) -> np.ndarray:
     """The named output of each stream, stacked along the batch axis: float32 [N, ...].
+
+    Images larger than `window` pixels a side are synthesised in windows; see `tiles`.
 
     Raises: IcmError as `decode_latents` does, or for an output that the codec does not have.
     """
@@ -330,8 +354,31 @@ def decode(
     for data in streams:
         decoded, header = decode_latents(frozen, data, coder)
         shape = header.shape
-        results.append(np.asarray(_output(frozen.codec, output, shape, frozen.on_device, decoded)))
+        if output == "image" and frozen.codec.tiling and tiles.needed(*shape, window):
+            results.append(_tiled_image(frozen, decoded, shape, window))
+        else:
+            result = _output(frozen.codec, output, shape, frozen.on_device, decoded)
+            results.append(np.asarray(result))
     return np.concatenate(results)
+
+
+def _tiled_front(frozen: FrozenCodec, image, steps, window: int) -> np.ndarray:
+    def run(part):
+        inputs = {"image": part} | _condition(steps)
+        return _front(frozen.codec, frozen.on_device, inputs)
+
+    return tiles.analyse(frozen.codec.tiling, run, image[None], window)
+
+
+def _tiled_image(frozen: FrozenCodec, decoded, shape, window: int) -> np.ndarray:
+    tiling = frozen.codec.tiling
+    condition = {name: value for name, value in decoded.items() if name == "quality"}
+
+    def run(part):
+        sides = tuple(tiling.factor * side for side in part.shape[1:3])
+        return _output(frozen.codec, "image", sides, frozen.on_device, {"y": part} | condition)
+
+    return tiles.synthesise(tiling, run, decoded["y"], window)[:, : shape[0], : shape[1]]
 
 
 def estimate(
@@ -449,6 +496,11 @@ def _flatten(variables) -> dict[str, np.ndarray]:
 @functools.partial(jax.jit, static_argnums=0)
 def _analyse(codec, variables, inputs):
     return codec.analyse(variables, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _front(codec, variables, inputs):
+    return codec.tiling.front(variables, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

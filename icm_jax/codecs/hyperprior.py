@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from icm_jax import entropy, ops
 from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
+from icm_jax.codecs.tiles import Tiling
 from icm_jax.coding import tables
 from icm_jax.errors import IcmError
 from icm_jax.nets.transforms import (
@@ -94,14 +95,16 @@ class ImageCodec(nn.Module):
             self.hyper_synthesis = HyperSynthesis(self.width, self.channels, self.mean)
 
     def __call__(self, x, quality):
-        latents = self.encode(x, quality)
+        latents = self.latents(self.front(x, quality))
         parts = [self.prior_bits(latents["z" if self.hyper else "y"])]
         if self.hyper:
             parts.append(self.parameters(latents["z"]))
         return self.decode(latents["y"], quality), parts
 
-    def encode(self, x, quality):
-        y = self.gain(self.analysis(x), quality)
+    def front(self, x, quality):
+        return self.gain(self.analysis(x), quality)
+
+    def latents(self, y):
         return {"z": self.hyper_analysis(y), "y": y} if self.hyper else {"y": y}
 
     def prior_bits(self, latent):
@@ -138,11 +141,15 @@ def image_codec(
     def run(variables, *args, method):
         return module.apply({"params": variables["params"][PART]}, *args, method=method)
 
-    def analyse(variables, inputs):
+    def front(variables, inputs):
         image = inputs["image"]
         pads = [(0, -side % 16) for side in image.shape[1:3]]
         image = jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge").astype(jnp.float32)
-        return run(variables, image, inputs.get("quality"), method="encode")
+        return run(variables, image, inputs.get("quality"), method="front")
+
+    def analyse(variables, inputs):
+        y = inputs["latent"] if "latent" in inputs else front(variables, inputs)
+        return run(variables, y, method="latents")
 
     def factorised_prior(variables, decoded, shape):
         return Prior(
@@ -205,4 +212,6 @@ def image_codec(
         segments=segments,
         outputs=Outputs(image=image_of),
         qualities=levels > 1,
+        # Four layers with windows of 5 look 2 + 4 + 8 + 16 pixels far, and back 1 + 1/2 + ... < 2.
+        tiling=Tiling(front, factor=16, halo=32, back_halo=2),
     )
