@@ -6,12 +6,13 @@
 
 Runs, in this order and for every seed:
 
-    filter               warm-up of the information filter on features of the untrained head, shared
+    filter               stage 0: the information filter alone, on features of the untrained head
+    contrast             contrastive learning through the filter, α = 0: where both arms start
     omni, unfiltered     stage1: contrastive learning through the information filter; the two differ
                          in α alone (`unfiltered` is the α = 0 twin)
                          stage2-λ: the feature codec at each λ, backbone frozen
                          classify-λ, linear-λ, segment-λ: tail and head trained on decoded features
-    rgb                  the unfiltered backbone trained on pixels, fed with JPEG and WebP files
+    rgb                  the backbone trained on pixels, fed with JPEG and WebP files
 """
 
 import ml_collections
@@ -20,6 +21,7 @@ from icm_jax.data import DATASETS
 
 ARMS = ("omni", "unfiltered")
 BACKBONE = ("params/head", "params/tail", "batch_stats/head", "batch_stats/tail")
+PROJECTOR = ("params/projector",)
 FILTER = ("params/filter", "batch_stats/filter")
 CODEC = ("params/feature_codec", "batch_stats/feature_codec")
 NEEDS = {"classify": "label", "linear": "label", "segment": "mask"}
@@ -65,6 +67,13 @@ def demo() -> dict:
             embedding=64,
         ),
         train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
+        pretrain=dict(  # steps=0: the arms share the filter alone
+            steps=300,
+            batch_size=64,  # contrast wants many images at once
+            learning_rate=3e-3,
+            optimiser="adamw",
+            warmup_steps=20,
+        ),
         stage0=dict(  # steps=0: no pre-training of the information filter
             steps=450,
             batch_size=0,  # 0: train.batch_size
@@ -73,12 +82,12 @@ def demo() -> dict:
             warmup_steps=20,
         ),
         stage1=dict(
-            steps=300,
-            batch_size=64,  # contrast wants many images at once
-            learning_rate=3e-3,
+            steps=100,
+            batch_size=64,
+            learning_rate=1e-3,
             optimiser="adamw",
             warmup_steps=20,
-            alpha=0.2,
+            alpha=1.0,
             l1=30.0,
             negatives="batch",
             queue=1024,
@@ -116,7 +125,8 @@ def study() -> dict:
     config = demo()
     config["seeds"] = (0, 1, 2)
     config["data"].update(seed=1, validation=1200)
-    config["stage1"].update(steps=600)
+    config["pretrain"].update(steps=450)
+    config["stage1"].update(steps=150)
     config["stage2"].update(lambdas=(0.1, 0.3, 1.0))
     config["stage3"].update(tasks=dict(classify=1200, linear=0, segment=0))
     config["rgb"].update(steps=1200)
@@ -139,6 +149,7 @@ def tiny() -> dict:
         embedding=16,
     )
     config["train"].update(batch_size=8, log_every=2, save_every=4)
+    config["pretrain"].update(steps=6, batch_size=0, warmup_steps=2)
     config["stage0"].update(steps=4, warmup_steps=2)
     config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
@@ -166,13 +177,13 @@ def imagenet() -> dict:
         embedding=128,
     )
     config["train"].update(batch_size=256, log_every=100, save_every=5000)
+    moco = dict(batch_size=0, optimiser="sgd", warmup_steps=0)
+    config["pretrain"].update(moco, steps=4_000_000, learning_rate=0.03)  # 800 epochs
     config["stage0"].update(steps=100_000, learning_rate=1e-4)
     config["stage1"].update(
+        moco,
         steps=1_000_000,
-        batch_size=0,
-        learning_rate=0.03,
-        optimiser="sgd",
-        warmup_steps=0,
+        learning_rate=1e-3,
         alpha=0.1,
         l1=0.1,
         negatives="queue",
@@ -203,24 +214,21 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
 
 
 def arm_runs(config, keys, seed: int, arm: str) -> list:
-    """Stage 1, then per λ stage 2 and the tasks of stage 3."""
+    """What both arms share, with the first; stage 1; per λ stage 2 and the tasks of stage 3."""
     base = f"seed{seed}/{arm}"
-    listed, begin = [], []
+    listed, start = [], []
     s1 = config.stage1
     task = dict(config.model, **{k: s1[k] for k in ("negatives", "queue", "momentum", "l1")})
-    task |= dict(
-        name="contrastive",
-        temperature=s1.temperature,
-        alpha=s1.alpha if arm == "omni" else 0.0,
-        pretrain_filter=False,
-    )
-    if config.stage0.steps:
-        name = f"seed{seed}/filter"
-        begin = [(name, BACKBONE + FILTER)]
-        if arm == ARMS[0]:
-            warm = dict(task, pretrain_filter=True, alpha=0.0)
-            listed.append(make_run(config, seed, name, warm, config.stage0))
-    listed.append(make_run(config, seed, f"{base}/stage1", task, config.stage1, start=begin))
+    task |= dict(name="contrastive", temperature=s1.temperature)
+    for stage, kind in (("stage0", "filter"), ("pretrain", "contrast")):
+        if config[stage].steps:
+            name = f"seed{seed}/{kind}"
+            if arm == ARMS[0]:
+                own = dict(task, pretrain_filter=kind == "filter", alpha=0.0)
+                listed.append(make_run(config, seed, name, own, config[stage], start=start))
+            start = [(name, BACKBONE + FILTER + (PROJECTOR if kind == "contrast" else ()))]
+    task |= dict(pretrain_filter=False, alpha=s1.alpha if arm == "omni" else 0.0)
+    listed.append(make_run(config, seed, f"{base}/stage1", task, config.stage1, start=start))
     for lmbda in config.stage2.lambdas:
         codec = f"{base}/stage2-{lmbda:g}"
         task = dict(
@@ -264,7 +272,7 @@ def task_run(config, seed, arm, name, kind, steps, start):
 
 
 def rgb_run(config, keys, seed: int):
-    """The rival: the unfiltered backbone trained on pixels, fed with JPEG and WebP files."""
+    """The rival: the backbone trained on pixels, fed with JPEG and WebP files."""
     task = dict(config.model, frontend="pixels")
     kinds = [kind for kind in ("classify", "segment") if kind in task_steps(config, keys)]
     if not kinds:
@@ -276,7 +284,8 @@ def rgb_run(config, keys, seed: int):
         own = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
         task |= dict(name="segmentation", **own)
     name = f"seed{seed}/rgb/{kind}"
-    start = [(f"seed{seed}/unfiltered/stage1", BACKBONE)]
+    origin = "contrast" if config.pretrain.steps else "unfiltered/stage1"
+    start = [(f"seed{seed}/{origin}", BACKBONE)]
     run = make_run(config, seed, name, task, config.stage3, config.rgb.steps, start)
     points = [f"jpeg-{q}" for q in config.rgb.jpeg] + [f"webp-{q}" for q in config.rgb.webp]
     run.needs, run.evaluate = (NEEDS[kind],), ("pixels", *points)

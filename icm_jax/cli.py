@@ -4,7 +4,7 @@
     icm decompress photo.icm --model M                photo.png
     icm info photo.icm                                what the header says; needs no model
     icm verify *.icm --model M                        do they decode to what was encoded?
-    icm eval FOLDER --model M                         rate and distortion beside JPEG and WebP
+    icm eval FOLDER --model M                         rate and distortion beside JPEG, WebP, ...
 
 Several files are taken at once; `-` is standard input or output. A file is written whole or not at
 all, and none is overwritten without --force. Exit codes: 0 all done, 1 some files failed (each with
@@ -23,7 +23,12 @@ import time
 from icm_jax.errors import IcmError
 
 QUALITIES = (0, 25, 50, 75, 100)
-RIVALS = {"jpeg": (5, 10, 20, 40, 60, 80, 90), "webp": (0, 10, 25, 50, 75, 90)}
+RIVALS = {  # points of each; of JPEG 2000 in dB
+    "jpeg": (5, 10, 20, 40, 60, 80, 90),
+    "webp": (0, 10, 25, 50, 75, 90),
+    "avif": (10, 30, 50, 70, 85),
+    "jpeg2000": (25, 28, 31, 34, 38),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,10 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     own = command("info", _info, "what the headers of .icm files say", "FILE.icm", model=False)
     own.add_argument("--json", action="store_true", help="one JSON object per file")
     command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
-    own = command("eval", _eval, "rate and distortion over images, beside JPEG and WebP", "FOLDER")
+    own = command(
+        "eval",
+        _eval,
+        "rate and distortion over images, beside JPEG, WebP, AVIF, JPEG 2000",
+        "FOLDER",
+    )
     own.add_argument("--quality", "-q", type=float, nargs="+", help=f"default: {QUALITIES}")
     own.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
-    own.add_argument("--no-rivals", action="store_true", help="leave JPEG and WebP out")
+    own.add_argument("--no-rivals", action="store_true", help="leave the other formats out")
     return parser
 
 
@@ -166,7 +176,8 @@ def _eval(options) -> int:
         raise IcmError(f"no images in {', '.join(options.files)}; expected files {SUFFIXES}")
     points = [("icm", quality) for quality in qualities]
     if not options.no_rivals:
-        points += [(name, quality) for name in RIVALS for quality in RIVALS[name]]
+        rivals = filter(classical.available, RIVALS)
+        points += [(name, quality) for name in rivals for quality in RIVALS[name]]
     rows, failed = [], 0
     for path in tqdm.tqdm(paths, unit="image"):
         try:

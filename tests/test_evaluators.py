@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.interpolate
 
+from icm_jax.errors import IcmError
 from icm_jax.evaluators import Accuracy, MeanIoU, classical, metrics
 
 
@@ -62,8 +63,15 @@ def test_bd_rate_of_scaled_rates_is_the_scale():
     assert np.isnan(metrics.bd_rate(anchor, anchor[:1]))
 
 
-@pytest.mark.parametrize("codec", ["jpeg", "webp"])
+def test_unknown_formats_are_refused():
+    with pytest.raises(IcmError, match="cannot write 'gif'"):
+        classical.encode(np.zeros((8, 8, 3), np.uint8), "gif", 5)
+
+
+@pytest.mark.parametrize("codec", list(classical.FORMATS))
 def test_classical_files_come_back_as_images(codec):
+    if not classical.available(codec):
+        pytest.skip(f"this Pillow was built without {codec}")
     image = np.tile(np.arange(48, dtype=np.uint8)[:, None, None] * 5, (1, 40, 3))
     small, large = (classical.encode(image, codec, quality) for quality in (5, 95))
     assert len(small) < len(large)

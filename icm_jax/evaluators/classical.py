@@ -1,21 +1,45 @@
-"""JPEG and WebP as rivals: whole files, measured, through well-kept encoders.
+"""Classical formats as rivals: whole files, measured, through well-kept encoders (Pillow's).
 
-Both code YCbCr 4:2:0. JPEG uses optimised Huffman tables (libjpeg-turbo in Pillow,
-`optimize=True`), WebP the slowest method (`method=6`).
+All but JPEG 2000 code YCbCr 4:2:0. JPEG uses optimised Huffman tables (libjpeg-turbo), WebP its
+slowest method, AVIF libavif's default speed; JPEG 2000 (OpenJPEG) the irreversible wavelet.
 """
 
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
-FORMATS = {"jpeg": {"optimize": True, "subsampling": "4:2:0"}, "webp": {"method": 6}}
+from icm_jax.errors import IcmError
+
+FORMATS = {
+    "jpeg": {"optimize": True, "subsampling": "4:2:0"},
+    "webp": {"method": 6},
+    "avif": {"subsampling": "4:2:0", "speed": 6},
+    "jpeg2000": {"quality_mode": "dB", "irreversible": True},
+}
+_FEATURES = {"jpeg": "jpg", "webp": "webp", "avif": "avif", "jpeg2000": "jpg_2000"}
 
 
-def encode(image: np.ndarray, codec: str, quality: int) -> bytes:
-    """The file of a uint8 [H, W, 3] image; `codec` is "jpeg" or "webp", quality 0 to 100."""
+def available(codec: str) -> bool:
+    """Whether the installed Pillow can write a format."""
+    return codec in FORMATS and bool(features.check(_FEATURES[codec]))
+
+
+def encode(image: np.ndarray, codec: str, quality: float) -> bytes:
+    """The file of a uint8 [H, W, 3] image.
+
+    Args:
+      codec: a key of `FORMATS`.
+      quality: 0 to 100, higher is better; of JPEG 2000 the PSNR to aim at, in dB.
+
+    Raises: IcmError for a format that is unknown or not installed.
+    """
+    if not available(codec):
+        raise IcmError(f"Pillow cannot write {codec!r} here; formats are {', '.join(FORMATS)}")
+    options = dict(FORMATS[codec])
+    options |= {"quality_layers": [quality]} if codec == "jpeg2000" else {"quality": int(quality)}
     file = io.BytesIO()
-    Image.fromarray(image).save(file, codec.upper(), quality=quality, **FORMATS[codec])
+    Image.fromarray(image).save(file, codec.upper(), **options)
     return file.getvalue()
 
 
