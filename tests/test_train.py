@@ -278,7 +278,7 @@ def test_features_decoded_beforehand_are_those_of_the_bitstreams(tmp_path):
     variables = jax.jit(built.init)(jax.random.key(0), pictures)
     run = toy_run(task=dict(size=32), data=dict(canvas=32), start=(("codec", ()),))
     given = train.decoded_split(built, variables, source, run, tmp_path)
-    frozen = codec.freeze(built, variables)
+    frozen = codec.freeze(built, variables, pictures)
     wanted = codec.decode(frozen, codec.encode(frozen, pictures), "feature")
     np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
     assert given.std(axis=0).max() > 0.01

@@ -1,7 +1,9 @@
 """`scenes`: the embedded data set, a TFDS builder that draws its images itself.
 
 Twelve classes, four shapes times three fine textures, lie on backgrounds with the power spectrum of
-natural images (1/f^a, correlated colours), among distractors, occluders, shading, blur and noise.
+natural images (1/f^a, correlated colours), among distractors, occluders, shading and noise. Objects
+and backgrounds have muted colours: instances are then told apart by what they show rather than by
+their palette, and contrastive features learn the classes.
 The shape survives strong compression, the texture (a period of 6 to 10 pixels) does not: accuracy
 falls step by step as bits are taken away. The label is the class of the largest object.
 
@@ -142,7 +144,7 @@ def draw(seed: int, split: str, index: int, size: int) -> dict[str, np.ndarray]:
     image = _background(rng, size)
     mask = np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(0, 3)):
-        _paint(image, _distractor(rng, size), _noise(rng, size, 1.5) * 0.15 + rng.uniform(0, 1, 3))
+        _paint(image, _distractor(rng, size), _noise(rng, size, 1.5) * 0.1 + _tone(rng, 0.3, 0.7))
     owner = np.zeros((size, size), np.uint8)  # which object shows at a pixel
     found = []
     for number, radius in enumerate(sorted(_radii(rng, size)), 1):  # the largest last, on top
@@ -155,7 +157,7 @@ def draw(seed: int, split: str, index: int, size: int) -> dict[str, np.ndarray]:
         found.insert(0, (number, rows.size, np.array(box) / size, label))
     for _ in range(rng.integers(0, 2)):  # thin occluders over everything
         bar = _bar(rng, size)
-        _paint(image, bar, np.broadcast_to(rng.uniform(0, 1, 3), image.shape))
+        _paint(image, bar, np.broadcast_to(_tone(rng, 0.2, 0.8), image.shape))
     shown = [item for item in found if (owner == item[0]).sum() >= 0.25 * item[1]]
     image *= 1 + rng.uniform(-0.35, 0.35) * _ramp(rng, size)[..., None]
     image += rng.normal(0, rng.uniform(0.0, 0.04), image.shape)
@@ -187,8 +189,13 @@ def _noise(rng, size, exponent):
 
 
 def _background(rng, size):
-    base = rng.uniform(0.25, 0.75, 3)
+    base = _tone(rng, 0.35, 0.65)
     return base + rng.uniform(0.06, 0.14) * _noise(rng, size, rng.uniform(0.9, 1.6))
+
+
+def _tone(rng, low, high):
+    """A muted colour: one brightness, a little colour."""
+    return np.clip(rng.uniform(low, high) + rng.normal(0, 0.04, 3), 0, 1)
 
 
 def _grid(size):
@@ -241,8 +248,8 @@ def _object(rng, size, radius, label):
         "checks": np.sin(turn * u + phase[0]) * np.sin(turn * v + phase[1]) * 1.4,
         "rings": np.sin(turn * r + phase[0]),
     }[texture]
-    dark, light = rng.uniform(0.0, 0.45, 3), rng.uniform(0.55, 1.0, 3)
-    contrast = rng.uniform(0.5, 1.0)
+    dark, light = _tone(rng, 0.0, 0.3), _tone(rng, 0.7, 1.0)
+    contrast = rng.uniform(0.6, 1.0)
     blend = 0.5 + 0.5 * contrast * np.clip(2 * wave, -1, 1)[..., None]
     return _soft(edge, radius), dark + (light - dark) * blend
 
