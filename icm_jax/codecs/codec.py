@@ -252,6 +252,7 @@ def encode(
     images = np.asarray(images)
     grey = images.ndim == 3
     images = _require_images(np.repeat(images[..., None], 3, axis=-1) if grey else images)
+    _require_sides(images.shape[1:3])
     steps = _quality_steps(codec, quality)
     streams = []
     for image in images:
@@ -310,11 +311,7 @@ def decode_latents(
         raise IcmError("the stream has other layers than this model writes")
     if (header.quality is not None) != codec.qualities:
         raise IcmError("the stream has a quality and the model none, or the other way round")
-    if math.prod(header.shape) > MAX_PIXELS:
-        raise IcmError(
-            f"the stream claims an image of {header.shape[0]} × {header.shape[1]} pixels; at most "
-            f"{MAX_PIXELS} are decoded: raise codec.MAX_PIXELS if the image is really so large"
-        )
+    _require_sides(header.shape)
     decoded = _condition(header.quality)
     number = 0
     for at, (segments, layer) in enumerate(zip(own, stream.layers, strict=True)):
@@ -459,6 +456,14 @@ def _require_images(images) -> np.ndarray:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
         raise IcmError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {images.shape}")
     return images
+
+
+def _require_sides(shape: tuple[int, int]) -> None:
+    if math.prod(shape) > MAX_PIXELS:
+        raise IcmError(
+            f"an image of {shape[0]} × {shape[1]} pixels; at most {MAX_PIXELS} are coded: raise "
+            "icm_jax.codecs.codec.MAX_PIXELS if it is really so large"
+        )
 
 
 def _quality_steps(codec: Codec, quality: float | None) -> int | None:
