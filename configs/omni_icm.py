@@ -68,7 +68,7 @@ def demo() -> dict:
         ),
         train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
         pretrain=dict(  # steps=0: the arms share the filter alone
-            steps=300,
+            steps=200,
             batch_size=64,  # contrast wants many images at once
             learning_rate=3e-3,
             optimiser="adamw",
@@ -82,7 +82,7 @@ def demo() -> dict:
             warmup_steps=20,
         ),
         stage1=dict(
-            steps=100,
+            steps=60,
             batch_size=64,
             learning_rate=1e-3,
             optimiser="adamw",
