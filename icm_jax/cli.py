@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "icm",
-        description="Learned image compression whose files decode to the same bits everywhere.",
+        description="Learned image compression whose files decode to the encoder's latents, or say "
+        "why not.",
         epilog="exit codes: 0 all done, 1 some files failed, 2 wrong usage",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
