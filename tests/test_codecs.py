@@ -433,6 +433,21 @@ def test_a_forged_size_takes_no_memory(file_and_codec):
         frozen.decompress(forged)
 
 
+def test_a_full_disk_keeps_the_codec_that_was_there(file_and_codec, tmp_path, monkeypatch):
+    _, frozen = file_and_codec
+    path = tmp_path / "codec.icmc"
+    path.write_bytes(b"earlier")
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(IcmError, match="No space left"):
+        codec.save(path, frozen)
+    assert path.read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_gain_interpolates_logarithms():
     gain = Gain(levels=3, channels=1)
     y = jnp.ones((3, 1, 1, 1))

@@ -392,7 +392,10 @@ def estimate(
 
 
 def save(path: str | os.PathLike, frozen: FrozenCodec) -> None:
-    """Writes weights, integer tables and configuration to one file, whole or not at all."""
+    """Writes weights, integer tables and configuration to one file, whole or not at all.
+
+    Raises: IcmError if the file cannot be written; one that was there is kept.
+    """
     arrays = {f"variables/{key}": value for key, value in _flatten(frozen.variables).items()}
     for name, tables in frozen.tables.items():
         arrays[f"tables/{name}/cdf"], arrays[f"tables/{name}/offsets"] = tables.cdf, tables.offsets
@@ -405,6 +408,8 @@ def save(path: str | os.PathLike, frozen: FrozenCodec) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise IcmError(f"cannot write the codec {path}: {error.strerror or error}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
