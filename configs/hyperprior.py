@@ -3,6 +3,8 @@
     python -m icm_jax.main --config=configs/hyperprior.py          # one variable-rate model
     python -m icm_jax.main --config=configs/hyperprior.py:sweep    # a model per λ, three kinds
     python -m icm_jax.main --config=configs/hyperprior.py:large    # N = 192, M = 320
+    python -m icm_jax.main --config=configs/hyperprior.py:boxed --config.data.path=PHOTOS
+                                                                   # the model in the package
 
 On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 """
@@ -16,7 +18,7 @@ LAMBDAS_MS_SSIM = (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00)
 
 def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
     """Settings of one scale; every field can be overridden on the command line."""
-    scales = {"demo": demo, "sweep": sweep, "large": large, "tiny": tiny}
+    scales = {"demo": demo, "sweep": sweep, "large": large, "boxed": boxed, "tiny": tiny}
     if arg not in scales:
         raise ValueError(f"hyperprior.py has no scale {arg!r}; choose one of {', '.join(scales)}")
     return ml_collections.ConfigDict(scales[arg]())
@@ -60,6 +62,7 @@ def demo() -> dict:
             fsdp=1,
             ema=0.0,
         ),
+        codec_file=dict(weights="float32", licence="", description=""),
         qualities=(0, 25, 50, 75, 100),
         jpeg=(5, 10, 20, 40, 60, 80),
         webp=(0, 10, 25, 50, 75, 90),
@@ -92,6 +95,22 @@ def large() -> dict:
         levels=8,
         lambdas=(LAMBDAS[0], LAMBDAS[-1]),
     )
+    return config
+
+
+def boxed() -> dict:
+    """The model that ships with the package: small, every rate, on photographs at their own size.
+
+    N = 48 and M = 96 in half precision keep the file below 2 MiB.
+    """
+    config = demo()
+    config["data"] = dict(name="photos", path="", canvas=321)
+    config["model"].update(width=48, channels=96, levels=6, lambdas=(0.0018, 0.12), size=128)
+    config["model"].update(straight_through=True)
+    config["train"].update(steps=30_000, batch_size=4, warmup_steps=500, log_every=50)
+    config["train"].update(save_every=500)
+    config["codec_file"].update(weights="float16", licence="Apache-2.0")
+    config.update(qualities=(0, 20, 40, 60, 80, 100), jpeg=(5, 10, 20, 40, 60, 75, 85, 92))
     return config
 
 
@@ -147,6 +166,7 @@ def make_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.Con
             ema=train.ema,
             start=(),
             decode_once=False,
+            codec_file=config.codec_file.to_dict(),
             needs=(),
             evaluate=tuple(streams + (files if rivals else [])),
             labels=dict(curve="image", arm=kind, point=point),

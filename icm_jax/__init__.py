@@ -1,6 +1,6 @@
 """icm_jax: learned image coding for machines as well as for humans.
 
-    codec = icm_jax.load("model.icmc")
+    codec = icm_jax.load()                       # the model in the package, or a file
     data = codec.compress(image, quality=50)     # uint8 [H, W, 3] or [H, W] -> bytes
     image = codec.decompress(data)
 
@@ -12,11 +12,14 @@ from icm_jax.errors import IcmError
 __all__ = ["IcmError", "load"]
 
 
-def load(path):
-    """The codec in a file that `icm_jax.codecs.codec.save` wrote; see `FrozenCodec`.
+def load(path=None):
+    """The codec in a file that `icm_jax.codecs.model_file.save` wrote; see `FrozenCodec`.
+
+    Args:
+      path: of an .icmc file; the model in the package if left out.
 
     Raises: IcmError if the file is missing, damaged or not a codec. Nothing in it is executed.
     """
-    from icm_jax import codecs
+    from icm_jax.codecs import CODECS, model_file
 
-    return codecs.codec.load(path, codecs.CODECS)
+    return model_file.load(model_file.BOXED if path is None else path, CODECS)

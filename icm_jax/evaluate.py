@@ -27,7 +27,7 @@ import numpy as np
 import tqdm
 
 from icm_jax import checkpoint, views
-from icm_jax.codecs import codec as codecs
+from icm_jax.codecs import bitstream, model_file
 from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.errors import IcmError
@@ -59,7 +59,9 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     if any(point.startswith("stream") for point in run.evaluate):
         frozen = freeze(task.codec, variables, run, config)
         if jax.process_index() == 0:
-            codecs.save(folder / "codec.icmc", frozen)
+            own = run.get("codec_file", {})
+            about = {key: own[key] for key in ("licence", "description") if key in own}
+            model_file.save(folder / "codec.icmc", frozen, **about)
     of_images = task.codec is not None and "image" in task.codec.outputs
     for point in run.evaluate:
         record = dict(run.labels)
@@ -74,7 +76,7 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     return records
 
 
-def freeze(codec, variables, run, config) -> codecs.FrozenCodec:
+def freeze(codec, variables, run, config) -> bitstream.FrozenCodec:
     """The run's codec, its integer networks calibrated on some of the training images."""
     source = open_source(run.data, "train")
     batches = pipeline.batches(
@@ -85,7 +87,8 @@ def freeze(codec, variables, run, config) -> codecs.FrozenCodec:
         stop=1,
     )
     images = views.centre(next(batches)["image"], config.size)
-    return codecs.freeze(codec, variables, np.asarray(images))
+    weights = run.get("codec_file", {}).get("weights", "float32")
+    return bitstream.freeze(codec, variables, np.asarray(images), weights=weights)
 
 
 def score(task, variables, frozen, point: str, source, run, config) -> dict:
@@ -184,11 +187,11 @@ def through_stream(
     Raises: IcmError if decoding does not give back the encoder's latents.
     """
     began = time.perf_counter()
-    streams = codecs.encode(frozen, images, quality=quality)
+    streams = bitstream.encode(frozen, images, quality=quality)
     encoded = time.perf_counter()
-    features = codecs.decode(frozen, streams, output)
+    features = bitstream.decode(frozen, streams, output)
     decoded = time.perf_counter()
-    estimated = codecs.estimate(frozen, images, quality=quality)
+    estimated = bitstream.estimate(frozen, images, quality=quality)
     sizes = []
     for row, data in enumerate(streams):
         strings = [string for layer in container.unpack(data).layers for string in layer.strings]

@@ -19,8 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from icm_jax import views
-from icm_jax.codecs import CODECS
-from icm_jax.codecs import codec as codecs
+from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.data import open_source, pipeline
 from icm_jax.evaluators.metrics import bd_rate
 
@@ -243,10 +242,10 @@ def _samples(config, runs, workdir) -> list[tuple[str, object]]:
         axes[row, 0].imshow(image)
     features = False
     for number, (title, (path, quality)) in enumerate(columns.items(), 1):
-        frozen = codecs.load(path, CODECS)
-        streams = codecs.encode(frozen, images, quality=quality)
+        frozen = model_file.load(path, CODECS)
+        streams = bitstream.encode(frozen, images, quality=quality)
         (output,) = frozen.codec.outputs
-        decoded = codecs.decode(frozen, streams, output)
+        decoded = bitstream.decode(frozen, streams, output)
         features = output == "feature"
         pictures = principal_colours(decoded) if features else (decoded / 255).clip(0, 1)
         axes[0, number].set_title(title, fontsize=8)

@@ -11,7 +11,16 @@ import scipy.signal
 import scipy.stats
 
 from icm_jax import entropy, ops
-from icm_jax.codecs import CODECS, codec, feature_codec, filter_codec, image_codec, tiles
+from icm_jax.codecs import (
+    CODECS,
+    bitstream,
+    codec,
+    feature_codec,
+    filter_codec,
+    image_codec,
+    model_file,
+    tiles,
+)
 from icm_jax.codecs.hyperprior import Gain
 from icm_jax.coding import container, tables
 from icm_jax.errors import IcmError
@@ -223,7 +232,7 @@ def quality_of(built):
 def frozen(request):
     built = BUILT[request.param]()
     variables = jax.jit(built.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.uint8))
-    return codec.freeze(built, variables, images(2, 32, 32, 3))
+    return bitstream.freeze(built, variables, images(2, 32, 32, 3))
 
 
 def images(*shape):
@@ -235,23 +244,23 @@ def images(*shape):
 def test_decoding_equals_test_mode_at_any_size(frozen, size, coder):
     batch = images(2, *size, 3)
     quality, condition = quality_of(frozen.codec)
-    streams = codec.encode(frozen, batch, coder, quality=quality)
+    streams = bitstream.encode(frozen, batch, coder, quality=quality)
     result = codec.forward(frozen.codec, frozen.on_device, {"image": batch} | condition, size)
     for row, stream in enumerate(streams):
-        latents, header = codec.decode_latents(frozen, stream, coder)
+        latents, header = bitstream.decode_latents(frozen, stream, coder)
         assert header.shape == size
         for name, expected in result.latents.items():
             np.testing.assert_allclose(latents[name][0], expected[row], atol=1e-3)
     (output,) = frozen.codec.outputs
-    decoded = codec.decode(frozen, streams, output, coder)
+    decoded = bitstream.decode(frozen, streams, output, coder)
     quarter = tuple(-(-side // 4) for side in size)
     assert decoded.shape == ((2, *quarter, 8) if output == "feature" else batch.shape)
     np.testing.assert_allclose(decoded, result.outputs[output], rtol=1e-3, atol=1e-2)
-    assert codec.encode(frozen, batch, "native", quality=quality) == streams
+    assert bitstream.encode(frozen, batch, "native", quality=quality) == streams
 
 
 def encoded(frozen, batch):
-    return codec.encode(frozen, batch, quality=quality_of(frozen.codec)[0])
+    return bitstream.encode(frozen, batch, quality=quality_of(frozen.codec)[0])
 
 
 def test_every_altered_byte_is_an_error(frozen):
@@ -260,53 +269,86 @@ def test_every_altered_byte_is_an_error(frozen):
     for at in range(0, len(stream), 3):
         altered = stream[:at] + bytes([stream[at] ^ 1]) + stream[at + 1 :]
         with pytest.raises(IcmError):
-            codec.decode(frozen, [altered], output)
+            bitstream.decode(frozen, [altered], output)
 
 
 def test_latents_that_decode_differently_are_an_error(frozen):
     stream = container.unpack(encoded(frozen, images(1, 16, 16, 3))[0])
     other = container.pack(stream.header, [(stream.layers[0].strings, 0)])
     with pytest.raises(IcmError, match="did not decode to the latents"):
-        codec.decode(frozen, [other], *frozen.codec.outputs)
+        bitstream.decode(frozen, [other], *frozen.codec.outputs)
 
 
 def test_only_frozen_codecs_write_and_only_their_own_read(frozen):
     variables = {name: frozen.variables[name] for name in frozen.variables if name != "integer"}
     with pytest.raises(IcmError, match="freeze"):
-        codec.encode(frozen.codec, images(1, 8, 8, 3))
+        bitstream.encode(frozen.codec, images(1, 8, 8, 3))
     changed = jax.tree.map(lambda x: x + 1e-3, variables)
-    other = codec.freeze(frozen.codec, changed, images(2, 32, 32, 3))
+    other = bitstream.freeze(frozen.codec, changed, images(2, 32, 32, 3))
     with pytest.raises(IcmError, match="decode with the model that wrote it"):
-        codec.decode(other, encoded(frozen, images(1, 8, 8, 3)), *frozen.codec.outputs)
+        bitstream.decode(other, encoded(frozen, images(1, 8, 8, 3)), *frozen.codec.outputs)
     with pytest.raises(IcmError, match="no output"):
-        codec.decode(frozen, [], "picture")
+        bitstream.decode(frozen, [], "picture")
     with pytest.raises(IcmError, match="uint8"):
-        codec.encode(frozen, np.zeros((1, 8, 8, 3), np.float32))
+        bitstream.encode(frozen, np.zeros((1, 8, 8, 3), np.float32))
 
 
 def test_latents_that_are_not_finite_are_refused(frozen):
     params = jax.tree.map(lambda x: x * np.nan, frozen.variables["params"])
-    other = codec.FrozenCodec(frozen.codec, dict(frozen.variables, params=params), frozen.tables)
+    other = bitstream.FrozenCodec(
+        frozen.codec, dict(frozen.variables, params=params), frozen.tables
+    )
     with pytest.raises(IcmError, match="not finite"):
         encoded(other, images(1, 8, 8, 3))
 
 
 def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
     path = tmp_path / "codec.icmc"
-    codec.save(path, frozen)
-    loaded = codec.load(path, CODECS)
+    model_file.save(path, frozen)
+    loaded = model_file.load(path, CODECS)
     assert loaded.fingerprint == frozen.fingerprint
     batch = images(1, 9, 12, 3)
     assert encoded(loaded, batch) == encoded(frozen, batch)
     assert [p.name for p in tmp_path.iterdir()] == ["codec.icmc"]
     data = path.read_bytes()
-    name = frozen.codec.config[0].encode()
-    for damaged in (data[: len(data) // 2], b"", data.replace(name, name[::-1])):
+    middle = len(data) // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :]
+    for damaged in (data[:middle], b"", flipped):
         path.write_bytes(damaged)
         with pytest.raises(IcmError, match=r"codec\.icmc"):
-            codec.load(path, CODECS)
+            model_file.load(path, CODECS)
     with pytest.raises(IcmError, match="absent"):
-        codec.load(tmp_path / "absent", CODECS)
+        model_file.load(tmp_path / "absent", CODECS)
+
+
+def test_a_codec_file_says_what_it_is(frozen, tmp_path, monkeypatch):
+    path = tmp_path / "codec.icmc"
+    model_file.save(path, frozen, licence="CC0", description="for tests")
+    about = model_file.describe(path)
+    assert (about["licence"], about["description"]) == ("CC0", "for tests")
+    assert about["fingerprint"] == frozen.fingerprint.hex()
+    monkeypatch.setattr(model_file, "VERSION", 2)
+    with pytest.raises(IcmError, match="of version 1, this icm_jax reads version 2"):
+        model_file.load(path, CODECS)
+
+
+def test_weights_that_half_precision_holds_take_half_the_file(tmp_path):
+    built = image_codec("scale_hyperprior", 16, 16)
+    sample = images(2, 64, 64, 3)
+    variables = jax.jit(built.init)(jax.random.key(1), sample)
+    whole = bitstream.freeze(built, variables, sample)
+    half = bitstream.freeze(built, variables, sample, weights="float16")
+    sizes = []
+    for name, frozen in (("whole", whole), ("half", half)):
+        model_file.save(tmp_path / name, frozen)
+        assert model_file.load(tmp_path / name, CODECS).fingerprint == frozen.fingerprint
+        sizes.append((tmp_path / name).stat().st_size)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert sizes[0] - sizes[1] > 0.5 * weights  # of 2 bytes each; many compress well
+    leaves = zip(*map(jax.tree.leaves, (half.variables, whole.variables)), strict=True)
+    assert all(np.allclose(a, b, rtol=2**-11, atol=1e-7) for a, b in leaves if a.dtype.kind == "f")
+    with pytest.raises(IcmError, match="float32 or float16"):
+        bitstream.freeze(built, variables, sample, weights="int3")
 
 
 def test_written_bytes_match_the_estimate():
@@ -317,9 +359,9 @@ def test_written_bytes_match_the_estimate():
     last = params["feature_codec"]["analysis"]["Down_1"]
     last["kernel"] = last["kernel"] * 0.05  # scales near the table's middle, as after training
     batch = images(3, 96, 128, 3)
-    frozen = codec.freeze(built, {**variables, "params": params}, batch)
-    for row, stream in enumerate(codec.encode(frozen, batch)):
-        bits = sum(float(v[row]) for v in codec.estimate(frozen, batch).values())
+    frozen = bitstream.freeze(built, {**variables, "params": params}, batch)
+    for row, stream in enumerate(bitstream.encode(frozen, batch)):
+        bits = sum(float(v[row]) for v in bitstream.estimate(frozen, batch).values())
         assert abs(len(stream) - bits / 8) <= 0.01 * bits / 8 + 32
 
 
@@ -327,7 +369,7 @@ def test_grey_images_come_back_grey_from_the_header(frozen):
     grey = images(1, 20, 12)
     (stream,) = encoded(frozen, grey)
     (same,) = encoded(frozen, np.repeat(grey[..., None], 3, axis=-1))
-    given, colour = (codec.decode_latents(frozen, data) for data in (stream, same))
+    given, colour = (bitstream.decode_latents(frozen, data) for data in (stream, same))
     assert given.header.grey and not colour.header.grey
     for name, latent in given.latents.items():
         np.testing.assert_array_equal(latent, colour.latents[name])
@@ -337,17 +379,17 @@ def test_a_quality_is_asked_for_where_there_are_qualities():
     batch = images(1, 40, 24, 3)
     one, many = BUILT["scale_hyperprior"](), BUILT["mean_scale_hyperprior"]()
     one, many = (
-        codec.freeze(built, jax.jit(built.init)(jax.random.key(1), batch), batch)
+        bitstream.freeze(built, jax.jit(built.init)(jax.random.key(1), batch), batch)
         for built in (one, many)
     )
     with pytest.raises(IcmError, match="one rate"):
-        codec.encode(one, batch, quality=50)
+        bitstream.encode(one, batch, quality=50)
     for wrong in (None, -0.1, 100.1, float("nan")):
         with pytest.raises(IcmError, match="quality from 0 to 100"):
-            codec.encode(many, batch, quality=wrong)
-    bits = [sum(codec.estimate(many, batch, quality=q).values())[0] for q in (0, 25.5, 100)]
+            bitstream.encode(many, batch, quality=wrong)
+    bits = [sum(bitstream.estimate(many, batch, quality=q).values())[0] for q in (0, 25.5, 100)]
     assert bits == sorted(bits) and bits[0] < bits[-1]
-    header = codec.decode_latents(many, codec.encode(many, batch, quality=25.5)[0]).header
+    header = bitstream.decode_latents(many, bitstream.encode(many, batch, quality=25.5)[0]).header
     assert header.quality == 2550
 
 
@@ -357,11 +399,11 @@ def test_windows_leave_no_trace(kind):
     built = image_codec(kind, 6, 8)
     batch = images(1, 201, 330, 3)
     variables = jax.jit(built.init)(jax.random.key(1), batch)
-    frozen = codec.freeze(built, variables, batch[:, :64, :64])
-    whole, cut = (codec.encode(frozen, batch, window=w)[0] for w in (1024, 112))
-    one, other = (codec.decode_latents(frozen, data).latents["y"] for data in (whole, cut))
+    frozen = bitstream.freeze(built, variables, batch[:, :64, :64])
+    whole, cut = (bitstream.encode(frozen, batch, window=w)[0] for w in (1024, 112))
+    one, other = (bitstream.decode_latents(frozen, data).latents["y"] for data in (whole, cut))
     assert (one != other).mean() < 1e-3 and np.abs(one - other).max() <= 1  # a tie in rounding
-    pixels = [codec.decode(frozen, [whole], "image", window=w) for w in (1024, 96)]
+    pixels = [bitstream.decode(frozen, [whole], "image", window=w) for w in (1024, 96)]
     np.testing.assert_allclose(*pixels, atol=0.05)
 
 
@@ -383,7 +425,7 @@ def file_and_codec():
     built = BUILT["mean_scale_hyperprior"]()
     batch = images(1, 40, 56, 3)
     variables = jax.jit(built.init)(jax.random.key(1), batch)
-    frozen = codec.freeze(built, variables, batch)
+    frozen = bitstream.freeze(built, variables, batch)
     return frozen.compress(batch[0], 80), frozen
 
 
@@ -442,9 +484,9 @@ def test_a_full_disk_keeps_the_codec_that_was_there(file_and_codec, tmp_path, mo
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr(np, "savez_compressed", full)
     with pytest.raises(IcmError, match="No space left"):
-        codec.save(path, frozen)
+        model_file.save(path, frozen)
     assert path.read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 1
 
 

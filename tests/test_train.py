@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from icm_jax import checkpoint, optim, sharding, train
-from icm_jax.codecs import codec, feature_codec
+from icm_jax.codecs import bitstream, feature_codec
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
 from icm_jax.tasks.task import Aux, Task
@@ -278,8 +278,8 @@ def test_features_decoded_beforehand_are_those_of_the_bitstreams(tmp_path):
     variables = jax.jit(built.init)(jax.random.key(0), pictures)
     run = toy_run(task=dict(size=32), data=dict(canvas=32), start=(("codec", ()),))
     given = train.decoded_split(built, variables, source, run, tmp_path)
-    frozen = codec.freeze(built, variables, pictures)
-    wanted = codec.decode(frozen, codec.encode(frozen, pictures), "feature")
+    frozen = bitstream.freeze(built, variables, pictures)
+    wanted = bitstream.decode(frozen, bitstream.encode(frozen, pictures), "feature")
     np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
     assert given.std(axis=0).max() > 0.01
     assert train.decoded_split(None, None, source, run, tmp_path) is given  # the next task's

@@ -1,8 +1,8 @@
 """Rate and distortion of image codecs: L = bits per pixel + λ · D.
 
 D is the mean squared error on 0...255 over pixels and channels, or 1 - MS-SSIM. A codec with
-qualities sees every λ between the ends of `lambdas`: each example of a batch draws its own quality
-q, and log λ goes linearly with q.
+qualities sees every λ between the ends of `lambdas`: the examples of a batch have qualities q at
+equal distances from a random start, modulo 1, and log λ goes linearly with q.
 """
 
 import jax
@@ -44,7 +44,7 @@ def image_compression(config) -> Task:
         inputs = {"image": x}
         ends = variables["constants"]["log_lambdas"]
         if codec.qualities:
-            quality = jax.random.uniform(keys[1], (len(x),))
+            quality = (jax.random.uniform(keys[1]) + jnp.arange(len(x)) / len(x)) % 1.0
             inputs["quality"] = quality
             lmbda = jnp.exp(ends[0] + quality * (ends[1] - ends[0]))
         else:

@@ -1,0 +1,371 @@
+"""Trained codecs to bytes and back.
+
+`freeze` turns the priors of a codec into integer tables, and the networks that choose among them
+into integer ones, and gives a `FrozenCodec`, which alone can `encode` and `decode`. From decoded
+symbols to table rows everything is integer arithmetic, so a stream decodes to the encoder's latents
+on every machine; a seal over the latents proves it.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icm_jax.codecs import tiles
+from icm_jax.codecs.codec import Codec, forward
+from icm_jax.coding import container, range_coder
+from icm_jax.coding.tables import Tables
+from icm_jax.errors import IcmError
+
+DEFAULT_QUALITY = 50.0
+MAX_PIXELS = 1 << 28
+"""A header can claim any size in a few bytes; larger images are refused before memory is taken."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrozenCodec:
+    """A codec with final weights and integer tables: the only thing that can write streams."""
+
+    codec: Codec
+    variables: Any
+    tables: Mapping[str, Tables]
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        """4 bytes that depend on every weight, every table and the configuration."""
+        digest = hashlib.sha256(json.dumps(self.codec.config).encode())
+        for path, value in sorted(flax.traverse_util.flatten_dict(self.variables, sep="/").items()):
+            digest.update(path.encode() + str(value.dtype).encode() + value.tobytes())
+        for segment in self.codec.segments:
+            digest.update(self.tables[segment.name].digest)
+        return digest.digest()[:4]
+
+    @functools.cached_property
+    def on_device(self):
+        """The variables as arrays of the default device."""
+        return jax.device_put(self.variables, jax.devices()[0])
+
+    def compress(self, image: np.ndarray, quality: float | None = None) -> bytes:
+        """The .icm file of an image, uint8 [H, W, 3] or [H, W].
+
+        Args:
+          quality: 0 to 100 for a codec with qualities, 50 if left out.
+
+        Raises: IcmError as `encode` does.
+        """
+        image = np.asarray(image)
+        if image.ndim not in (2, 3):
+            raise IcmError(f"an image is uint8 [H, W, 3] or [H, W], not {image.shape}")
+        if quality is None and self.codec.qualities:
+            quality = DEFAULT_QUALITY
+        return encode(self, image[None], quality=quality)[0]
+
+    def decompress(self, data: bytes, layers: int | None = None) -> np.ndarray:
+        """The image of an .icm file that this codec wrote: uint8 [H, W, 3] or, if grey, [H, W].
+
+        Args:
+          layers: read the first so many only; a file may be cut off after them.
+
+        Raises: IcmError if the file is damaged, from another model, or holds no image.
+        """
+        image = decode(self, [data], "image", layers=layers)[0]
+        if container.unpack(data).header.grey:
+            image = image.mean(axis=-1)
+        return np.rint(image.clip(0, 255)).astype(np.uint8)
+
+
+def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float32") -> FrozenCodec:
+    """Turns trained variables into an immutable coder: the one step between training and bytes.
+
+    Args:
+      variables: of the trained codec, as on a device or the host.
+      images: uint8 [N, H, W, 3], some typical ones: the ranges of integer networks are set on them.
+      weights: "float16" rounds every weight to half precision first; the file is half as large.
+
+    Raises: IcmError if a prior cannot be tabulated or a network not be converted.
+    """
+    if weights not in ("float32", "float16"):
+        raise IcmError(f"weights are float32 or float16, not {weights!r}")
+    kept = {
+        collection: {part: tree[part] for part in codec.parts if part in tree}
+        for collection, tree in variables.items()
+        if collection in ("params", "batch_stats")
+    }
+    kept = jax.tree.map(np.asarray, jax.device_get(kept))
+    if weights == "float16":
+        kept = jax.tree.map(_halved, kept)
+    inputs = {"image": _require_images(images)}
+    if codec.qualities:
+        inputs["quality"] = np.linspace(0, 1, len(images), dtype=np.float32)
+    sample = _sample(codec, kept, inputs)
+    tables, integer = {}, {}
+    for segment in codec.segments:
+        tables[segment.name], arrays = segment.freeze(kept, sample)
+        if arrays is not None:
+            integer[segment.name] = arrays
+    return FrozenCodec(codec, dict(kept, integer=integer) if integer else kept, tables)
+
+
+def encode(
+    frozen: FrozenCodec,
+    images: np.ndarray,
+    coder: str = "native",
+    *,
+    quality: float | None = None,
+    window: int = tiles.WINDOW,
+) -> list[bytes]:
+    """One self-contained byte string per image.
+
+    Args:
+      frozen: what `freeze` returned.
+      images: uint8 [N, H, W, 3] or, greyscale, [N, H, W]; any H, W >= 1.
+      coder: "native" or "tfc".
+      quality: 0 to 100, in steps of 1/100; for codecs with qualities, and needed there.
+      window: larger images are analysed in windows of so many pixels a side; see `tiles`.
+
+    Raises:
+      IcmError: the codec was not frozen, images or quality are not as above, or a latent is not
+        finite.
+    """
+    codec = _require_frozen(frozen).codec
+    images = np.asarray(images)
+    grey = images.ndim == 3
+    images = _require_images(np.repeat(images[..., None], 3, axis=-1) if grey else images)
+    _require_sides(images.shape[1:3])
+    steps = _quality_steps(codec, quality)
+    streams = []
+    for image in images:
+        inputs = {"image": image[None]} | _condition(steps)
+        if codec.tiling and tiles.needed(*image.shape[:2], window):
+            inputs = {"latent": _tiled_front(frozen, image, steps, window)} | _condition(steps)
+        latents = jax.device_get(_analyse(codec, frozen.on_device, inputs))
+        decoded = _condition(steps)
+        coded: list[tuple[list[bytes], int]] = []
+        for number, segment in enumerate(codec.segments):
+            latent = latents[segment.name]
+            rows, mean = _rows(frozen, number, latent.shape, decoded)
+            with np.errstate(invalid="ignore"):
+                symbols = np.rint(latent - mean)
+            if not np.isfinite(symbols).all() or np.abs(symbols).max(initial=0) > 2**29:
+                raise IcmError(f"latent {segment.name!r} is not finite or too large to code")
+            decoded[segment.name] = symbols + mean
+            symbols = symbols.astype(np.int32).ravel()
+            if segment.layer == len(coded):
+                coded.append(([], 0))
+            strings, crc = coded[-1]
+            strings.append(range_coder.encode(symbols, rows, frozen.tables[segment.name], coder))
+            coded[-1] = strings, zlib.crc32(symbols.astype("<i4").tobytes(), crc)
+        shape = (image.shape[0], image.shape[1])
+        streams.append(
+            container.pack(container.Header(frozen.fingerprint, shape, grey, steps), coded)
+        )
+    return streams
+
+
+class Decoded(NamedTuple):
+    """latents: {segment: float32 [1, h, w, C]} and "quality"; the header of the stream."""
+
+    latents: dict[str, np.ndarray]
+    header: container.Header
+
+
+def decode_latents(
+    frozen: FrozenCodec, data: bytes, coder: str = "native", *, layers: int | None = None
+) -> Decoded:
+    """The latents of a stream, up to the first `layers` layers or all.
+
+    Raises:
+      IcmError: the stream is damaged, from another model, or does not decode to what was encoded.
+    """
+    codec = _require_frozen(frozen).codec
+    stream = container.unpack(data, layers)
+    header = stream.header
+    if header.fingerprint != frozen.fingerprint:
+        raise IcmError(
+            f"the stream was written by model {header.fingerprint.hex()}, this is model "
+            f"{frozen.fingerprint.hex()}; decode with the model that wrote it"
+        )
+    own = [[s for s in codec.segments if s.layer == n] for n in range(len(stream.layers))]
+    if [len(layer.strings) for layer in stream.layers] != [len(segments) for segments in own]:
+        raise IcmError("the stream has other layers than this model writes")
+    if (header.quality is not None) != codec.qualities:
+        raise IcmError("the stream has a quality and the model none, or the other way round")
+    _require_sides(header.shape)
+    decoded = _condition(header.quality)
+    number = 0
+    for at, (segments, layer) in enumerate(zip(own, stream.layers, strict=True)):
+        crc = 0
+        for segment, string in zip(segments, layer.strings, strict=True):
+            shape = (1, *segment.shape(*header.shape))
+            rows, mean = _rows(frozen, number, shape, decoded)
+            symbols = range_coder.decode(string, rows, frozen.tables[segment.name], coder)
+            crc = zlib.crc32(symbols.astype("<i4").tobytes(), crc)
+            decoded[segment.name] = symbols.reshape(shape).astype(np.float32) + mean
+            number += 1
+        if container.seal(stream.head, layer.strings, crc) != layer.seal:
+            raise IcmError(
+                f"layer {at + 1} did not decode to the latents that were encoded: the stream was "
+                "altered, or this machine's integer arithmetic is broken"
+            )
+    return Decoded(decoded, header)
+
+
+def decode(
+    frozen: FrozenCodec,
+    streams: Sequence[bytes],
+    output: str,
+    coder: str = "native",
+    *,
+    layers: int | None = None,
+    window: int = tiles.WINDOW,
+) -> np.ndarray:
+    """The named output of each stream, stacked along the batch axis: float32 [N, ...].
+
+    Images larger than `window` pixels a side are synthesised in windows; see `tiles`.
+
+    Raises: IcmError as `decode_latents` does, or for an output that the codec does not have or
+      that needs more than the first `layers` layers.
+    """
+    if output not in _require_frozen(frozen).codec.outputs:
+        raise IcmError(f"no output {output!r}; this codec has {', '.join(frozen.codec.outputs)}")
+    results = []
+    for data in streams:
+        decoded, header = decode_latents(frozen, data, coder, layers=layers)
+        shape = header.shape
+        if output == "image" and frozen.codec.tiling and tiles.needed(*shape, window):
+            results.append(_tiled_image(frozen, decoded, shape, window))
+        else:
+            try:
+                result = _output(frozen.codec, output, shape, frozen.on_device, decoded)
+            except KeyError as missing:
+                raise IcmError(
+                    f"{output!r} needs the latent {missing}, which is in a later layer"
+                ) from missing
+            results.append(np.asarray(result))
+    return np.concatenate(results)
+
+
+def _tiled_front(frozen: FrozenCodec, image, steps, window: int) -> np.ndarray:
+    def run(part):
+        inputs = {"image": part} | _condition(steps)
+        return _front(frozen.codec, frozen.on_device, inputs)
+
+    return tiles.analyse(frozen.codec.tiling, run, image[None], window)
+
+
+def _tiled_image(frozen: FrozenCodec, decoded, shape, window: int) -> np.ndarray:
+    tiling = frozen.codec.tiling
+    condition = {name: value for name, value in decoded.items() if name == "quality"}
+
+    def run(part):
+        sides = tuple(tiling.factor * side for side in part.shape[1:3])
+        return _output(frozen.codec, "image", sides, frozen.on_device, {"y": part} | condition)
+
+    return tiles.synthesise(tiling, run, decoded["y"], window)[:, : shape[0], : shape[1]]
+
+
+def estimate(
+    frozen: FrozenCodec, images: np.ndarray, *, quality: float | None = None
+) -> dict[str, np.ndarray]:
+    """Bits per image and segment that the densities say: {segment: float32 [N]}.
+
+    The densities are those of the float priors at the scales and means that are coded with.
+    """
+    codec = _require_frozen(frozen).codec
+    inputs = {"image": _require_images(images)}
+    inputs |= _condition(_quality_steps(codec, quality), len(images))
+    return jax.device_get(_bits(codec, frozen.on_device, inputs))
+
+
+def _require_frozen(frozen) -> FrozenCodec:
+    if not isinstance(frozen, FrozenCodec):
+        raise IcmError(
+            f"a {type(frozen).__name__} cannot read or write streams; call freeze(codec, "
+            "variables) once after training and use what it returns"
+        )
+    return frozen
+
+
+def _require_images(images) -> np.ndarray:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not images.size:
+        raise IcmError(f"images must be uint8 [N, H, W, 3], not {images.dtype} {images.shape}")
+    return images
+
+
+def _require_sides(shape: tuple[int, int]) -> None:
+    if math.prod(shape) > MAX_PIXELS:
+        raise IcmError(
+            f"an image of {shape[0]} × {shape[1]} pixels; at most {MAX_PIXELS} are coded: raise "
+            "icm_jax.codecs.codec.MAX_PIXELS if it is really so large"
+        )
+
+
+def _halved(leaf: np.ndarray) -> np.ndarray:
+    """Rounded to half precision, in its own dtype."""
+    limit = np.finfo(np.float16).max
+    return leaf.clip(-limit, limit).astype(np.float16).astype(leaf.dtype)
+
+
+def _quality_steps(codec: Codec, quality: float | None) -> int | None:
+    """A quality in the steps of the file format."""
+    if not codec.qualities:
+        if quality is not None:
+            raise IcmError("this model has one rate; leave the quality out")
+        return None
+    if quality is None or not 0 <= quality <= 100:
+        raise IcmError(f"this model needs a quality from 0 to 100, not {quality}")
+    return round(quality * container.QUALITY_STEPS)
+
+
+def _condition(steps: int | None, rows: int = 1) -> dict[str, np.ndarray]:
+    """The entry "quality" of inputs and decoded latents; empty for a model of one rate."""
+    if steps is None:
+        return {}
+    return {"quality": np.full(rows, steps / (100 * container.QUALITY_STEPS), np.float32)}
+
+
+def _rows(frozen: FrozenCodec, number: int, shape, decoded) -> tuple[np.ndarray, np.ndarray]:
+    """(table rows, int32 [n]; mean, float32 broadcast against `shape`) of a segment."""
+    index, mean = jax.device_get(_prior(frozen.codec, number, shape, frozen.on_device, decoded))
+    return index.ravel(), np.float32(0) if mean is None else mean
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _analyse(codec, variables, inputs):
+    return codec.analyse(variables, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _front(codec, variables, inputs):
+    return codec.tiling.front(variables, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sample(codec, variables, inputs):
+    return jax.tree.map(jnp.round, codec.analyse(variables, inputs))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _prior(codec, number, shape, variables, decoded):
+    prior = codec.segments[number].prior(variables, decoded, shape)
+    return prior.index, prior.mean
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _output(codec, name, shape, variables, decoded):
+    return codec.outputs[name](variables, decoded, shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _bits(codec, variables, inputs):
+    return forward(codec, variables, inputs, inputs["image"].shape[1:3]).bits

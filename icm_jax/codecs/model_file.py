@@ -1,0 +1,135 @@
+"""Frozen codecs as files: weights, integer tables, configuration and terms of use in one .icmc.
+
+An .icmc file is a NumPy .npz archive without pickled objects: `model.json` (UTF-8 bytes: version,
+configuration, fingerprint, licence, description), `variables/...` and `tables/...`. Weights that
+half precision holds exactly are stored in it, and come back as float32.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import flax.traverse_util
+import numpy as np
+
+from icm_jax.codecs.bitstream import FrozenCodec
+from icm_jax.coding.tables import Tables
+from icm_jax.errors import IcmError
+
+BOXED = pathlib.Path(__file__).parent.parent / "models" / "photo.icmc"
+"""The model in the package; models/photo.md is its card."""
+VERSION = 1
+MAGIC = b"PK"
+"""How an .icmc file begins; an .icm file begins otherwise."""
+
+
+def save(
+    path: str | os.PathLike, frozen: FrozenCodec, *, licence: str = "", description: str = ""
+) -> None:
+    """Writes a frozen codec to one file, whole or not at all.
+
+    Args:
+      licence: the terms under which the file may be used.
+      description: what it was trained on and for; both are shown by `icm info`.
+
+    Raises: IcmError if the file cannot be written; one that was there is kept.
+    """
+    arrays = {
+        f"variables/{key}": _narrowed(value)
+        for key, value in flax.traverse_util.flatten_dict(frozen.variables, sep="/").items()
+    }
+    for name, tables in frozen.tables.items():
+        arrays[f"tables/{name}/cdf"], arrays[f"tables/{name}/offsets"] = tables.cdf, tables.offsets
+    about = {
+        "version": VERSION,
+        "codec": frozen.codec.config,
+        "fingerprint": frozen.fingerprint.hex(),
+        "licence": licence,
+        "description": description,
+    }
+    arrays["model.json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise IcmError(f"cannot write the codec {path}: {error.strerror or error}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def describe(path: str | os.PathLike) -> dict:
+    """What `model.json` of a codec file says: version, codec, fingerprint, licence, description.
+
+    Raises: IcmError if the file is missing, damaged, not a codec, or of another version.
+    """
+    return _read(path, lambda file: None)[0]
+
+
+def load(path: str | os.PathLike, builders: Mapping[str, Callable]) -> FrozenCodec:
+    """Reads what `save` wrote; `builders` is `icm_jax.codecs.CODECS`.
+
+    Raises: IcmError as `describe`, or if the weights do not match. Nothing in it is executed.
+    """
+    about, frozen = _read(path, lambda file: _build(file, builders))
+    if frozen.fingerprint.hex() != about["fingerprint"]:
+        raise IcmError(f"{path} is damaged: its content does not match its fingerprint")
+    return frozen
+
+
+def _read(path, take: Callable):
+    """(model.json, what `take` makes of the open archive)."""
+    try:
+        with open(path, "rb") as stored, np.load(stored, allow_pickle=False) as file:
+            about = _about(file)
+            if about["version"] == VERSION:
+                return about, take(file)
+    except Exception as error:  # the errors of zipfile, zlib, JSON and NumPy have no common base
+        raise IcmError(f"{path} is not a readable codec file: {error}") from error
+    raise IcmError(
+        f"{path} is a codec file of version {about['version']}, this icm_jax reads version "
+        f"{VERSION}; use the release that wrote it, or freeze the trained model again"
+    )
+
+
+def _about(file) -> dict:
+    return json.loads(file["model.json"].tobytes())
+
+
+def _build(file, builders) -> FrozenCodec:
+    name, items = _about(file)["codec"]
+    codec = builders[name](**{key: _tupled(value) for key, value in items})
+    arrays = {
+        tuple(key.split("/")[1:]): _widened(file[key])
+        for key in file.files
+        if key.startswith("variables/")
+    }
+    tables = {
+        segment.name: Tables(
+            file[f"tables/{segment.name}/cdf"], file[f"tables/{segment.name}/offsets"]
+        )
+        for segment in codec.segments
+    }
+    return FrozenCodec(codec, flax.traverse_util.unflatten_dict(arrays), tables)
+
+
+def _narrowed(array: np.ndarray) -> np.ndarray:
+    """Half precision where it loses nothing."""
+    if array.dtype != np.float32:
+        return array
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.array_equal(half.astype(np.float32), array) else array
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _tupled(value):
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
