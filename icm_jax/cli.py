@@ -1,14 +1,15 @@
 """The `icm` command: image files in, .icm files out, and back.
 
-    icm compress photo.png --model M --quality 60     photo.icm
-    icm decompress photo.icm --model M                photo.png
-    icm info photo.icm                                what the header says; needs no model
-    icm verify *.icm --model M                        do they decode to what was encoded?
-    icm eval FOLDER --model M                         rate and distortion beside JPEG, WebP, ...
+    icm compress photo.png --quality 60     photo.icm
+    icm decompress photo.icm                photo.png
+    icm info photo.icm                      what the header says; needs no model
+    icm verify *.icm                        do they decode to what was encoded?
+    icm eval FOLDER                         rate and distortion beside JPEG, WebP, ...
+    icm completion bash                     a script that completes all this in the shell
 
-Several files are taken at once; `-` is standard input or output. A file is written whole or not at
-all, and none is overwritten without --force. Exit codes: 0 all done, 1 some files failed (each with
-one line on standard error), 2 wrong usage.
+Without --model they use the model in the package. Several files are taken at once; `-` is standard
+input or output. A file is written whole or not at all, and none is overwritten without --force.
+Exit codes: 0 all done, 1 some files failed (each with one line on standard error), 2 wrong usage.
 """
 
 import argparse
@@ -28,6 +29,8 @@ RIVALS = {  # points of each; of JPEG 2000 in dB
     "webp": (0, 10, 25, 50, 75, 90),
     "avif": (10, 30, 50, 70, 85),
     "jpeg2000": (25, 28, 31, 34, 38),
+    "heif": (10, 20, 35, 50),
+    "jxl": (10, 30, 50, 70, 85),
 }
 
 
@@ -45,6 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import shtab
+
     parser = argparse.ArgumentParser(
         "icm",
         description="Learned image compression whose files decode to the encoder's latents, or say "
@@ -56,38 +61,58 @@ def _parser() -> argparse.ArgumentParser:
     def command(name, run, text, files, model=True):
         own = commands.add_parser(name, help=text, description=text)
         own.set_defaults(run=run)
-        own.add_argument("files", nargs="+", metavar=files)
+        own.add_argument("files", nargs="+", metavar=files).complete = shtab.FILE
         if model:
-            own.add_argument(
-                "--model", "-m", required=True, help="codec file that `freeze` and `save` wrote"
-            )
+            text = "codec file (.icmc); default: the model in the package"
+            own.add_argument("--model", "-m", help=text).complete = shtab.FILE
         return own
 
     own = command("compress", _compress, "image files to .icm files", "IMAGE")
     _output_options(own, "FILE.icm or folder; default: beside the image")
     own.add_argument(
-        "--quality", "-q", type=float, help="0 to 100, real numbers too, higher is better (50)"
+        "--quality", "-q", type=_quality, help="0 to 100, real numbers too, higher is better (50)"
     )
     own = command("decompress", _decompress, ".icm files to images", "FILE.icm")
     _output_options(own, "image file (its suffix names the format) or folder; default: FILE.png")
-    own = command("info", _info, "what the headers of .icm files say", "FILE.icm", model=False)
+    _layers_option(own)
+    text = "what the headers of .icm files, or of .icmc codec files, say"
+    own = command("info", _info, text, "FILE", model=False)
     own.add_argument("--json", action="store_true", help="one JSON object per file")
-    command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
+    own = command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
+    _layers_option(own)
     own = command(
         "eval",
         _eval,
-        "rate and distortion over images, beside JPEG, WebP, AVIF, JPEG 2000",
+        "rate and distortion over images, beside JPEG, WebP and what else is installed",
         "FOLDER",
     )
-    own.add_argument("--quality", "-q", type=float, nargs="+", help=f"default: {QUALITIES}")
+    own.add_argument("--quality", "-q", type=_quality, nargs="+", help=f"default: {QUALITIES}")
     own.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
     own.add_argument("--no-rivals", action="store_true", help="leave the other formats out")
+    text = "print a completion script: put it where your shell looks for such"
+    own = commands.add_parser("completion", help=text, description=text)
+    own.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    own.set_defaults(run=lambda options: print(shtab.complete(parser, options.shell)) or 0)
     return parser
 
 
 def _output_options(parser, text):
-    parser.add_argument("--out", "-o", help=text)
+    import shtab
+
+    parser.add_argument("--out", "-o", help=text).complete = shtab.FILE
     parser.add_argument("--force", "-f", action="store_true", help="overwrite existing files")
+
+
+def _layers_option(parser):
+    parser.add_argument("--layers", type=int, metavar="N", help="read the first N layers only")
+
+
+def _quality(text: str) -> float:
+    """A quality on the command line."""
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not a quality from 0 to 100")
+    return value
 
 
 def _compress(options) -> int:
@@ -105,50 +130,57 @@ def _decompress(options) -> int:
     suffix = ".png" if _is_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
 
     def one(data, name):
-        return write_image(codec.decompress(data), suffix)
+        return write_image(codec.decompress(data, layers=options.layers), suffix)
 
     return _each(options, one, suffix)
 
 
 def _info(options) -> int:
-    from icm_jax.coding import container
-
     failed = 0
     for name in options.files:
         try:
             data = _read(name)
-            stream = container.unpack(data)
+            facts = {"file": name, "bytes": len(data), **_facts(name, data)}
         except IcmError as error:
             failed += _failed(name, error)
             continue
-        header, (height, width) = stream.header, stream.header.shape
-        facts = {
-            "file": name,
-            "bytes": len(data),
-            "width": width,
-            "height": height,
-            "channels": 1 if header.grey else 3,
-            "bpp": round(8 * len(data) / (height * width), 4),
-            "quality": None if header.quality is None else header.quality / container.QUALITY_STEPS,
-            "model": header.fingerprint.hex(),
-            "version": container.VERSION,
-            "layers": [[len(string) for string in layer.strings] for layer in stream.layers],
-        }
         if options.json:
             print(json.dumps(facts))
         else:
-            print("\n".join(f"{key:9} {value}" for key, value in facts.items()), end="\n\n")
+            print("\n".join(f"{key:11} {value}" for key, value in facts.items()), end="\n\n")
     return int(failed > 0)
 
 
+def _facts(name: str, data: bytes) -> dict:
+    """What the header of an .icm file says, or model.json of a codec file."""
+    from icm_jax.coding import container
+
+    if name.endswith(".icmc"):
+        from icm_jax.codecs import model_file
+
+        return model_file.describe(name)
+    stream = container.unpack(data)
+    header, (height, width) = stream.header, stream.header.shape
+    return {
+        "width": width,
+        "height": height,
+        "channels": 1 if header.grey else 3,
+        "bpp": round(8 * len(data) / (height * width), 4),
+        "quality": None if header.quality is None else header.quality / container.QUALITY_STEPS,
+        "model": header.fingerprint.hex(),
+        "version": container.VERSION,
+        "layers": [[len(string) for string in layer.strings] for layer in stream.layers],
+    }
+
+
 def _verify(options) -> int:
-    from icm_jax.codecs.codec import decode_latents
+    from icm_jax.codecs.bitstream import decode_latents
 
     codec = _load(options.model)
     failed = 0
     for name in options.files:
         try:
-            decode_latents(codec, _read(name))
+            decode_latents(codec, _read(name), layers=options.layers)
             print(f"{name}: decodes to the latents that were encoded")
         except IcmError as error:
             failed += _failed(name, error)
@@ -159,7 +191,7 @@ def _eval(options) -> int:
     import numpy as np
     import tqdm
 
-    from icm_jax.codecs import codec as codecs
+    from icm_jax.codecs import bitstream
     from icm_jax.data.sources import SUFFIXES
     from icm_jax.evaluators import classical, metrics
 
@@ -201,7 +233,7 @@ def _eval(options) -> int:
             row["bpp"] = metrics.bpp(len(data), height, width)
             row["bpp_estimated"] = None
             if name == "icm":
-                estimated = codecs.estimate(codec, colour[None], quality=quality)
+                estimated = bitstream.estimate(codec, colour[None], quality=quality)
                 bits = sum(float(value[0]) for value in estimated.values())
                 row["bpp_estimated"] = bits / (height * width)
             reference = image if given.ndim == image.ndim else colour
@@ -394,7 +426,7 @@ def _write(path: pathlib.Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _load(path: str):
+def _load(path: str | None):
     import icm_jax
 
     codec = icm_jax.load(path)

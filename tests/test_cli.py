@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 import icm_jax
 from icm_jax import cli
-from icm_jax.codecs import codec, filter_codec, image_codec
+from icm_jax.codecs import bitstream, filter_codec, image_codec, model_file
 from icm_jax.evaluators import classical
 
 RNG = np.random.default_rng(5)
@@ -26,7 +27,7 @@ def model(tmp_path_factory):
     built = image_codec("mean_scale_hyperprior", 6, 8, levels=3)
     sample = RNG.integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     variables = jax.jit(built.init)(jax.random.key(1), sample)
-    codec.save(path, codec.freeze(built, variables, sample))
+    model_file.save(path, bitstream.freeze(built, variables, sample))
     return str(path)
 
 
@@ -108,7 +109,7 @@ def test_nothing_is_overwritten_unasked_and_failures_are_counted(model, photos, 
     "arguments, code, message",
     [
         (["compress", "absent.png"], 1, "cannot read absent.png: No such file"),
-        (["compress", "{a}", "-q", "101"], 1, "quality from 0 to 100"),
+        (["compress", "{a}", "-q", "101"], 2, "not a quality from 0 to 100"),
         (["compress", "{a}", "{b}", "-o", "one.icm"], 2, "give -o a folder"),
         (["compress", "{a}", "-", "-o", "-"], 2, "one file at a time"),
         (["decompress", "{a}", "-o", "{empty}/x.png"], 1, "not an .icm file"),
@@ -127,7 +128,7 @@ def test_models_that_cannot_serve_are_refused(tmp_path, photos, capsys):
     built = filter_codec("18", 8, 6, (4, 8, 8))
     sample = np.zeros((1, 32, 32, 3), np.uint8)
     variables = jax.jit(built.init)(jax.random.key(1), sample)
-    codec.save(tmp_path / "features.icmc", codec.freeze(built, variables, sample))
+    model_file.save(tmp_path / "features.icmc", bitstream.freeze(built, variables, sample))
     for name, message in (("features.icmc", "codes no images"), ("absent", "not a readable")):
         code, _, errors = icm("compress", photos / "a.png", "-m", tmp_path / name, capsys=capsys)
         assert code == 2 and message in errors
@@ -171,7 +172,32 @@ def test_orientation_transparency_and_depth(tmp_path):
     assert cli.read_image((tmp_path / "deep.png").read_bytes(), "deep") == 0x12
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["decompress"], ["info"], ["eval"]])
+def test_layers_and_codec_files(model, photos, capsys):
+    assert icm("compress", photos / "a.png", "-m", model, capsys=capsys)[0] == 0
+    coded = photos / "a.icm"
+    for command in (["verify"], ["decompress", "-f"]):
+        code, _, errors = icm(*command, coded, "-m", model, "--layers", 2, capsys=capsys)
+        assert code == 1 and "2 layers asked for; the file has 1" in errors
+        assert icm(*command, coded, "-m", model, "--layers", 1, capsys=capsys)[0] == 0
+    code, text, _ = icm("info", "--json", model, capsys=capsys)
+    facts = json.loads(text)
+    assert code == 0 and facts["fingerprint"] == icm_jax.load(model).fingerprint.hex()
+    assert facts["codec"][0] == "image" and facts["version"] == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_the_commands(shell, capsys):
+    code, text, _ = icm("completion", shell, capsys=capsys)
+    assert code == 0 and b"decompress" in text and b"quality" in text
+    if shell == "bash":
+        script = text + b"\nCOMP_WORDS=(icm deco); COMP_CWORD=1; _shtab_icm; echo ${COMPREPLY[@]}"
+        done = subprocess.run(["bash"], input=script, capture_output=True, check=True)
+        assert done.stdout.split() == [b"decompress"]
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["compress"], ["decompress"], ["info"], ["verify"], ["eval"], ["completion"]]
+)
 def test_help_is_there(command, capsys):
     code, text, _ = icm(*command, "--help", capsys=capsys)
     assert code == 0 and b"usage: icm" in text

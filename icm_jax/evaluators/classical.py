@@ -1,9 +1,12 @@
-"""Classical formats as rivals: whole files, measured, through well-kept encoders (Pillow's).
+"""Classical formats as rivals: whole files, measured, through well-kept encoders.
 
-All but JPEG 2000 code YCbCr 4:2:0. JPEG uses optimised Huffman tables (libjpeg-turbo), WebP its
-slowest method, AVIF libavif's default speed; JPEG 2000 (OpenJPEG) the irreversible wavelet.
+JPEG, WebP, AVIF and HEIF code YCbCr 4:2:0. JPEG uses optimised Huffman tables (libjpeg-turbo), WebP
+its slowest method, AVIF libavif's default speed; JPEG 2000 (OpenJPEG) the irreversible wavelet.
+HEIF (libheif with x265) and JPEG XL (libjxl) come with the extra `formats`.
 """
 
+import functools
+import importlib
 import io
 
 import numpy as np
@@ -16,13 +19,32 @@ FORMATS = {
     "webp": {"method": 6},
     "avif": {"subsampling": "4:2:0", "speed": 6},
     "jpeg2000": {"quality_mode": "dB", "irreversible": True},
+    "heif": {"chroma": 420},
+    "jxl": {},
 }
 _FEATURES = {"jpeg": "jpg", "webp": "webp", "avif": "avif", "jpeg2000": "jpg_2000"}
 
 
 def available(codec: str) -> bool:
-    """Whether the installed Pillow can write a format."""
-    return codec in FORMATS and bool(features.check(_FEATURES[codec]))
+    """Whether a format can be written with what is installed."""
+    if codec in _FEATURES:
+        return bool(features.check(_FEATURES[codec]))
+    return codec in _plugins()
+
+
+@functools.cache
+def _plugins() -> tuple[str, ...]:
+    """Formats that Pillow writes with the help of other packages, which are registered here."""
+    found = []
+    for name, package in (("heif", "pillow_heif"), ("jxl", "pillow_jxl")):
+        try:
+            plugin = importlib.import_module(package)
+        except ImportError:
+            continue
+        if name == "heif":
+            plugin.register_heif_opener()
+        found.append(name)
+    return tuple(found)
 
 
 def encode(image: np.ndarray, codec: str, quality: float) -> bytes:
@@ -35,7 +57,7 @@ def encode(image: np.ndarray, codec: str, quality: float) -> bytes:
     Raises: IcmError for a format that is unknown or not installed.
     """
     if not available(codec):
-        raise IcmError(f"Pillow cannot write {codec!r} here; formats are {', '.join(FORMATS)}")
+        raise IcmError(f"cannot write {codec!r} here; formats are {', '.join(FORMATS)}")
     options = dict(FORMATS[codec])
     options |= {"quality_layers": [quality]} if codec == "jpeg2000" else {"quality": int(quality)}
     file = io.BytesIO()
@@ -45,6 +67,7 @@ def encode(image: np.ndarray, codec: str, quality: float) -> bytes:
 
 def decode(data: bytes) -> np.ndarray:
     """uint8 [H, W, 3]."""
+    _plugins()
     with Image.open(io.BytesIO(data)) as image:
         return np.asarray(image.convert("RGB"))
 

@@ -120,6 +120,42 @@ def test_our_gaussian_tables_are_theirs_up_to_ties(indexed):
         assert np.abs(np.diff(mine) - np.diff(other)).max() <= 2
 
 
+@pytest.mark.parametrize(("precision", "tail_mass"), PRECISIONS)
+def test_our_tables_serve_their_location_scale_model(precision, tail_mass):
+    """Strings with scales and means of a hyperprior, escapes included, go both ways."""
+    scales = scale_of(np.arange(64, dtype=np.float32)).numpy()
+    own = tables.gaussian_tables(scales, precision, tail_mass)
+    model = tfc.LocationScaleIndexedEntropyModel(
+        tfc.NoisyNormal,
+        num_scales=64,
+        scale_fn=scale_of,
+        coding_rank=3,
+        compression=True,
+        tail_mass=tail_mass,
+        range_coder_precision=precision,
+    )
+    model.set_weights([own.cdf, own.offsets])
+    rng = np.random.default_rng(3)
+    index = rng.integers(0, 64, SHAPE).astype(np.int32)
+    mean = (rng.integers(-160, 161, SHAPE) / 16).astype(np.float32)
+    y = mean + np.rint(latents(1.0) * scales[index]).astype(np.float32)
+    symbols = (y - mean).astype(np.int32)
+    reach = own.lengths[index] + own.offsets[index]
+    assert (symbols > reach).any() and (symbols < own.offsets[index]).any()  # escapes
+    # A tensor, since `compress` subtracts the mean in place.
+    theirs = model.compress(tf.constant(y), index.astype(np.float32), mean).numpy()
+    ours = [
+        range_coder.encode(image.ravel(), rows.ravel(), own)
+        for image, rows in zip(symbols, index, strict=True)
+    ]
+    assert ours == theirs.tolist()
+    for string, image, rows in zip(theirs, symbols, index, strict=True):
+        back = range_coder.decode(string, rows.ravel(), own)
+        np.testing.assert_array_equal(back, image.ravel())
+    decoded = model.decompress(tf.constant(ours), index.astype(np.float32), mean).numpy()
+    np.testing.assert_array_equal(decoded, y)
+
+
 def test_our_tables_serve_their_model():
     """A model of theirs that holds our factorised rows reads and writes our strings."""
     pmf = tables.gaussian_pmf(np.arange(-9, 10), 2.0)
