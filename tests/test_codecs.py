@@ -24,7 +24,8 @@ from icm_jax.codecs import (
 from icm_jax.codecs.hyperprior import Gain
 from icm_jax.coding import container, tables
 from icm_jax.errors import IcmError
-from icm_jax.nets.layers import GDN, Projector, Up, down_by_two, up_by_two
+from icm_jax.nets.layers import GDN, Projector, Up, down_by_two, haar_cascade, up_by_two
+from icm_jax.nets.transforms import ImageAnalysis, ImageSynthesis
 
 CODERS = ["native"]
 if importlib.util.find_spec("tensorflow_compression_ops"):
@@ -237,6 +238,28 @@ def frozen(request):
 
 def images(*shape):
     return RNG.integers(0, 256, shape).astype(np.uint8)
+
+
+def test_image_transforms_begin_as_a_wavelet_packet():
+    """Orthonormal bands, none twice; smooth images survive what is cut away, noise does not."""
+    windows = haar_cascade((12, 20, 24))
+    for window, (inner, scale) in zip(windows, ((12, 0.25), (20, 1), (24, 4)), strict=True):
+        matrix = window.reshape(-1, inner) / scale
+        np.testing.assert_allclose(matrix.T @ matrix, np.eye(inner), atol=1e-6)
+    wide = haar_cascade((16,))[0]
+    assert np.abs(wide).any(axis=(0, 1, 2)).sum() == 12  # all bands of RGB, and no more
+    y, x = np.mgrid[:64, :64]
+    smooth = 128 + 100 * np.sin(x / 30 + np.array([0, 0.2, 0.4])[:, None, None]) * np.cos(y / 40)
+    smooth = smooth.transpose(1, 2, 0)[None].astype(np.float32)
+    noise = np.random.default_rng(0).uniform(0, 255, smooth.shape).astype(np.float32)
+    analysis, synthesis = ImageAnalysis(24, 16), ImageSynthesis(16)
+    first = analysis.init(jax.random.key(0), smooth)
+    second = synthesis.init(jax.random.key(1), jnp.zeros((1, 4, 4, 24)))
+    errors = [
+        np.sqrt(np.square(synthesis.apply(second, analysis.apply(first, image)) - image).mean())
+        for image in (smooth, noise)
+    ]
+    assert errors[0] < 12 < 50 < errors[1]
 
 
 @pytest.mark.parametrize("coder", CODERS)

@@ -27,4 +27,4 @@ def test_notebook_runs(path, monkeypatch):
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) == 2
+    assert len(pictures) >= 2

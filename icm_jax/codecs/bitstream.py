@@ -280,10 +280,18 @@ def estimate(
 
     The densities are those of the float priors at the scales and means that are coded with.
     """
+    maps = bit_maps(frozen, images, quality=quality)
+    return {name: values.sum(axis=(1, 2)) for name, values in maps.items()}
+
+
+def bit_maps(
+    frozen: FrozenCodec, images: np.ndarray, *, quality: float | None = None
+) -> dict[str, np.ndarray]:
+    """Where the bits of `estimate` lie: {segment: float32 [N, h, w]}, summed over channels."""
     codec = _require_frozen(frozen).codec
     inputs = {"image": _require_images(images)}
     inputs |= _condition(_quality_steps(codec, quality), len(images))
-    return jax.device_get(_bits(codec, frozen.on_device, inputs))
+    return jax.device_get(_maps(codec, frozen.on_device, inputs))
 
 
 def _require_frozen(frozen) -> FrozenCodec:
@@ -367,5 +375,5 @@ def _output(codec, name, shape, variables, decoded):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _bits(codec, variables, inputs):
-    return forward(codec, variables, inputs, inputs["image"].shape[1:3]).bits
+def _maps(codec, variables, inputs):
+    return forward(codec, variables, inputs, inputs["image"].shape[1:3]).maps

@@ -95,11 +95,17 @@ def channel_index(shape: tuple[int, ...]) -> jax.Array:
 
 
 class Forward(NamedTuple):
-    """Result of `forward`: outputs by name, bits per image by segment (float32 [N]), latents."""
+    """Result of `forward`.
+
+    Attributes:
+      outputs: by name. latents: by segment, noisy or rounded, float [N, h, w, C].
+      bits: of an image, by segment, float32 [N]. maps: where they lie, float32 [N, h, w].
+    """
 
     outputs: dict[str, jax.Array]
     bits: dict[str, jax.Array]
     latents: dict[str, jax.Array]
+    maps: dict[str, jax.Array]
 
 
 def forward(
@@ -120,16 +126,16 @@ def forward(
     """
     latents = codec.analyse(variables, inputs)
     decoded = {"quality": inputs["quality"]} if codec.qualities else {}
-    bits = {}
+    maps = {}
     for number, segment in enumerate(codec.segments):
         latent = latents[segment.name]
         prior = segment.prior(variables, decoded, latent.shape)
         own = None if key is None else jax.random.fold_in(key, number)
         noisy = ops.quantise(latent, prior.mean, key=own)
-        bits[segment.name] = prior.bits(noisy).sum(axis=(1, 2, 3))
+        maps[segment.name] = prior.bits(noisy).sum(axis=3)
         rounds = straight_through and key is not None
         decoded[segment.name] = ops.quantise(latent, prior.mean) if rounds else noisy
     outputs = {name: output(variables, decoded, shape) for name, output in codec.outputs.items()}
-    return Forward(
-        outputs, bits, {segment.name: decoded[segment.name] for segment in codec.segments}
-    )
+    bits = {name: values.sum(axis=(1, 2)) for name, values in maps.items()}
+    latents = {segment.name: decoded[segment.name] for segment in codec.segments}
+    return Forward(outputs, bits, latents, maps)

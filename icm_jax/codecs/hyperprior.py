@@ -34,7 +34,7 @@ from icm_jax.nets.transforms import (
 
 PART = "image_codec"
 KINDS = ("factorised", "scale_hyperprior", "mean_scale_hyperprior")
-_FIRST_GAIN, _GAIN_SPREAD = 16.0, 10.0
+_FIRST_GAIN, _GAIN_SPREAD = 6.0, 10.0
 
 
 class Gain(nn.Module):

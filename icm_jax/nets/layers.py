@@ -1,10 +1,12 @@
 """Layers of learned codecs: GDN, resampling convolutions, residual blocks, projector."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from icm_jax import ops
 
@@ -122,6 +124,56 @@ def orthogonal_window(size: int, up: bool = False):
     return init
 
 
+def haar_cascade(widths: tuple[int, ...]) -> list[np.ndarray]:
+    """Windows [2, 2, C, F] of successive halvings of RGB: a Haar wavelet packet, cut to `widths`.
+
+    Of the four bands of every channel those stay that have the most energy in natural images, by a
+    rule of thumb: nearly all of a smooth channel's energy is in its mean, while the bands of a
+    channel that holds detail are alike. Where there is room for more than all bands, the windows of
+    the surplus are zero. The transpose of each window, [2, 2, F, C], goes back. A quarter of the
+    orthonormal scale between first and last window keeps GDN with its first parameters near 1.
+    """
+    bands = 0.5 * np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
+    smooth_share, detail_share = (3.7, 0.13, 0.13, 0.04), (1.0, 1.0, 1.0, 1.0)
+    colours = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
+    mix = colours / np.linalg.norm(colours, axis=1, keepdims=True)  # of the first layer alone
+    channels = [(1.0, True), (0.05, True), (0.02, True)]  # (energy, is smooth)
+    windows = []
+    for width in widths:
+        found = []
+        for number, (energy, smooth) in enumerate(channels):
+            shares = smooth_share if smooth else detail_share
+            for band, share in enumerate(shares):
+                found.append((energy * share, smooth and band == 0, number, band))
+        found = sorted(found, key=lambda item: -item[0])[:width]
+        window = np.zeros((2, 2, len(mix[0]), width), np.float32)
+        for place, (_, _, number, band) in enumerate(found):
+            window[..., place] = bands[band].reshape(2, 2, 1) * mix[number]
+        windows.append(window)
+        channels = [(energy, smooth) for energy, smooth, _, _ in found]
+        channels += [(0.0, False)] * (width - len(found))
+        mix = np.eye(width)
+    windows[0], windows[-1] = 0.25 * windows[0], 4.0 * windows[-1]
+    return windows
+
+
+def around(window: np.ndarray, surplus: float = 0.01):
+    """Initialiser of a k×k kernel: a 2×2 window in its centre, small noise around and over it.
+
+    Args:
+      surplus: level of the noise, as a share of LeCun's, for outputs whose window is zero.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        empty = ~np.abs(window).any(axis=(0, 1, 2))
+        share = np.where(empty, surplus, 0.01) / math.sqrt(math.prod(shape[:3]))
+        at = [slice(side // 2, side // 2 + 2) for side in shape[:2]]
+        noise = share.reshape(1, 1, 1, -1) * jax.random.normal(key, shape, dtype)
+        return noise.at[at[0], at[1]].add(window).astype(dtype)
+
+    return init
+
+
 class Up(nn.Module):
     """Sub-pixel convolution: 3×3 to 4·features channels, then depth to space (Shi et al. 2016)."""
 
@@ -148,12 +200,13 @@ class TransposedUp(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    kernel_init: Any = orthogonal_window(2, up=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, C] -> float [N, 2H, 2W, features]."""
         shape = (5, 5, x.shape[-1], self.features)
-        kernel = self.param("kernel", orthogonal_window(2, up=True), shape).astype(self.dtype)
+        kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return up_by_two(x.astype(self.dtype), kernel) + bias.reshape(1, 1, 1, -1)
 

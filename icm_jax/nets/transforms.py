@@ -18,7 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from icm_jax.nets import integer
-from icm_jax.nets.layers import GDN, Down, ResidualBlock, TransposedUp, Up, orthogonal_window
+from icm_jax.nets.layers import (
+    GDN,
+    Down,
+    ResidualBlock,
+    TransposedUp,
+    Up,
+    around,
+    haar_cascade,
+    orthogonal_window,
+)
 
 
 class Analysis(nn.Module):
@@ -70,6 +79,8 @@ class Synthesis(nn.Module):
 class ImageAnalysis(nn.Module):
     """Four 5×5 convolutions with stride 2, GDN between them (Ballé et al. 2018).
 
+    They begin as a wavelet packet, see `haar_cascade`.
+
     Attributes:
       channels: M, of the latent. width: N, of the layers before it.
     """
@@ -82,12 +93,12 @@ class ImageAnalysis(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, 3] on 0...255, sides multiples of 16 -> float32 [N, H/16, W/16, M]."""
         x = (x / 255.0 - 0.5).astype(self.dtype)
-        for features in (self.width,) * 3:
-            init = orthogonal_window(2)
-            x = Down(features, 5, dtype=self.dtype, kernel_init=init)(x)
+        *inner, last = haar_cascade((self.width,) * 3 + (self.channels,))
+        for window in inner:
+            init = around(window, surplus=0.5)
+            x = Down(self.width, 5, dtype=self.dtype, kernel_init=init)(x)
             x = GDN(dtype=self.dtype)(x)
-        init = orthogonal_window(2)
-        x = Down(self.channels, 5, dtype=self.dtype, kernel_init=init)(x)
+        x = Down(self.channels, 5, dtype=self.dtype, kernel_init=around(last))(x)
         return x.astype(jnp.float32)
 
 
@@ -101,9 +112,12 @@ class ImageSynthesis(nn.Module):
     def __call__(self, y: jax.Array) -> jax.Array:
         """float [N, h, w, M] -> float32 [N, 16h, 16w, 3] on 0...255, not clipped."""
         x = y.astype(self.dtype)
-        for _ in range(3):
-            x = GDN(inverse=True, dtype=self.dtype)(TransposedUp(self.width, self.dtype)(x))
-        x = TransposedUp(3, self.dtype)(x).astype(jnp.float32)
+        windows = [w.swapaxes(2, 3) for w in haar_cascade((self.width,) * 3 + (y.shape[-1],))]
+        windows[0], windows[-1] = 16.0 * windows[0], windows[-1] / 16.0
+        for window in windows[:0:-1]:
+            x = TransposedUp(self.width, self.dtype, around(window))(x)
+            x = GDN(inverse=True, dtype=self.dtype)(x)
+        x = TransposedUp(3, self.dtype, around(windows[0]))(x).astype(jnp.float32)
         return 255.0 * (x + 0.5)
 
 
