@@ -152,11 +152,24 @@ class HyperSynthesis(nn.Module):
     def __call__(self, z: jax.Array) -> jax.Array:
         x = nn.relu(Up(self.channels)(z))
         x = nn.relu(Up(self.channels)(x))
-        return nn.Conv(self.latent_channels * (1 + self.mean), (3, 3), bias_init=self._bias)(x)
+        init = nn.initializers.variance_scaling(0.1 / _REACH**2, "fan_in", "truncated_normal")
+        x = nn.Conv(self.latent_channels * (1 + self.mean), (3, 3), kernel_init=init)(x)
+        reach, first = _affine(x.shape[-1], self.latent_channels)
+        return reach.reshape(1, 1, 1, -1) * x + first.reshape(1, 1, 1, -1)
 
-    def _bias(self, key, shape, dtype=jnp.float32):
-        # Index 18 is a scale of about one: a new codec starts neither starved nor flooded.
-        return jnp.where(jnp.arange(shape[0]) < self.latent_channels, 18.0, 0.0).astype(dtype)
+
+# Adaptive optimisers move each weight by about the learning rate. Indexes have a long way to go, so
+# what the last layer says of them is multiplied.
+_REACH = 64.0
+
+
+def _affine(count: int, indexes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(factor, offset) of the last layer's outputs: `indexes` indexes, then means.
+
+    Index 18 is a scale of about one: a new codec starts neither starved nor flooded.
+    """
+    is_index = np.arange(count) < indexes
+    return np.where(is_index, _REACH, 1.0).astype(np.float32), 18.0 * is_index.astype(np.float32)
 
 
 _UPS = (True, True, False)  # which layers of `HyperSynthesis` double the sides
@@ -176,6 +189,9 @@ def integer_hyper_synthesis(params, z: np.ndarray, mean: bool = False) -> dict:
         for layer, up in zip(convolutions, _UPS, strict=True)
     ]
     channels = len(layers[-1].bias) // (1 + mean)
+    last = layers[-1]
+    reach, first = _affine(len(last.bias), channels)
+    layers[-1] = last._replace(kernel=reach * last.kernel, bias=reach * last.bias + first)
     ranges = [integer.Range(0, TOP_INDEX, 1.0)] * channels
     ranges += [integer.Range(-(1 << 15), 1 << 15, 1 / MEAN_STEPS)] * (channels * mean)
     return integer.quantise(layers, z, ranges)
