@@ -1,33 +1,40 @@
 """What integer entropy parameters cost: bits with the integer hyper-synthesis over the float one's.
 
-    python benchmarks/bench_integer.py IMAGES [--model FILE.icmc]
+    python benchmarks/bench_integer.py RUN IMAGES
 
-Both are the information of the same rounded latents, at their table rows' scales (integers) and at
-the network's own (floats); written bytes stand beside them. One line per quality, over all images.
+RUN is the folder of a finished run of configs/hyperprior.py. Both are the information of the same
+rounded latents, at their table rows' scales (integers) and at the network's own (floats); written
+bytes stand beside them. One line per quality, over all images.
 """
 
 import argparse
+import json
 import pathlib
 
 import jax
+import ml_collections
 import numpy as np
 from PIL import Image
 
-import icm_jax
+from icm_jax import checkpoint
 from icm_jax.codecs import bitstream
 from icm_jax.codecs.codec import forward
+from icm_jax.evaluate import freeze
+from icm_jax.tasks import build_task
 
 QUALITIES = (0, 25, 50, 75, 100)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("images", type=pathlib.Path, help="folder")
-    parser.add_argument("--model", help="codec file; default: the model in the package")
+    parser.add_argument("run", type=pathlib.Path, help="folder of a run, with its config.json")
+    parser.add_argument("images", type=pathlib.Path, help="folder of .png and .jpg files")
     options = parser.parse_args()
-    frozen = icm_jax.load(options.model)
-    codec = frozen.codec
-    floats = {name: tree for name, tree in frozen.on_device.items() if name != "integer"}
+    run = ml_collections.ConfigDict(json.loads((options.run / "config.json").read_text()))
+    codec = build_task(run.task).codec
+    variables = checkpoint.load_variables(options.run)
+    frozen = freeze(codec, variables, run, run.task)
+    floats = jax.device_put(variables)
 
     @jax.jit
     def float_bits(variables, inputs):

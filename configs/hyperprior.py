@@ -101,11 +101,11 @@ def large() -> dict:
 def boxed() -> dict:
     """The model that ships with the package: small, every rate, on photographs at their own size.
 
-    N = 48 and M = 96 in half precision keep the file below 2 MiB.
+    N = 48 and M = 160 in half precision keep the file below 2 MiB.
     """
     config = demo()
     config["data"] = dict(name="photos", path="", canvas=321)
-    config["model"].update(width=48, channels=96, levels=6, lambdas=(0.0018, 0.12), size=128)
+    config["model"].update(width=48, channels=160, levels=6, lambdas=(0.0018, 0.12), size=128)
     config["model"].update(straight_through=True)
     config["train"].update(steps=30_000, batch_size=4, warmup_steps=500, log_every=50)
     config["train"].update(save_every=500)

@@ -68,7 +68,7 @@ def demo() -> dict:
         ),
         train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
         pretrain=dict(  # steps=0: the arms share the filter alone
-            steps=200,
+            steps=300,
             batch_size=64,  # contrast wants many images at once
             learning_rate=3e-3,
             optimiser="adamw",
@@ -113,7 +113,7 @@ def demo() -> dict:
             aspp_rates=(1, 2, 3),
             output_stride=16,
         ),
-        rgb=dict(steps=700, jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50)),
+        rgb=dict(steps=900, jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50)),
     )
 
 

@@ -112,6 +112,15 @@ def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float
         tables[segment.name], arrays = segment.freeze(kept, sample)
         if arrays is not None:
             integer[segment.name] = arrays
+    leaves = flax.traverse_util.flatten_dict(kept)
+    spent = [("params", *segment.spent) for segment in codec.segments if segment.spent]
+    kept = flax.traverse_util.unflatten_dict(
+        {
+            path: leaf
+            for path, leaf in leaves.items()
+            if not any(path[: len(prefix)] == prefix for prefix in spent)
+        }
+    )
     return FrozenCodec(codec, dict(kept, integer=integer) if integer else kept, tables)
 
 

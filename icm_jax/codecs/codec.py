@@ -45,6 +45,7 @@ class Segment(NamedTuple):
       freeze: (host variables, sample latents {segment: [N, h, w, C]}) -> (Tables, arrays for
         `variables["integer"][name]` or None).
       layer: which layer of the file holds it, from 0 on.
+      spent: path below "params" of a network that `freeze` replaces by integers, or ().
     """
 
     name: str
@@ -52,6 +53,7 @@ class Segment(NamedTuple):
     prior: Callable[[Any, Mapping[str, jax.Array], tuple[int, ...]], Prior]
     freeze: Callable[[Any, Mapping[str, np.ndarray]], tuple[Tables, Any]]
     layer: int = 0
+    spent: tuple[str, ...] = ()
 
 
 class Codec(NamedTuple):

@@ -213,6 +213,7 @@ def feature_codec(
                 lambda h, w: (ops.halved(h, 4), ops.halved(w, 4), channels),
                 conditional,
                 freeze,
+                spent=("feature_codec", "hyper_synthesis"),
             ),
         ),
         outputs=Outputs(

@@ -190,7 +190,7 @@ def image_codec(
     segments = (
         (
             Segment(*side, factorised_prior, freeze_factorised),
-            Segment(*latent, conditional, freeze_conditional),
+            Segment(*latent, conditional, freeze_conditional, spent=(PART, "hyper_synthesis")),
         )
         if hyper
         else (Segment(*latent, factorised_prior, freeze_factorised),)
