@@ -95,6 +95,8 @@ def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float
     """
     if weights not in ("float32", "float16"):
         raise IcmError(f"weights are float32 or float16, not {weights!r}")
+    if "integer" in variables:
+        raise IcmError("these variables are frozen already; freeze what training gave")
     kept = {
         collection: {part: tree[part] for part in codec.parts if part in tree}
         for collection, tree in variables.items()

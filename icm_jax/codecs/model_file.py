@@ -84,6 +84,11 @@ def load(path: str | os.PathLike, builders: Mapping[str, Callable]) -> FrozenCod
 
 def _read(path, take: Callable):
     """(model.json, what `take` makes of the open archive)."""
+    if path == BOXED and not BOXED.exists():
+        raise IcmError(
+            "this copy of icm_jax has no model in the package; train one with "
+            "configs/hyperprior.py and give its codec.icmc"
+        )
     try:
         with open(path, "rb") as stored, np.load(stored, allow_pickle=False) as file:
             about = _about(file)
