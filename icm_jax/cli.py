@@ -89,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--quality", "-q", type=_quality, nargs="+", help=f"default: {QUALITIES}")
     own.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
     own.add_argument("--no-rivals", action="store_true", help="leave the other formats out")
+    text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
+    own.add_argument("--rates", type=float, nargs=2, default=(0.15, 1.0), help=text)
     text = "print a completion script: put it where your shell looks for such"
     own = commands.add_parser("completion", help=text, description=text)
     own.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
@@ -247,6 +249,8 @@ def _eval(options) -> int:
         return 1
     means = _means(rows)
     print(_table(means))
+    for line in _bd_rates(means, options.rates):
+        print(line)
     if options.out:
         _write_results(pathlib.Path(options.out), rows, means)
         print(f"written to {options.out}: results.csv, results.json, curves.png")
@@ -269,6 +273,29 @@ def _means(rows: list[dict]) -> list[dict]:
             mean[key] = float(average(values)) if values else None
         means.append(mean)
     return means
+
+
+def _bd_rates(means: list[dict], rates) -> list[str]:
+    """A line per rival: bits that icm needs at equal PSNR and MS-SSIM, of the curves of means."""
+    import numpy as np
+
+    from icm_jax.evaluators import metrics
+
+    lines = []
+    for rival in dict.fromkeys(row["codec"] for row in means if row["codec"] != "icm"):
+        parts = []
+        for key, name in (("psnr", "PSNR"), ("ms_ssim", "MS-SSIM")):
+            curves = [
+                np.array([(row["bpp"], row[key]) for row in means if row["codec"] == codec])
+                for codec in (rival, "icm")
+            ]
+            if means[0][key] is not None:
+                value = metrics.bd_rate(*curves, rates=rates)
+                parts.append("no overlap" if np.isnan(value) else f"{value:+.1f} % at equal {name}")
+        lines.append(
+            f"BD-rate against {rival}, {rates[0]:g} to {rates[1]:g} bpp: {', '.join(parts)}"
+        )
+    return lines
 
 
 def _table(rows: list[dict]) -> str:

@@ -154,7 +154,7 @@ def test_eval_measures_what_was_written(model, photos, capsys):
     assert {row["codec"] for row in results["means"]} == {"icm", *formats}
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert len((out / "results.csv").read_text().splitlines()) == 1 + len(results["images"])
-    assert "bpp_estimated" in text.decode()
+    assert "bpp_estimated" in text.decode() and "BD-rate against jpeg, 0.15 to 1" in text.decode()
 
 
 def test_orientation_transparency_and_depth(tmp_path):

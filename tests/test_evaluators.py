@@ -63,6 +63,16 @@ def test_bd_rate_of_scaled_rates_is_the_scale():
     assert np.isnan(metrics.bd_rate(anchor, anchor[:1]))
 
 
+def test_bd_rate_between_rates_looks_no_further():
+    """Half the rate below 1 bpp, twice the rate above: the limits choose what is seen."""
+    rate = np.geomspace(0.125, 8, 25)
+    anchor = np.stack([rate, 30 + 10 * np.log2(rate)], axis=1)
+    curve = anchor * np.stack([np.where(rate < 1, 0.5, 2), np.ones(25)], axis=1)
+    assert metrics.bd_rate(anchor, curve, (0.2, 0.7)) == pytest.approx(-50, abs=0.1)
+    assert metrics.bd_rate(anchor, curve, (1.2, 20)) == pytest.approx(100, abs=0.5)
+    assert np.isnan(metrics.bd_rate(anchor, curve, (10, 20)))
+
+
 def test_unknown_formats_are_refused():
     with pytest.raises(IcmError, match="cannot write 'gif'"):
         classical.encode(np.zeros((8, 8, 3), np.uint8), "gif", 5)

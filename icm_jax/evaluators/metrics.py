@@ -89,7 +89,9 @@ def _halved(x: np.ndarray) -> np.ndarray:
     return even.reshape(len(x), height, 2, width, 2).mean(axis=(2, 4))
 
 
-def bd_rate(anchor: np.ndarray, curve: np.ndarray) -> float:
+def bd_rate(
+    anchor: np.ndarray, curve: np.ndarray, rates: tuple[float, float] | None = None
+) -> float:
     """Bjøntegaard delta rate: mean difference of rate at equal quality, in per cent.
 
     Log rate is interpolated over quality by a monotone piecewise cubic (PCHIP), as the standards'
@@ -98,6 +100,7 @@ def bd_rate(anchor: np.ndarray, curve: np.ndarray) -> float:
 
     Args:
       anchor, curve: float [n, 2] of (rate, quality), any order.
+      rates: only qualities that the anchor has at rates between these two count.
 
     Returns: negative where `curve` needs fewer bits; NaN where fewer than two points remain or the
       quality ranges do not overlap.
@@ -106,6 +109,13 @@ def bd_rate(anchor: np.ndarray, curve: np.ndarray) -> float:
     if min(len(rate_a), len(rate_b)) < 2:
         return float("nan")
     low, high = max(quality_a[0], quality_b[0]), min(quality_a[-1], quality_b[-1])
+    if rates is not None:
+        # Quality at a rate, by the same curve: the inverse of a monotone function, on a fine grid.
+        grid = np.linspace(quality_a[0], quality_a[-1], 10_001)
+        inside = grid[
+            np.searchsorted(pchip(quality_a, np.log(rate_a), grid), np.log(rates)).clip(0, 10_000)
+        ]
+        low, high = max(low, inside[0]), min(high, inside[1])
     if low >= high:
         return float("nan")
     at = np.linspace(low, high, 1001)
