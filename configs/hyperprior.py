@@ -105,9 +105,9 @@ def boxed() -> dict:
     """
     config = demo()
     config["data"] = dict(name="photos", path="", canvas=321)
-    config["model"].update(width=48, channels=160, levels=6, lambdas=(0.0018, 0.12), size=128)
+    config["model"].update(width=48, channels=160, levels=6, lambdas=(0.0018, 0.06), size=128)
     config["model"].update(straight_through=True)
-    config["train"].update(steps=30_000, batch_size=4, warmup_steps=500, log_every=50)
+    config["train"].update(steps=40_000, batch_size=4, warmup_steps=500, log_every=50)
     config["train"].update(save_every=500)
     config["codec_file"].update(weights="float16", licence="Apache-2.0")
     config.update(qualities=(0, 20, 40, 60, 80, 100), jpeg=(5, 10, 20, 40, 60, 75, 85, 92))
