@@ -2,7 +2,9 @@
 
 D is the mean squared error on 0...255 over pixels and channels, or 1 - MS-SSIM. A codec with
 qualities sees every λ between the ends of `lambdas`: the examples of a batch have qualities q at
-equal distances from a random start, modulo 1, and log λ goes linearly with q.
+equal distances from a random start, modulo 1, and log λ goes linearly with q. An example's loss is
+then divided by sqrt(λ / λ_max): else the highest rates, whose losses are the largest, drown the
+gradients of the others.
 """
 
 import jax
@@ -57,7 +59,7 @@ def image_compression(config) -> Task:
         mse = jnp.square(x - x_hat).mean(axis=(1, 2, 3))
         distortion = mse if config.metric == "mse" else 1.0 - ops.ms_ssim(x, x_hat)
         bpp = sum(result.bits.values()) / config.size**2
-        total = (bpp + lmbda * distortion).mean()
+        total = ((bpp + lmbda * distortion) * jnp.sqrt(jnp.exp(ends[-1]) / lmbda)).mean()
         metrics = {"bpp": bpp.mean(), "mse": mse.mean(), "distortion": distortion.mean()}
         metrics["psnr"] = (20 * jnp.log10(255.0) - 10 * jnp.log10(mse)).mean()
         return total, Aux(metrics, {})
