@@ -4,7 +4,7 @@
     python -m icm_jax.main --config=configs/hyperprior.py:sweep    # a model per λ, three kinds
     python -m icm_jax.main --config=configs/hyperprior.py:large    # N = 192, M = 320
     python -m icm_jax.main --config=configs/hyperprior.py:boxed --config.data.path=PHOTOS
-                                                                   # the model in the package
+                                                                   # the model for the package
 
 On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 """
@@ -99,7 +99,7 @@ def large() -> dict:
 
 
 def boxed() -> dict:
-    """The model that ships with the package: small, every rate, on photographs at their own size.
+    """The model that is meant for the package: small, every rate, on photographs at their own size.
 
     N = 48 and M = 160 in half precision keep the file below 2 MiB.
     """

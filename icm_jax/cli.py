@@ -7,9 +7,10 @@
     icm eval FOLDER                         rate and distortion beside JPEG, WebP, ...
     icm completion bash                     a script that completes all this in the shell
 
-Without --model they use the model in the package. Several files are taken at once; `-` is standard
-input or output. A file is written whole or not at all, and none is overwritten without --force.
-Exit codes: 0 all done, 1 some files failed (each with one line on standard error), 2 wrong usage.
+Without --model they use the model in the package, where there is one. Several files are taken at
+once; `-` is standard input or output. A file is written whole or not at all, and none is
+overwritten without --force. Exit codes: 0 all done, 1 some files failed (each with one line on
+standard error), 2 wrong usage.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         own.set_defaults(run=run)
         own.add_argument("files", nargs="+", metavar=files).complete = shtab.FILE
         if model:
-            text = "codec file (.icmc); default: the model in the package"
+            text = "codec file (.icmc); default: the model in the package, if it has one"
             own.add_argument("--model", "-m", help=text).complete = shtab.FILE
         return own
 

@@ -10,6 +10,7 @@ import scipy.integrate
 import scipy.signal
 import scipy.stats
 
+import icm_jax
 from icm_jax import entropy, ops
 from icm_jax.codecs import (
     CODECS,
@@ -344,6 +345,30 @@ def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
             model_file.load(path, CODECS)
     with pytest.raises(IcmError, match="absent"):
         model_file.load(tmp_path / "absent", CODECS)
+
+
+def test_a_layer_decodes_without_the_next():
+    built = BUILT["mean_scale_hyperprior"]()
+    z, y = built.segments
+    built = built._replace(segments=(z, y._replace(layer=1)))
+    variables = jax.jit(built.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.uint8))
+    frozen = bitstream.freeze(built, variables, images(2, 32, 32, 3))
+    data = encoded(frozen, images(1, 40, 24, 3))[0]
+    cut = data[: -len(container.unpack(data).layers[1].strings[0])]
+    whole = bitstream.decode_latents(frozen, data).latents
+    first = bitstream.decode_latents(frozen, cut, layers=1).latents
+    np.testing.assert_array_equal(first["z"], whole["z"])
+    assert "y" not in first and bitstream.decode(frozen, [data], "image").shape == (1, 40, 24, 3)
+    with pytest.raises(IcmError, match="needs the latent 'y', which is in a later layer"):
+        bitstream.decode(frozen, [data], "image", layers=1)
+    with pytest.raises(IcmError, match="the first 1 can still be decoded"):
+        bitstream.decode(frozen, [cut], "image")
+
+
+def test_a_package_without_a_model_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_file, "BOXED", tmp_path / "photo.icmc")
+    with pytest.raises(IcmError, match="no model in the package; train one"):
+        icm_jax.load()
 
 
 def test_a_codec_file_says_what_it_is(frozen, tmp_path, monkeypatch):

@@ -258,6 +258,8 @@ def decode(
             try:
                 result = _output(frozen.codec, output, shape, frozen.on_device, decoded)
             except KeyError as missing:
+                if layers is None:
+                    raise
                 raise IcmError(
                     f"{output!r} needs the latent {missing}, which is in a later layer"
                 ) from missing

@@ -101,22 +101,16 @@ def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def orthogonal_window(size: int, up: bool = False):
+def orthogonal_window(size: int):
     """Initialiser of a k×k kernel: orthogonal over its central `size`×`size` taps, 0 around them.
 
-    A resampling convolution then begins as a rotation of the pixels that it merges or (`up`, of a
-    transposed convolution) parts, and a chain of them as a transform that loses no more than its
-    narrowest width forces it to.
+    A resampling convolution then begins as a rotation of the pixels that it merges, and a chain of
+    them as a transform that loses no more than its narrowest width forces it to.
     """
 
     def init(key, shape, dtype=jnp.float32):
         height, width, fan_in, fan_out = shape
-        orthogonal = nn.initializers.orthogonal()
-        if up:
-            inner = orthogonal(key, (size * size * fan_out, fan_in), dtype)
-            inner = inner.reshape(size, size, fan_out, fan_in).swapaxes(2, 3)
-        else:
-            inner = orthogonal(key, (size * size * fan_in, fan_out), dtype)
+        inner = nn.initializers.orthogonal()(key, (size * size * fan_in, fan_out), dtype)
         at = [slice(side // 2, side // 2 + size) for side in (height, width)]
         kernel = jnp.zeros(shape, dtype)
         return kernel.at[at[0], at[1]].set(inner.reshape(size, size, fan_in, fan_out))
@@ -199,8 +193,8 @@ class TransposedUp(nn.Module):
     """
 
     features: int
+    kernel_init: Any
     dtype: Any = jnp.float32
-    kernel_init: Any = orthogonal_window(2, up=True)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -115,9 +115,9 @@ class ImageSynthesis(nn.Module):
         windows = [w.swapaxes(2, 3) for w in haar_cascade((self.width,) * 3 + (y.shape[-1],))]
         windows[0], windows[-1] = 16.0 * windows[0], windows[-1] / 16.0
         for window in windows[:0:-1]:
-            x = TransposedUp(self.width, self.dtype, around(window))(x)
+            x = TransposedUp(self.width, around(window), self.dtype)(x)
             x = GDN(inverse=True, dtype=self.dtype)(x)
-        x = TransposedUp(3, self.dtype, around(windows[0]))(x).astype(jnp.float32)
+        x = TransposedUp(3, around(windows[0]), self.dtype)(x).astype(jnp.float32)
         return 255.0 * (x + 0.5)
 
 
