@@ -41,8 +41,9 @@ def demo() -> dict:
         ),
         model=dict(
             kinds=("mean_scale_hyperprior",),
-            width=32,
+            width=32,  # or four, see `icm_jax.codecs.hyperprior.image_codec`
             channels=48,
+            last=5,
             levels=5,  # of quality; 1: a model for every λ
             dtype="float32",
             metric="mse",
@@ -101,15 +102,22 @@ def large() -> dict:
 def boxed() -> dict:
     """The model that is meant for the package: small, every rate, on photographs at their own size.
 
-    N = 48 and M = 160 in half precision keep the file below 2 MiB.
+    Narrow where the image is large, wide where it is small: M bounds what the highest rates can say
+    (of the 768 numbers in 16×16 pixels the first 160 principal components give 34 dB, 256 give 42).
+    Most weights are in the last layer; with kernels of 3×3 there, in half precision, they stay
+    below 2 MiB.
     """
     config = demo()
     config["data"] = dict(name="photos", path="", canvas=321)
-    config["model"].update(width=48, channels=160, levels=6, lambdas=(0.0018, 0.06), size=128)
-    config["model"].update(straight_through=True)
+    config["model"].update(width=(24, 48, 96, 32), channels=256, last=3, levels=6)
+    config["model"].update(lambdas=(0.001, 0.04), size=128, straight_through=True)
     config["train"].update(steps=40_000, batch_size=4, warmup_steps=500, log_every=50)
     config["train"].update(save_every=500)
-    config["codec_file"].update(weights="float16", licence="Apache-2.0")
+    config["codec_file"].update(
+        weights="float16",
+        licence="Apache-2.0",
+        description="photographs, every rate; trained by configs/hyperprior.py:boxed",
+    )
     config.update(qualities=(0, 20, 40, 60, 80, 100), jpeg=(5, 10, 20, 40, 60, 75, 85, 92))
     return config
 

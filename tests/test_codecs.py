@@ -253,7 +253,7 @@ def test_image_transforms_begin_as_a_wavelet_packet():
     smooth = 128 + 100 * np.sin(x / 30 + np.array([0, 0.2, 0.4])[:, None, None]) * np.cos(y / 40)
     smooth = smooth.transpose(1, 2, 0)[None].astype(np.float32)
     noise = np.random.default_rng(0).uniform(0, 255, smooth.shape).astype(np.float32)
-    analysis, synthesis = ImageAnalysis(24, 16), ImageSynthesis(16)
+    analysis, synthesis = ImageAnalysis(24, (16,) * 3), ImageSynthesis((16,) * 3)
     first = analysis.init(jax.random.key(0), smooth)
     second = synthesis.init(jax.random.key(1), jnp.zeros((1, 4, 4, 24)))
     errors = [

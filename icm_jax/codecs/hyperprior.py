@@ -77,22 +77,24 @@ class Gain(nn.Module):
 class ImageCodec(nn.Module):
     """All networks of a codec; `hyper` and `mean` choose the kind."""
 
-    width: int
+    widths: tuple[int, int, int, int]
     channels: int
     levels: int
     hyper: bool
     mean: bool
+    last: int
     dtype: str
 
     def setup(self):
         dtype = jnp.dtype(self.dtype)
-        self.analysis = ImageAnalysis(self.channels, self.width, dtype)
-        self.synthesis = ImageSynthesis(self.width, dtype)
+        *inner, side = self.widths
+        self.analysis = ImageAnalysis(self.channels, tuple(inner), self.last, dtype)
+        self.synthesis = ImageSynthesis(tuple(inner), self.last, dtype)
         self.gain = Gain(self.levels, self.channels)
         self.prior = entropy.Factorised()  # of z, or of y without a hyperprior
         if self.hyper:
-            self.hyper_analysis = HyperAnalysis(self.width)
-            self.hyper_synthesis = HyperSynthesis(self.width, self.channels, self.mean)
+            self.hyper_analysis = HyperAnalysis(side)
+            self.hyper_synthesis = HyperSynthesis(side, self.channels, self.mean)
 
     def __call__(self, x, quality):
         latents = self.latents(self.front(x, quality))
@@ -119,24 +121,34 @@ class ImageCodec(nn.Module):
 
 @functools.cache
 def image_codec(
-    kind: str, width: int, channels: int, levels: int = 1, dtype: str = "float32"
+    kind: str,
+    width: int | tuple[int, int, int, int],
+    channels: int,
+    levels: int = 1,
+    dtype: str = "float32",
+    last: int = 5,
 ) -> Codec:
     """The codec of a kind in `KINDS`; output "image", float32 on 0...255.
 
     Args:
-      width: N, of inner layers. channels: M, of the latent y.
+      width: N, of inner layers; or four numbers: of those at 1/2, 1/4 and 1/8 of the image's
+        sides, and of the hyperprior. channels: M, of the latent y.
       levels: of quality; with more than one the rate is chosen when encoding.
       dtype: of analysis and synthesis.
+      last: side of the kernels between 1/8 and 1/16 of the image's sides, where most weights are.
 
-    Raises: IcmError for an unknown kind or numbers below 1.
+    Raises: IcmError for an unknown kind, numbers below 1, or kernels that are not 3 or 5.
     """
-    if kind not in KINDS or min(width, channels, levels) < 1:
+    widths = width if isinstance(width, tuple) else (width,) * 4
+    if kind not in KINDS or len(widths) != 4 or min(*widths, channels, levels) < 1:
         raise IcmError(
             f"no image codec {kind!r} with width {width}, channels {channels}, levels {levels}; "
-            f"kinds are {', '.join(KINDS)}, the numbers at least 1"
+            f"kinds are {', '.join(KINDS)}, width is one number or four, the numbers at least 1"
         )
+    if last not in (3, 5):
+        raise IcmError(f"the kernels of an image codec's last layer have sides 3 or 5, not {last}")
     hyper, mean = kind != "factorised", kind == "mean_scale_hyperprior"
-    module = ImageCodec(width, channels, levels, hyper, mean, dtype)
+    module = ImageCodec(widths, channels, levels, hyper, mean, last, dtype)
 
     def run(variables, *args, method):
         return module.apply({"params": variables["params"][PART]}, *args, method=method)
@@ -186,7 +198,7 @@ def image_codec(
         return tables.gaussian_tables(), integer_hyper_synthesis(params, sample["z"], mean)
 
     latent = ("y", lambda h, w: (ops.halved(h, 4), ops.halved(w, 4), channels))
-    side = ("z", lambda h, w: (ops.halved(h, 6), ops.halved(w, 6), width))
+    side = ("z", lambda h, w: (ops.halved(h, 6), ops.halved(w, 6), widths[-1]))
     segments = (
         (
             Segment(*side, factorised_prior, freeze_factorised),
@@ -204,6 +216,7 @@ def image_codec(
                 ("channels", channels),
                 ("levels", levels),
                 ("dtype", dtype),
+                ("last", last),
             ),
         ),
         parts=(PART,),

@@ -185,30 +185,36 @@ class Up(nn.Module):
 
 
 class TransposedUp(nn.Module):
-    """5×5 transposed convolution with stride 2, computed as a 3×3 one to 4·features channels.
+    """Transposed convolution with stride 2, computed as a 3×3 one to 4·features channels.
 
-    out[o] = Σ_i x[i] · kernel[o - 2i + 2]: the layer of Ballé et al. 2018, which doubles the sides.
-    Same result as the transposed form; on XLA's CPU backend the kernel gradient of that form is two
-    orders of magnitude slower. The parameter is the plain 5×5 kernel [5, 5, C, features].
+    out[o] = Σ_i x[i] · kernel[o - 2i + k // 2]: the layer of Ballé et al. 2018, which doubles the
+    sides. Same result as the transposed form; on XLA's CPU backend the kernel gradient of that form
+    is two orders of magnitude slower. The parameter is the plain kernel [k, k, C, features].
+
+    Attributes:
+      kernel: k, 3 or 5.
     """
 
     features: int
-    kernel_init: Any
+    kernel: int = 5
     dtype: Any = jnp.float32
+    kernel_init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, C] -> float [N, 2H, 2W, features]."""
-        shape = (5, 5, x.shape[-1], self.features)
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return up_by_two(x.astype(self.dtype), kernel) + bias.reshape(1, 1, 1, -1)
 
 
 def up_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Stride-2 transposed convolution with a 5×5 kernel, padding 2 and output padding 1."""
+    """Stride-2 transposed convolution, k×k for k = 3 or 5, padding k // 2, output padding 1."""
     n, h, w, _ = x.shape
     c, features = kernel.shape[2:]
+    missing = (5 - kernel.shape[0]) // 2
+    kernel = jnp.pad(kernel, ((missing, missing),) * 2 + ((0, 0), (0, 0)))
     # Output row 2m + a sees input row m + d through tap a + 2 - 2d, d = -1, 0, 1.
     taps = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0))).reshape(3, 2, 3, 2, c, features)
     taps = taps[::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, c, 4 * features)

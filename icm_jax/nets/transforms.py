@@ -77,47 +77,51 @@ class Synthesis(nn.Module):
 
 
 class ImageAnalysis(nn.Module):
-    """Four 5×5 convolutions with stride 2, GDN between them (Ballé et al. 2018).
+    """Four convolutions with stride 2, 5×5, GDN between them (Ballé et al. 2018).
 
     They begin as a wavelet packet, see `haar_cascade`.
 
     Attributes:
-      channels: M, of the latent. width: N, of the layers before it.
+      channels: M, of the latent. widths: of the three layers before it. last: side of the last
+      convolution's kernel, 3 or 5.
     """
 
     channels: int
-    width: int
+    widths: tuple[int, int, int]
+    last: int = 5
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, 3] on 0...255, sides multiples of 16 -> float32 [N, H/16, W/16, M]."""
         x = (x / 255.0 - 0.5).astype(self.dtype)
-        *inner, last = haar_cascade((self.width,) * 3 + (self.channels,))
-        for window in inner:
+        *windows, last = haar_cascade((*self.widths, self.channels))
+        for width, window in zip(self.widths, windows, strict=True):
             init = around(window, surplus=0.5)
-            x = Down(self.width, 5, dtype=self.dtype, kernel_init=init)(x)
+            x = Down(width, 5, dtype=self.dtype, kernel_init=init)(x)
             x = GDN(dtype=self.dtype)(x)
-        x = Down(self.channels, 5, dtype=self.dtype, kernel_init=around(last))(x)
+        x = Down(self.channels, self.last, dtype=self.dtype, kernel_init=around(last))(x)
         return x.astype(jnp.float32)
 
 
 class ImageSynthesis(nn.Module):
-    """The mirror of `ImageAnalysis`, with inverse GDN."""
+    """The mirror of an `ImageAnalysis` with these attributes, with inverse GDN."""
 
-    width: int
+    widths: tuple[int, int, int]
+    last: int = 5
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         """float [N, h, w, M] -> float32 [N, 16h, 16w, 3] on 0...255, not clipped."""
         x = y.astype(self.dtype)
-        windows = [w.swapaxes(2, 3) for w in haar_cascade((self.width,) * 3 + (y.shape[-1],))]
+        windows = [w.swapaxes(2, 3) for w in haar_cascade((*self.widths, y.shape[-1]))]
         windows[0], windows[-1] = 16.0 * windows[0], windows[-1] / 16.0
-        for window in windows[:0:-1]:
-            x = TransposedUp(self.width, around(window), self.dtype)(x)
+        sides = (self.last, 5, 5)
+        for width, side, window in zip(self.widths[::-1], sides, windows[:0:-1], strict=True):
+            x = TransposedUp(width, side, self.dtype, around(window))(x)
             x = GDN(inverse=True, dtype=self.dtype)(x)
-        x = TransposedUp(3, around(windows[0]), self.dtype)(x).astype(jnp.float32)
+        x = TransposedUp(3, 5, self.dtype, around(windows[0]))(x).astype(jnp.float32)
         return 255.0 * (x + 0.5)
 
 

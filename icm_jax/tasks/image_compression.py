@@ -22,7 +22,7 @@ METRICS = ("mse", "ms_ssim")
 def image_compression(config) -> Task:
     """The task.
 
-    Fields: kind, width, channels, levels, dtype (of `image_codec`); lambdas (λ, or its ends);
+    Fields: kind, width, channels, levels, dtype, last (of `image_codec`); lambdas (λ, or its ends);
     metric (mse or ms_ssim); size (sides of the training views); straight_through.
 
     Raises: IcmError for an unknown metric, or λ that are not positive or not one or two.
@@ -37,7 +37,10 @@ def image_compression(config) -> Task:
         )
     if config.metric == "ms_ssim" and config.size < 176:
         raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
-    codec = image_codec(config.kind, config.width, config.channels, config.levels, config.dtype)
+    width = config.width if isinstance(config.width, int) else tuple(config.width)
+    codec = image_codec(
+        config.kind, width, config.channels, config.levels, config.dtype, config.last
+    )
 
     def loss(variables, batch, key, step):
         del step
