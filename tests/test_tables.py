@@ -119,11 +119,12 @@ def test_lookup_names_the_symbol_in_which_a_bucket_begins(precisions, data):
         rows.append([sign * p, 0, *sorted(inner), 1 << p])
     made = Tables(np.concatenate(rows), np.arange(len(rows)))
     for row, own, lookup in zip(rows, made.rows, made.lookup, strict=True):
-        first, count, precision, _ = own.tolist()
-        assert precision == row[0] and made.cdf[first : first + len(row) - 1].tolist() == row[1:]
-        assert count == len(row) - 2 - (precision < 0)
-        width = max(1, (1 << abs(precision)) >> tables.LOOKUP_BITS)
-        for bucket in range((1 << abs(precision)) // width):
+        first, count, precision, _, escape = own.tolist()
+        assert (precision, escape) == (abs(row[0]), row[0] < 0)
+        assert made.cdf[first : first + len(row) - 1].tolist() == row[1:]
+        assert count == len(row) - 2 - escape
+        width = max(1, (1 << precision) >> tables.LOOKUP_BITS)
+        for bucket in range((1 << precision) // width):
             symbol = int(lookup[bucket])
             assert row[1 + symbol] <= bucket * width < row[2 + symbol]
 

@@ -163,6 +163,8 @@ def _compiled(function: Callable) -> Callable:
 # Two rules of Numba shape what follows. uint64 with int64 makes float64: whatever meets the state
 # is uint64. An array handed to a function costs two atomic counts: only rare branches do that.
 _0, _1, _8, _16, _24 = (np.uint64(value) for value in (0, 1, 8, 16, 24))
+_LOOKUP = np.uint64(LOOKUP_BITS)
+_ONE = np.uint32(1)
 _FULL = np.uint64((1 << 32) - 1)
 _LOW = np.uint64((1 << 16) - 1)
 
@@ -177,52 +179,94 @@ def _narrow(base, last, low, high, precision):
 
 @_compiled
 def _encode_loop(symbols, indexes, cdf, rows):
-    # Each act of coding sends at most two bytes out: the number of acts bounds the stream.
-    acts = len(symbols)
-    for n in range(len(symbols)):
-        gamma = _gamma(symbols[n], rows[indexes[n], 1], rows[indexes[n], 3])
-        if gamma > 0:
-            if rows[indexes[n], 2] > 0:
-                return _NO_ESCAPE, np.empty(0, np.uint8)
-            if gamma >= _GAMMA_LIMIT:
-                return _TOO_FAR, np.empty(0, np.uint8)
-            acts += 2 * _digits(gamma)
-    out = np.empty(2 * acts + 2, np.uint8)
-    base, last, end = _0, _FULL, 0
-    for n in range(len(symbols)):
-        row = np.uint32(indexes[n])
-        first, count, precision, offset = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
-        value = np.int64(symbols[n]) - offset
-        gamma = _gamma(symbols[n], count, offset)
-        at = np.uint32(first + (count if gamma > 0 else value))
-        low, high, bits = np.uint64(cdf[at]), np.uint64(cdf[at + 1]), np.uint64(abs(precision))
-        left = 2 * _digits(gamma)  # an escape's zeros, digits and sign, read as one number
-        while True:
-            base, last = _narrow(base, last, low, high, bits)
-            if base > _FULL:
-                base &= _FULL
-                _carry(out, end)
-            if last <= _LOW:
-                out[end] = base >> _24
-                out[end + 1] = base >> _16
-                end += 2
-                base = (base << _16) & _FULL
-                last = (last << _16) | _LOW
-            if left == 0:
-                break
-            left -= 1
-            low = np.uint64((2 * gamma + (value < 0)) >> left) & _1
-            high, bits = low + _1, _1
-    return _OK, out[: _finish(base, last, out, end)]
+    # Each act of coding sends at most two bytes out; escapes make room for their own acts.
+    out = np.empty(2 * len(symbols) + 2, np.uint8)
+    base, last, end, n = _0, _FULL, 0, 0
+    stop = np.empty(1, np.int64)
+    # Numbers without a sign spare instructions; differences go modulo 2^32.
+    bare = symbols.view(np.uint32), indexes.view(np.uint32), cdf.view(np.uint32)
+    plain = rows.view(np.uint32)
+    while True:
+        base, last, end = _encode_plain(*bare, plain, base, last, out, end, n, stop)
+        n = stop[0]
+        if n == len(symbols):
+            return _OK, out[: _finish(base, last, out, end)]
+        row = rows[indexes[n]]
+        value = np.int64(symbols[n]) - row[3]
+        gamma = -value if value < 0 else value - row[1] + 1
+        if not row[4]:
+            return _NO_ESCAPE, out[:0]
+        if gamma >= _GAMMA_LIMIT:
+            return _TOO_FAR, out[:0]
+        out = _with_room(out, end, 2 * (len(symbols) - n) + 4 * _digits(gamma) + 2)
+        base, last, end = _put_escape(base, last, out, end, gamma, value < 0, cdf, row)
+        n += 1
 
 
 @_compiled
-def _gamma(symbol, count, offset):
-    """What follows an escape: how far the symbol lies outside its row, 0 if it does not."""
-    value = np.int64(symbol) - offset
-    if value < 0:
-        return -value
-    return max(value - count + 1, 0)
+def _encode_plain(symbols, indexes, cdf, rows, base, last, out, end, begin, stop):
+    """Codes from `begin` to the first symbol outside its row; its place goes to `stop`.
+
+    Stored, not returned: a loop that must know at its end where it stopped is a tenth slower.
+    """
+    stop[0] = len(symbols)
+    for n in range(begin, len(symbols)):
+        row = indexes[n]
+        value = np.uint32(symbols[n] - rows[row, 3])
+        if value >= rows[row, 1]:
+            stop[0] = n
+            break
+        at = rows[row, 0] + value
+        low, high = np.uint64(cdf[at]), np.uint64(cdf[at + _ONE])
+        base, last = _narrow(base, last, low, high, np.uint64(rows[row, 2]))
+        if last <= _LOW:  # as `_put_shift`, which would cost its two counts too often here
+            if base > _FULL:
+                base &= _FULL
+                _carry(out, end)
+            out[end] = base >> _24
+            out[end + 1] = base >> _16
+            end += 2
+            base = (base << _16) & _FULL
+            last = (last << _16) | _LOW
+    return base, last, end
+
+
+@_compiled
+def _put_shift(base, last, out, end):
+    # What passed 2^32 since the last shift: at most one carry, for the interval only shrinks.
+    if base > _FULL:
+        base &= _FULL
+        _carry(out, end)
+    out[end] = base >> _24
+    out[end + 1] = base >> _16
+    return (base << _16) & _FULL, (last << _16) | _LOW, end + 2
+
+
+@_compiled
+def _with_room(out, end, needed):
+    """`out`, or a longer copy, with space for `needed` more bytes."""
+    if end + needed <= len(out):
+        return out
+    longer = np.empty(2 * (end + needed), np.uint8)
+    longer[:end] = out[:end]
+    return longer
+
+
+@_compiled
+def _put_escape(base, last, out, end, gamma, negative, cdf, row):
+    """The row's escape symbol, then zeros, digits and sign of `gamma`, each at probability 1/2."""
+    at = row[0] + row[1]
+    low, high, bits = np.uint64(cdf[at]), np.uint64(cdf[at + 1]), np.uint64(row[2])
+    left = 2 * _digits(gamma)  # zeros, digits and sign, read as one number
+    while True:
+        base, last = _narrow(base, last, low, high, bits)
+        if last <= _LOW:
+            base, last, end = _put_shift(base, last, out, end)
+        if left == 0:
+            return base, last, end
+        left -= 1
+        low = np.uint64((2 * gamma + negative) >> left) & _1
+        high, bits = low + _1, _1
 
 
 @_compiled
@@ -247,6 +291,9 @@ def _carry(out, end):
 @_compiled
 def _finish(base, last, out, end):
     """Writes the roundest number of the interval, and says how many bytes are out."""
+    if base > _FULL:
+        base &= _FULL
+        _carry(out, end)
     if base + last > _FULL:  # 2^32 itself lies inside: a carry and then zeros
         _carry(out, end)
         while out[end - 1] == 0:
@@ -266,29 +313,33 @@ def _finish(base, last, out, end):
 def _decode_loop(data, indexes, cdf, rows, lookup):
     symbols = np.empty(len(indexes), np.int32)
     base, last, at = _0, _FULL, 4
-    word = _two_bytes(data, 0) << _16 | _two_bytes(data, 2)
+    within = _two_bytes(data, 0) << _16 | _two_bytes(data, 2)  # the word read, less base
+    bare, plain = cdf.view(np.uint32), rows.view(np.uint32)
     for n in range(len(indexes)):
         row = np.uint32(indexes[n])
-        first, count, precision, offset = rows[row, 0], rows[row, 1], rows[row, 2], rows[row, 3]
-        bits = np.uint64(abs(precision))
-        target = np.int64(_target(base, last, word, bits))
-        value = np.int64(lookup[row, (target - 1) >> max(abs(precision) - LOOKUP_BITS, 0)])
-        while cdf[first + value + 1] < target:
-            value += 1
-        low, high = np.uint64(cdf[first + value]), np.uint64(cdf[first + value + 1])
-        base, last = _narrow(base, last, low, high, bits)
-        base &= _FULL
+        bits = np.uint64(plain[row, 2])
+        target = _target(within, last, bits)
+        bucket = (target - _1) >> (bits - _LOOKUP if bits > _LOOKUP else _0)
+        place = plain[row, 0] + np.uint32(lookup[row, bucket])
+        low, high = np.uint64(bare[place]), np.uint64(bare[place + _ONE])
+        while high < target:
+            place += _ONE
+            low, high = high, np.uint64(bare[place + _ONE])
+        start, last = _narrow(_0, last, low, high, bits)
+        base, within = (base + start) & _FULL, within - start
         if last <= _LOW:
-            base, last, word, at = _shift(base, last, word, at, data)
+            base, last, within, at = _shift(base, last, within, at, data)
+        count, offset = np.int64(rows[row, 1]), np.int64(rows[row, 3])
+        value = np.int64(place - plain[row, 0])
         if value == count:  # only rows with an escape have this symbol
-            gamma, negative, base, last, word, at = _take_escape(base, last, word, at, data)
+            gamma, negative, base, last, within, at = _take_escape(base, last, within, at, data)
             if gamma == 0:
                 return _BAD_STREAM, symbols
             value = -gamma if negative else gamma + count - 1
-        value += offset
-        if value != np.int32(value):
-            return _BAD_STREAM, symbols
-        symbols[n] = value
+            if value + offset != np.int32(value + offset):
+                return _BAD_STREAM, symbols
+        symbols[n] = value + offset
+    word = (base + within) & _FULL
     return (_OK if _ends_well(base, last, word, at, len(data)) else _BAD_STREAM), symbols
 
 
@@ -300,28 +351,27 @@ def _two_bytes(data, at):
 
 
 @_compiled
-def _target(base, last, word, precision):
-    """The least c with size * c > (word - base) * 2^precision: the symbol's CDF reaches it."""
-    offset = (((word - base) & _FULL) + _1) << precision
-    return (offset + last) // (last + _1)
+def _target(within, last, precision):
+    """The least c with size * c > within * 2^precision: the symbol's CDF reaches it."""
+    return (((within + _1) << precision) + last) // (last + _1)
 
 
 @_compiled
-def _shift(base, last, word, at, data):
-    word = (word << _16) & _FULL | _two_bytes(data, at)
-    return (base << _16) & _FULL, (last << _16) | _LOW, word, at + 2
+def _shift(base, last, within, at, data):
+    within = (within << _16) | _two_bytes(data, at)
+    return (base << _16) & _FULL, (last << _16) | _LOW, within, at + 2
 
 
 @_compiled
-def _take_escape(base, last, word, at, data):
+def _take_escape(base, last, within, at, data):
     """The gamma and the sign of an escape, and the state; gamma is 0 in a damaged stream."""
     zeros, gamma, left = 0, 0, -1  # left: digits and sign still to come, once they are known
     while left != 0:
-        bit = _0 if _target(base, last, word, _1) == _1 else _1
-        base, last = _narrow(base, last, bit, bit + _1, _1)
-        base &= _FULL
+        bit = _0 if _target(within, last, _1) == _1 else _1
+        start, last = _narrow(_0, last, bit, bit + _1, _1)
+        base, within = (base + start) & _FULL, within - start
         if last <= _LOW:
-            base, last, word, at = _shift(base, last, word, at, data)
+            base, last, within, at = _shift(base, last, within, at, data)
         if left > 0:
             left -= 1
         elif bit == _1:
@@ -329,9 +379,9 @@ def _take_escape(base, last, word, at, data):
         else:
             zeros += 1
             if 2 << zeros > _GAMMA_LIMIT:
-                return 0, 0, base, last, word, at
+                return 0, 0, base, last, within, at
         gamma = gamma << 1 | np.int64(bit)
-    return gamma >> 1, gamma & 1, base, last, word, at
+    return gamma >> 1, gamma & 1, base, last, within, at
 
 
 @_compiled

@@ -79,11 +79,11 @@ class Tables:
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
-        """int32 [R, 4], what the coder needs of a row: where its leading 0 lies in `cdf`, the
-        number of its symbols without the escape, its precision (negative with an escape), its
-        offset."""
+        """int32 [R, 5], what the coder needs of a row: where its leading 0 lies in `cdf`, the
+        number of its symbols without the escape, its precision, its offset, 1 for an escape."""
         precision = self.cdf[self.starts]
-        columns = (self.starts + 1, self.lengths - (precision < 0), precision, self.offsets)
+        escape = precision < 0
+        columns = (self.starts + 1, self.lengths - escape, abs(precision), self.offsets, escape)
         return _frozen_int32(np.stack(columns, axis=1), "rows", rank=2)
 
     @functools.cached_property
