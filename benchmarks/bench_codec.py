@@ -85,6 +85,7 @@ def ours(part: str) -> dict:
             kind="scale_hyperprior",
             width=WIDTH,
             channels=CHANNELS,
+            last=5,
             levels=1,
             dtype="float32",
             metric="mse",

@@ -45,10 +45,10 @@ class GDN(nn.Module):
 
 
 class Down(nn.Module):
-    """k×k convolution with stride 2 and padding k // 2, computed as space-to-depth + stride 1.
+    """k×k convolution with stride 2 and padding k // 2; odd sides are padded.
 
-    Same result as the strided form; on XLA's CPU backend the gradient of the strided form is an
-    order of magnitude slower. The parameter is the plain k×k kernel. Odd sides are padded.
+    On XLA's CPU backend the gradient of the strided form is an order of magnitude slower than that
+    of space-to-depth + stride 1, which is taken there.
     """
 
     features: int
@@ -70,22 +70,24 @@ class Down(nn.Module):
         return y
 
 
+@jax.custom_vjp
 def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Stride-2 cross-correlation with zero padding k // 2 on the left, as many as needed right."""
-    n, h, w, c = x.shape
-    x = jnp.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
-    if jax.default_backend() != "cpu" or kernel.shape[0] == 1:
-        pad = kernel.shape[0] // 2
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (2, 2),
-            [(pad, max(pad - 1, 0))] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-    h, w = (h + 1) // 2, (w + 1) // 2
+    x, pad = _even(x), kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), [(pad, max(pad - 1, 0))] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _even(x):
+    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+
+
+def _down_by_blocks(x, kernel):
+    """`down_by_two` as a convolution with stride 1 of 2×2 blocks of pixels."""
+    x, (size, _, c, features) = _even(x), kernel.shape
+    n, h, w = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
     x = x.reshape(n, h, 2, w, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, 4 * c)
-    size, features = kernel.shape[0], kernel.shape[-1]
     left = size // 2  # output o reads inputs 2o - left ... 2o - left + size - 1
     lead = left % 2  # zeros in front make the window start on an even input
     blocks = (size + lead + 1) // 2
@@ -99,6 +101,19 @@ def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
         [(before, blocks - 1 - before)] * 2,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+def _down_forward(x, kernel):
+    return down_by_two(x, kernel), (x, kernel)
+
+
+def _down_backward(saved, gradient):
+    on_cpu = jax.default_backend() == "cpu" and saved[1].shape[0] > 1
+    form = _down_by_blocks if on_cpu else down_by_two.fun
+    return jax.vjp(form, *saved)[1](gradient)
+
+
+down_by_two.defvjp(_down_forward, _down_backward)
 
 
 def orthogonal_window(size: int):
