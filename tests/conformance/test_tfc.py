@@ -73,18 +73,27 @@ def latents(spread):
     return values
 
 
+def ours_if_equal(theirs, symbols, index, own):
+    """Our strings of a batch, which must be `theirs`; and what we read in theirs, the symbols."""
+    ours = [
+        range_coder.encode(image.ravel(), rows.ravel(), own)
+        for image, rows in zip(symbols, index, strict=True)
+    ]
+    assert ours == theirs.tolist()
+    for string, image, rows in zip(theirs, symbols, index, strict=True):
+        back = range_coder.decode(string, rows.ravel(), own)
+        np.testing.assert_array_equal(back, image.ravel())
+    return ours
+
+
 def test_factorised_strings_both_ways(batched):
     """Rows cycle with the channel; symbols are rounded after the quantisation offset is taken."""
     own = frozen(batched)
     offset = batched.quantization_offset.numpy()
     y = latents(6.0)
     symbols = np.rint(y - offset).astype(np.int32)
-    index = np.tile(np.arange(SHAPE[-1], dtype=np.int32), SHAPE[1] * SHAPE[2])
-    theirs = batched.compress(y).numpy()
-    ours = [range_coder.encode(image.ravel(), index, own) for image in symbols]
-    assert ours == theirs.tolist()
-    for string, image in zip(theirs, symbols, strict=True):
-        np.testing.assert_array_equal(range_coder.decode(string, index, own), image.ravel())
+    index = np.broadcast_to(np.arange(SHAPE[-1], dtype=np.int32), SHAPE)
+    ours = ours_if_equal(batched.compress(y).numpy(), symbols, index, own)
     decoded = batched.decompress(tf.constant(ours), SHAPE[1:3]).numpy()
     np.testing.assert_array_equal(decoded, symbols.astype(np.float32) + offset)
 
@@ -95,14 +104,7 @@ def test_gaussian_strings_both_ways(indexed):
     y = latents(1.0) * scale_of(index.astype(np.float32)).numpy()
     symbols = np.rint(y).astype(np.int32)
     theirs = indexed.compress(y, index[..., None].astype(np.float32)).numpy()
-    ours = [
-        range_coder.encode(image.ravel(), rows.ravel(), own)
-        for image, rows in zip(symbols, index, strict=True)
-    ]
-    assert ours == theirs.tolist()
-    for string, image, rows in zip(theirs, symbols, index, strict=True):
-        back = range_coder.decode(string, rows.ravel(), own)
-        np.testing.assert_array_equal(back, image.ravel())
+    ours = ours_if_equal(theirs, symbols, index, own)
     decoded = indexed.decompress(tf.constant(ours), index[..., None].astype(np.float32)).numpy()
     np.testing.assert_array_equal(decoded, symbols)
 
@@ -144,14 +146,7 @@ def test_our_tables_serve_their_location_scale_model(precision, tail_mass):
     assert (symbols > reach).any() and (symbols < own.offsets[index]).any()  # escapes
     # A tensor, since `compress` subtracts the mean in place.
     theirs = model.compress(tf.constant(y), index.astype(np.float32), mean).numpy()
-    ours = [
-        range_coder.encode(image.ravel(), rows.ravel(), own)
-        for image, rows in zip(symbols, index, strict=True)
-    ]
-    assert ours == theirs.tolist()
-    for string, image, rows in zip(theirs, symbols, index, strict=True):
-        back = range_coder.decode(string, rows.ravel(), own)
-        np.testing.assert_array_equal(back, image.ravel())
+    ours = ours_if_equal(theirs, symbols, index, own)
     decoded = model.decompress(tf.constant(ours), index.astype(np.float32), mean).numpy()
     np.testing.assert_array_equal(decoded, y)
 
