@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from icm_jax.errors import IcmError
+from icm_jax.files import write_whole
 
 
 def manager(folder: str | os.PathLike, keep: int = 2) -> ocp.CheckpointManager:
@@ -69,10 +70,5 @@ def _host_template(folder: pathlib.Path, step: int):
 
 
 def write_json(path: str | os.PathLike, content) -> None:
-    """Writes JSON whole or not at all."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Writes JSON whole or not at all; IcmError if it cannot be written."""
+    write_whole(path, json.dumps(content, indent=1, sort_keys=True).encode())

@@ -7,8 +7,8 @@
     icm eval FOLDER                         rate and distortion beside JPEG, WebP, ...
     icm completion bash                     a script that completes all this in the shell
 
-Without --model they use the model in the package, where there is one. Several files are taken at
-once; `-` is standard input or output. A file is written whole or not at all, and none is
+Without --model they use the model in the package, which is for photographs. Several files are taken
+at once; `-` is standard input or output. A file is written whole or not at all, and none is
 overwritten without --force. Exit codes: 0 all done, 1 some files failed (each with one line on
 standard error), 2 wrong usage.
 """
@@ -23,6 +23,7 @@ import sys
 import time
 
 from icm_jax.errors import IcmError
+from icm_jax.files import write_whole
 
 QUALITIES = (0, 25, 50, 75, 100)
 RIVALS = {  # points of each; of JPEG 2000 in dB
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         own.set_defaults(run=run)
         own.add_argument("files", nargs="+", metavar=files).complete = shtab.FILE
         if model:
-            text = "codec file (.icmc); default: the model in the package, if it has one"
+            text = "codec file (.icmc); default: the model in the package"
             own.add_argument("--model", "-m", help=text).complete = shtab.FILE
         return own
 
@@ -328,9 +329,9 @@ def _write_results(folder: pathlib.Path, rows: list[dict], means: list[dict]) ->
     writer.writeheader()
     writer.writerows(rows)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "results.csv", text.getvalue().encode())
+    write_whole(folder / "results.csv", text.getvalue().encode())
     content = json.dumps({"means": means, "images": rows}, indent=1)
-    _write(folder / "results.json", content.encode())
+    write_whole(folder / "results.json", content.encode())
     measures = [key for key in ("psnr", "ms_ssim") if means[0][key] is not None]
     figure = Figure(figsize=(5.5 * len(measures), 4.5), dpi=110)
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
@@ -344,7 +345,7 @@ def _write_results(folder: pathlib.Path, rows: list[dict], means: list[dict]) ->
         axis.legend()
     picture = io.BytesIO()
     figure.savefig(picture, bbox_inches="tight")
-    _write(folder / "curves.png", picture.getvalue())
+    write_whole(folder / "curves.png", picture.getvalue())
 
 
 def read_image(data: bytes, name: str):
@@ -407,7 +408,7 @@ def _each(options, convert, suffix: str) -> int:
                 sys.stdout.buffer.write(content)
                 sys.stdout.buffer.flush()
             else:
-                _write(target, content)
+                write_whole(target, content)
         except IcmError as error:
             failed += _failed(name, error)
     return int(failed > 0)
@@ -436,22 +437,6 @@ def _read(name: str) -> bytes:
         return pathlib.Path(name).read_bytes()
     except OSError as error:
         raise IcmError(f"cannot read {name}: {error.strerror or error}") from error
-
-
-def _write(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise IcmError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load(path: str | None):

@@ -22,6 +22,7 @@ from icm_jax import views
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.data import open_source, pipeline
 from icm_jax.evaluators.metrics import bd_rate
+from icm_jax.files import write_whole
 
 
 class Measure(NamedTuple):
@@ -72,8 +73,8 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     parts += _samples(config, runs, workdir)
     parts += [("h2", "Training"), ("image", _draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]
-    _write(workdir / "report.md", _markdown(parts))
-    _write(workdir / "report.html", _html(parts, workdir))
+    write_whole(workdir / "report.md", _markdown(parts).encode())
+    write_whole(workdir / "report.html", _html(parts, workdir).encode())
     return workdir / "report.html"
 
 
@@ -376,12 +377,6 @@ def _html(parts, workdir) -> str:
 def _save(figure, path: pathlib.Path) -> str:
     figure.savefig(path, bbox_inches="tight")
     return path.name
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _read_json(path: pathlib.Path, absent):

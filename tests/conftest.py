@@ -15,6 +15,8 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from small import BUILT, small_codec  # noqa: E402
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -25,3 +27,9 @@ def real_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}; set ICM_JAX_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session", params=list(BUILT))
+def frozen(request):
+    """A frozen codec of every kind."""
+    return small_codec(request.param)

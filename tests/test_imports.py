@@ -8,9 +8,10 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "icm_jax"
-BASE = {"errors"}
+BASE = {"errors", "files"}
 ALLOWED = {
     "errors": set(),
+    "files": {"errors"},
     "ops": set(),
     "views": BASE,
     "coding": BASE,

@@ -244,6 +244,7 @@ CODEC = dict(
     kind="mean_scale_hyperprior",
     width=4,
     channels=6,
+    last=5,
     levels=2,
     dtype="float32",
     metric="mse",
@@ -278,6 +279,8 @@ def test_image_compression_weighs_each_image_by_its_own_quality():
         (dict(metric="ms_ssim"), "176"),
         (dict(kind="context"), "no image codec 'context'"),
         (dict(width=0), "at least 1"),
+        (dict(width=(4, 4, 4)), "one number or four"),
+        (dict(last=7), "sides 3 or 5"),
     ],
 )
 def test_bad_image_compression_configs_are_refused(change, message):

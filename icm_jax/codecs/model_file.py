@@ -5,6 +5,7 @@ configuration, fingerprint, licence, description), `variables/...` and `tables/.
 half precision holds exactly are stored in it, and come back as float32.
 """
 
+import io
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import numpy as np
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
+from icm_jax.files import write_whole
 
 BOXED = pathlib.Path(__file__).parent.parent / "models" / "photo.icmc"
 """The model in the package; models/photo.md is its card."""
@@ -49,18 +51,9 @@ def save(
         "description": description,
     }
     arrays["model.json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise IcmError(f"cannot write the codec {path}: {error.strerror or error}") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    archive = io.BytesIO()
+    np.savez_compressed(archive, **arrays)
+    write_whole(path, archive.getvalue())
 
 
 def describe(path: str | os.PathLike) -> dict:

@@ -1,0 +1,65 @@
+"""Codec files: every bit comes back, damage is named, half precision saves what it promises."""
+
+import jax
+import numpy as np
+import pytest
+from small import encoded, images
+
+import icm_jax
+from icm_jax.codecs import CODECS, bitstream, image_codec, model_file
+from icm_jax.errors import IcmError
+
+
+def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
+    path = tmp_path / "codec.icmc"
+    model_file.save(path, frozen)
+    loaded = model_file.load(path, CODECS)
+    assert loaded.fingerprint == frozen.fingerprint
+    batch = images(1, 9, 12, 3)
+    assert encoded(loaded, batch) == encoded(frozen, batch)
+    assert [p.name for p in tmp_path.iterdir()] == ["codec.icmc"]
+    data = path.read_bytes()
+    middle = len(data) // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 16]) + data[middle + 1 :]
+    for damaged in (data[:middle], b"", flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(IcmError, match=r"codec\.icmc"):
+            model_file.load(path, CODECS)
+    with pytest.raises(IcmError, match="absent"):
+        model_file.load(tmp_path / "absent", CODECS)
+
+
+def test_a_package_without_a_model_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_file, "BOXED", tmp_path / "photo.icmc")
+    with pytest.raises(IcmError, match="no model in the package; train one"):
+        icm_jax.load()
+
+
+def test_a_codec_file_says_what_it_is(frozen, tmp_path, monkeypatch):
+    path = tmp_path / "codec.icmc"
+    model_file.save(path, frozen, licence="CC0", description="for tests")
+    about = model_file.describe(path)
+    assert (about["licence"], about["description"]) == ("CC0", "for tests")
+    assert about["fingerprint"] == frozen.fingerprint.hex()
+    monkeypatch.setattr(model_file, "VERSION", 2)
+    with pytest.raises(IcmError, match="of version 1, this icm_jax reads version 2"):
+        model_file.load(path, CODECS)
+
+
+def test_weights_that_half_precision_holds_take_half_the_file(tmp_path):
+    built = image_codec("scale_hyperprior", 16, 16)
+    sample = images(2, 64, 64, 3)
+    variables = jax.jit(built.init)(jax.random.key(1), sample)
+    whole = bitstream.freeze(built, variables, sample)
+    half = bitstream.freeze(built, variables, sample, weights="float16")
+    sizes = []
+    for name, frozen in (("whole", whole), ("half", half)):
+        model_file.save(tmp_path / name, frozen)
+        assert model_file.load(tmp_path / name, CODECS).fingerprint == frozen.fingerprint
+        sizes.append((tmp_path / name).stat().st_size)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert sizes[0] - sizes[1] > 0.5 * weights  # of 2 bytes each; many compress well
+    leaves = zip(*map(jax.tree.leaves, (half.variables, whole.variables)), strict=True)
+    assert all(np.allclose(a, b, rtol=2**-11, atol=1e-7) for a, b in leaves if a.dtype.kind == "f")
+    with pytest.raises(IcmError, match="float32 or float16"):
+        bitstream.freeze(built, variables, sample, weights="int3")
