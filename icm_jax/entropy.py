@@ -159,12 +159,23 @@ def gaussian_bits(y: jax.Array, index: jax.Array, mean: jax.Array | None = None)
       index: float [...], the scale's place in the table of 64 scales, as the hyper-synthesis gives
         it; a real number in training, whole where a decoder has to agree.
       mean: float [...] or None for zero (Ballé 2018; Minnen 2018 with a mean).
+
+    Far outside the price goes with the logarithm of the distance, as the coder's does, whose
+    tables end there and escape (`_FAR`, `_FAR_BITS`). The square of the distance, which a Gaussian
+    asks, would let a few badly predicted elements drown all others' gradients.
     """
     centred = y.astype(jnp.float32) if mean is None else (y - mean).astype(jnp.float32)
     scale = scale_of(index)
-    centre = -jnp.abs(centred)
+    distance = jnp.abs(centred)
+    edge = 0.5 + _FAR * scale
+    centre = -jnp.minimum(distance, edge)
     log_upper, log_lower = (_log_normal_cdf((centre + s) / scale) for s in (0.5, -0.5))
-    return -(log_upper + _log1mexp(log_upper - log_lower)) / _LN2
+    near = -(log_upper + _log1mexp(log_upper - log_lower)) / _LN2
+    return near + _FAR_BITS / _LN2 * jnp.log(jnp.maximum(distance / edge, 1.0))
+
+
+_FAR = 5.0  # scales; the tables' tail mass of 2^-16 lies beyond 4.3
+_FAR_BITS = 6.0  # per doubling of the distance; an escape costs 2, but 2 pulls too weakly
 
 
 def _log_normal_cdf(x):
