@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
     own.add_argument("--no-rivals", action="store_true", help="leave the other formats out")
     text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
-    own.add_argument("--rates", type=float, nargs=2, default=(0.15, 1.0), help=text)
+    own.add_argument("--rates", type=_rate, nargs=2, default=(0.15, 1.0), help=text)
     text = "print a completion script: put it where your shell looks for such"
     own = commands.add_parser("completion", help=text, description=text)
     own.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
@@ -116,6 +116,14 @@ def _quality(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not a quality from 0 to 100")
+    return value
+
+
+def _rate(text: str) -> float:
+    """Bits per pixel on the command line."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
     return value
 
 
@@ -199,6 +207,8 @@ def _eval(options) -> int:
     from icm_jax.data.sources import SUFFIXES
     from icm_jax.evaluators import classical, metrics
 
+    if not options.rates[0] < options.rates[1]:
+        raise IcmError("--rates takes the lower rate first")
     codec = _load(options.model)
     if not codec.codec.qualities and options.quality:
         raise IcmError("this model has one rate; leave --quality out")
@@ -356,7 +366,7 @@ def read_image(data: bytes, name: str):
     Raises: IcmError if the bytes are not a whole image.
     """
     import numpy as np
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -370,6 +380,10 @@ def read_image(data: bytes, name: str):
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise IcmError(
+            f"cannot read {name}: it is no image of a format that Pillow knows"
+        ) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise IcmError(f"cannot read the image {name}: {error}") from error
 
@@ -380,6 +394,8 @@ def write_image(image, suffix: str) -> bytes:
 
     file = io.BytesIO()
     kind = Image.registered_extensions().get(suffix.lower())
+    if kind is None:
+        raise IcmError(f"no image format has the suffix {suffix!r}; use .png")
     try:
         Image.fromarray(image).save(file, kind)
     except (KeyError, OSError, ValueError) as error:
@@ -450,7 +466,8 @@ def _load(path: str | None):
 
 
 def _failed(name: str, error: Exception) -> int:
-    print(f"icm: {name}: {error}", file=sys.stderr)
+    named = name in str(error).replace(":", " ").replace(";", " ").split()
+    print(f"icm: {error}" if named else f"icm: {name}: {error}", file=sys.stderr)
     return 1
 
 

@@ -87,6 +87,8 @@ def _read(path, take: Callable):
             about = _about(file)
             if about["version"] == VERSION:
                 return about, take(file)
+    except OSError as error:
+        raise IcmError(f"cannot read the codec {path}: {error.strerror or error}") from error
     except Exception as error:  # the errors of zipfile, zlib, JSON and NumPy have no common base
         raise IcmError(f"{path} is not a readable codec file: {error}") from error
     raise IcmError(
