@@ -4,7 +4,7 @@
     python -m icm_jax.main --config=configs/hyperprior.py:sweep    # a model per λ, three kinds
     python -m icm_jax.main --config=configs/hyperprior.py:large    # N = 192, M = 320
     python -m icm_jax.main --config=configs/hyperprior.py:boxed --config.data.path=PHOTOS
-                                                                   # the model for the package
+                                                                   # the model in the package
 
 On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 """
@@ -100,18 +100,19 @@ def large() -> dict:
 
 
 def boxed() -> dict:
-    """The model that is meant for the package: small, every rate, on photographs at their own size.
+    """The model in the package: small, every rate, on photographs at their own size.
 
     Narrow where the image is large, wide where it is small: M bounds what the highest rates can say
     (of the 768 numbers in 16×16 pixels the first 160 principal components give 34 dB, 256 give 42).
     Most weights are in the last layer; with kernels of 3×3 there, in half precision, they stay
-    below 2 MiB.
+    below 2 MiB. Views of 256 pixels give hyper-latents of 4×4; with 2×2, all of them at an edge,
+    photographs took 28 % more bits whole than in pieces of 128 pixels.
     """
     config = demo()
     config["data"] = dict(name="photos", path="", canvas=321)
     config["model"].update(width=(24, 48, 96, 32), channels=256, last=3, levels=6)
-    config["model"].update(lambdas=(0.001, 0.04), size=128, straight_through=True)
-    config["train"].update(steps=40_000, batch_size=4, warmup_steps=500, log_every=50)
+    config["model"].update(lambdas=(0.001, 0.04), size=256, straight_through=True)
+    config["train"].update(steps=11_000, batch_size=2, warmup_steps=500, log_every=50)
     config["train"].update(save_every=500)
     config["codec_file"].update(
         weights="float16",

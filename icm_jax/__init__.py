@@ -1,6 +1,6 @@
 """icm_jax: learned image coding for machines as well as for humans.
 
-    codec = icm_jax.load("model.icmc")
+    codec = icm_jax.load()                       # the model in the package, or a path
     data = codec.compress(image, quality=50)     # uint8 [H, W, 3] or [H, W] -> bytes
     image = codec.decompress(data)
 
@@ -16,7 +16,7 @@ def load(path=None):
     """The codec in a file that `icm_jax.codecs.model_file.save` wrote; see `FrozenCodec`.
 
     Args:
-      path: of an .icmc file; the model in the package, where there is one, if left out.
+      path: of an .icmc file; left out, the model in the package, for photographs (models/photo.md).
 
     Raises: IcmError if the file is missing, damaged or not a codec. Nothing in it is executed.
     """

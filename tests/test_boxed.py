@@ -1,0 +1,91 @@
+"""The model in the package: it serves from installation on, and its files decode anywhere.
+
+tests/golden/scene.icm was written once, by write_scene.py, from scene.png; scene.npz holds the
+latents, and the pixels that came back. Every environment that runs this test decodes it anew.
+"""
+
+import hashlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import icm_jax
+from icm_jax.codecs import bitstream, model_file
+from icm_jax.evaluators import classical, metrics
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+IN_ANOTHER_PROCESS = """
+import pathlib, sys
+import numpy as np
+import icm_jax
+from icm_jax.codecs import bitstream
+latents = bitstream.decode_latents(icm_jax.load(), pathlib.Path(sys.argv[1]).read_bytes()).latents
+np.savez(sys.argv[2], y=latents["y"], z=latents["z"])
+"""
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return icm_jax.load()
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return np.asarray(Image.open(GOLDEN / "scene.png").convert("RGB"))
+
+
+def test_a_file_of_another_environment_decodes(codec):
+    data = (GOLDEN / "scene.icm").read_bytes()
+    expected = np.load(GOLDEN / "scene.npz")
+    latents = bitstream.decode_latents(codec, data).latents
+    for name in ("z", "y"):
+        np.testing.assert_array_equal(latents[name], expected[name])
+    image = codec.decompress(data).astype(int)
+    assert np.abs(image - expected["image"]).max() <= 1
+
+
+def test_fast_arithmetic_changes_no_latent(tmp_path):
+    """The float networks may round as they like; what the coder needs is integers."""
+    expected = np.load(GOLDEN / "scene.npz")
+    flags = "--xla_cpu_enable_fast_math=true --xla_cpu_fast_math_honor_nans=false"
+    environment = dict(os.environ, XLA_FLAGS=flags, JAX_DEFAULT_MATMUL_PRECISION="bfloat16")
+    arguments = [GOLDEN / "scene.icm", tmp_path / "latents.npz"]
+    command = [sys.executable, "-c", IN_ANOTHER_PROCESS, *map(str, arguments)]
+    subprocess.run(command, check=True, env=environment)
+    given = np.load(tmp_path / "latents.npz")
+    for name in ("z", "y"):
+        np.testing.assert_array_equal(given[name], expected[name])
+
+
+def test_quality_is_a_scale_and_it_beats_jpeg(codec, scene):
+    sizes, scores = [], []
+    for quality in (0, 33.3, 66.6, 100):
+        data = codec.compress(scene, quality)
+        sizes.append(len(data))
+        scores.append(metrics.psnr(scene, codec.decompress(data)))
+    assert sizes == sorted(sizes) and scores == sorted(scores)
+    assert sizes[-1] > 4 * sizes[0] and scores[-1] > scores[0] + 5
+    files = (classical.encode(scene, "jpeg", quality) for quality in range(1, 96))
+    jpeg = next(f for f in files if metrics.psnr(scene, classical.decode(f)) >= scores[1])
+    assert len(jpeg) - classical.table_bytes(jpeg) > sizes[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17, 3), (130, 70, 3), (64, 64)])
+def test_any_size(codec, shape):
+    image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    back = codec.decompress(codec.compress(image, 100))
+    assert back.shape == shape and back.dtype == np.uint8
+
+
+def test_its_file_is_small_and_says_where_it_comes_from(codec):
+    assert model_file.BOXED.stat().st_size <= 2 << 20
+    about = model_file.describe(model_file.BOXED)
+    assert about["licence"] and "configs/hyperprior.py:boxed" in about["description"]
+    card = model_file.BOXED.with_suffix(".md").read_text()
+    assert codec.fingerprint.hex() in card
+    assert hashlib.sha256(model_file.BOXED.read_bytes()).hexdigest() in card
