@@ -332,6 +332,7 @@ def _table(rows: list[dict]) -> str:
 
 
 def _write_results(folder: pathlib.Path, rows: list[dict], means: list[dict]) -> None:
+    import numpy as np
     from matplotlib.figure import Figure
 
     text = io.StringIO()
@@ -348,9 +349,12 @@ def _write_results(folder: pathlib.Path, rows: list[dict], means: list[dict]) ->
     for axis, key in zip(axes, measures, strict=True):
         for name in dict.fromkeys(row["codec"] for row in means):
             curve = sorted((row["bpp"], row[key]) for row in means if row["codec"] == name)
-            axis.plot(*zip(*curve, strict=True), marker="o", label=name)
+            rates, scores = np.array(curve).T
+            if key == "ms_ssim":  # in decibels, or all good files lie on one line
+                scores = -10 * np.log10(np.maximum(1 - scores, 1e-9))
+            axis.plot(rates, scores, marker="o", label=name)
         axis.set_xlabel("bits per pixel")
-        axis.set_ylabel({"psnr": "PSNR [dB]", "ms_ssim": "MS-SSIM"}[key])
+        axis.set_ylabel({"psnr": "PSNR [dB]", "ms_ssim": "-10 log10(1 - MS-SSIM) [dB]"}[key])
         axis.grid(alpha=0.3)
         axis.legend()
     picture = io.BytesIO()

@@ -129,7 +129,10 @@ def test_models_that_cannot_serve_are_refused(tmp_path, photos, capsys):
     sample = np.zeros((1, 32, 32, 3), np.uint8)
     variables = jax.jit(built.init)(jax.random.key(1), sample)
     model_file.save(tmp_path / "features.icmc", bitstream.freeze(built, variables, sample))
-    for name, message in (("features.icmc", "codes no images"), ("absent", "not a readable")):
+    for name, message in (
+        ("features.icmc", "codes no images"),
+        ("absent", "cannot read the codec"),
+    ):
         code, _, errors = icm("compress", photos / "a.png", "-m", tmp_path / name, capsys=capsys)
         assert code == 2 and message in errors
 

@@ -1,7 +1,8 @@
 """Classical formats as rivals: whole files, measured, through well-kept encoders.
 
 JPEG, WebP, AVIF and HEIF code YCbCr 4:2:0. JPEG uses optimised Huffman tables (libjpeg-turbo), WebP
-its slowest method, AVIF libavif's default speed; JPEG 2000 (OpenJPEG) the irreversible wavelet.
+its slowest method, AVIF libavif's default speed; JPEG 2000 (OpenJPEG) the irreversible wavelet and
+colour transform.
 HEIF (libheif with x265) and JPEG XL (libjxl) come with the extra `formats`.
 """
 
@@ -18,7 +19,7 @@ FORMATS = {
     "jpeg": {"optimize": True, "subsampling": "4:2:0"},
     "webp": {"method": 6},
     "avif": {"subsampling": "4:2:0", "speed": 6},
-    "jpeg2000": {"quality_mode": "dB", "irreversible": True},
+    "jpeg2000": {"quality_mode": "dB", "irreversible": True, "mct": 1},
     "heif": {"chroma": 420},
     "jxl": {},
 }
