@@ -4,6 +4,7 @@ from icm_jax.errors import IcmError
 from icm_jax.tasks.classification import classification
 from icm_jax.tasks.compression import compression
 from icm_jax.tasks.contrastive import contrastive
+from icm_jax.tasks.detection import detection
 from icm_jax.tasks.image_compression import image_compression
 from icm_jax.tasks.segmentation import segmentation
 from icm_jax.tasks.task import Task
@@ -14,6 +15,7 @@ TASKS = {
     "image_compression": image_compression,
     "classification": classification,
     "segmentation": segmentation,
+    "detection": detection,
 }
 
 

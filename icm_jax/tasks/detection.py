@@ -1,0 +1,98 @@
+"""YOLOv3 detection (Redmon and Farhadi 2018): loss over three scales, boxes after suppression.
+
+    image -> Part(0, all layers) -> raw outputs -> loss against targets, or boxes
+
+Per object, weighted 2 - area: binary cross-entropy of its offsets in the cell, half the squared
+error of its log size; and cross-entropy of each class on its own. Objectness is asked of all
+anchors but those that overlap some object by more than half without being responsible for it. Sums
+over anchors, means over images.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from icm_jax import boxes
+from icm_jax.nets import yolo
+from icm_jax.tasks.task import TRAIN, Aux, Task, apply
+
+IGNORED = 0.5
+"""Overlap with an object above which an anchor that is not responsible is not asked."""
+
+
+def anchors() -> list[jax.Array]:
+    """Per scale, coarsest first, float32 [3, 2]: (width, height) as fractions of the image."""
+    return [jnp.asarray(np.float32(own) / 416.0) for own in yolo.ANCHORS]
+
+
+def detection(config) -> Task:
+    """The task.
+
+    Fields: classes, width, depth, dtype (of `yolo.layers`); least, overlap, limit (of
+    `boxes.suppress`). Batches hold "image" uint8 [N, H, W, 3], sides multiples of 32, "boxes"
+    float32 [N, B, 4], "box_labels" int32 [N, B], "box_valid" bool [N, B].
+    """
+    table = yolo.layers(config.classes, config.width, config.depth)
+    whole = yolo.Part(table, 0, len(table), jnp.dtype(config.dtype))
+
+    def init(key, batch):
+        own = whole.init(key, scaled(batch["image"][:1]), train=False)
+        return {name: {"detector": tree} for name, tree in own.items()}
+
+    def loss(variables, batch, key, step):
+        del key, step
+        outputs, stats = apply(whole, variables, "detector", scaled(batch["image"]), True)
+        metrics = losses(outputs, batch["boxes"], batch["box_labels"], batch["box_valid"])
+        return sum(metrics.values()), Aux(metrics, {"batch_stats": {"detector": stats}})
+
+    def predict(variables, batch):
+        outputs, _ = apply(whole, variables, "detector", scaled(batch["image"]), False)
+        found = detections(outputs, config.limit, config.overlap, config.least)
+        return found._asdict()
+
+    return Task(init, loss, predict, groups=lambda name: TRAIN)
+
+
+def scaled(image):
+    """uint8 on 0...255 -> float32 on 0...1."""
+    return image.astype(jnp.float32) / 255.0
+
+
+def losses(outputs, truth, labels, valid) -> dict[str, jax.Array]:
+    """{"place", "objectness", "class"}: float32 scalars; see the head of this file.
+
+    Args:
+      outputs: per scale float32 [N, h, w, 3, 5 + K].
+      truth: float32 [N, B, 4]; labels: int32 [N, B]; valid: bool [N, B].
+    """
+    classes = outputs[0].shape[-1] - 5
+    grids = [raw.shape[1:3] for raw in outputs]
+    wanted = boxes.targets(truth, labels, valid, anchors(), grids, classes)
+    place = objectness = kind = jnp.float32(0.0)
+    cross = optax.sigmoid_binary_cross_entropy
+    for raw, target, own in zip(outputs, wanted, anchors(), strict=True):
+        n = raw.shape[0]
+        there = target.weight > 0
+        given = boxes.place(jax.lax.stop_gradient(raw), own).reshape(n, -1, 4)
+        overlap = jnp.where(valid[:, None, :], boxes.iou(given, truth), 0.0).max(-1)
+        asked = there | (overlap.reshape(there.shape) <= IGNORED)
+        offsets = cross(raw[..., :2], target.boxes[..., 1::-1]).sum(-1)
+        sizes = 0.5 * jnp.square(raw[..., 2:4] - target.boxes[..., 3:1:-1]).sum(-1)
+        place += (target.weight * (offsets + sizes)).sum() / n
+        truly = there.astype(jnp.float32)
+        objectness += jnp.where(asked, cross(raw[..., 4], truly), 0.0).sum() / n
+        kind += (truly * cross(raw[..., 5:], target.classes).sum(-1)).sum() / n
+    return {"place": place, "objectness": objectness, "class": kind}
+
+
+def detections(outputs, limit: int, overlap: float, least: float) -> boxes.Detections:
+    """Boxes of raw outputs; a class's score is objectness times its own probability."""
+    n = outputs[0].shape[0]
+    found, scores = [], []
+    for raw, own in zip(outputs, anchors(), strict=True):
+        found.append(boxes.place(raw, own).reshape(n, -1, 4))
+        probability = jax.nn.sigmoid(raw[..., 4:5]) * jax.nn.sigmoid(raw[..., 5:])
+        scores.append(probability.reshape(n, -1, raw.shape[-1] - 5))
+    placed, scored = jnp.concatenate(found, axis=1), jnp.concatenate(scores, axis=1)
+    return boxes.suppress(placed, scored, limit, overlap, least, candidates=5 * limit)

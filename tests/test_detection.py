@@ -1,0 +1,105 @@
+"""The detection task: outputs that say the truth cost nothing and give it back; training learns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from icm_jax import boxes
+from icm_jax.tasks import build_task
+from icm_jax.tasks.detection import anchors, detections, losses
+
+TRUTH = np.float32([[[0.1, 0.2, 0.3, 0.25], [0.3, 0.1, 0.95, 0.9], [0, 0, 0, 0]]])
+LABELS, VALID = jnp.array([[2, 0, 1]]), jnp.array([[True, True, False]])
+GRIDS = [(2, 3), (4, 6), (8, 12)]
+
+
+def truthful(sure=12.0):
+    """Raw outputs that mean TRUTH."""
+    outputs = []
+    wanted = boxes.targets(jnp.asarray(TRUTH), LABELS, VALID, anchors(), GRIDS, 3)
+    for target in wanted:
+        inner = jnp.clip(target.boxes[..., 1::-1], 1e-5, 1 - 1e-5)
+        there = target.weight[..., None] > 0
+        outputs.append(
+            jnp.concatenate(
+                [
+                    jnp.log(inner / (1 - inner)),
+                    target.boxes[..., 3:1:-1],
+                    jnp.where(there, sure, -sure),
+                    jnp.where(target.classes > 0, sure, -sure),
+                ],
+                axis=-1,
+            )
+        )
+    return outputs
+
+
+def test_outputs_that_say_the_truth_give_it_back():
+    found = detections(truthful(), 10, 0.5, 0.3)
+    assert found.valid.sum() == 2
+    order = np.argsort(np.asarray(found.labels[0, :2]))[::-1]
+    assert np.asarray(found.labels)[0, order].tolist() == [2, 0]
+    np.testing.assert_allclose(np.asarray(found.boxes)[0, order], TRUTH[0, :2], atol=1e-4)
+
+
+def test_they_cost_nothing_beyond_what_offsets_must():
+    """Cross-entropy of an offset is least, not zero, at the offset itself."""
+    given = jax.jit(losses)(truthful(), jnp.asarray(TRUTH), LABELS, VALID)
+    assert given["objectness"] < 0.01 and given["class"] < 0.01
+    shifted = [raw.at[..., :2].add(0.3) for raw in truthful()]
+    worse = jax.jit(losses)(shifted, jnp.asarray(TRUTH), LABELS, VALID)
+    assert worse["place"] > given["place"] + 0.01
+    other = jax.jit(losses)(truthful(), jnp.asarray(TRUTH), LABELS.at[0, 1].set(1), VALID)
+    np.testing.assert_allclose(other["class"] - given["class"], 24.0, rtol=1e-3)
+    # What is not valid is not there.
+    moved = jnp.asarray(TRUTH).at[0, 2].set(jnp.array([0.5, 0.5, 0.9, 0.7]))
+    same = jax.jit(losses)(truthful(), moved, LABELS, VALID)
+    assert all(same[name] == given[name] for name in given)
+
+
+def test_near_misses_are_not_asked():
+    """An anchor that overlaps the object by half, but is not responsible, costs nothing."""
+    outputs = truthful()
+    coarse = outputs[0]
+    (n, y, x, a) = np.argwhere(coarse[..., 4] > 0)[0]
+    own, other = anchors()[0][a], anchors()[0][a - 1]
+    near = coarse[n, y, x, a].at[2:4].add(jnp.log(own / other)).at[4].set(5.0)
+    outputs[0] = coarse.at[n, y, x, a - 1].set(near)
+    arguments = jnp.asarray(TRUTH), LABELS, VALID
+    assert losses(outputs, *arguments)["objectness"] < 0.01
+    outputs[0] = outputs[0].at[n, y, x, a - 1, 2].add(-3.0)  # too narrow: a false alarm
+    assert losses(outputs, *arguments)["objectness"] > 4.0
+
+
+def test_a_small_detector_learns_a_batch():
+    config = dict(name="detection", classes=3, width=1 / 16, depth=0.1, dtype="float32")
+    task = build_task(ConfigDict(config | dict(least=0.1, overlap=0.5, limit=8)))
+    image = np.random.default_rng(0).integers(0, 60, (2, 64, 96, 3)).astype(np.uint8)
+    image[:, 20:60, 10:86] += 150
+    batch = {
+        "image": image,
+        "boxes": np.tile(np.float32([[[20 / 64, 10 / 96, 60 / 64, 86 / 96]]]), (2, 1, 1)),
+    }
+    batch |= {"box_labels": np.ones((2, 1), np.int32), "box_valid": np.ones((2, 1), bool)}
+    optimiser = optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.02, momentum=0.9))
+    variables = jax.jit(task.init)(jax.random.key(0), batch)
+
+    @jax.jit
+    def step(variables, state):
+        def loss(params):
+            return task.loss(dict(variables, params=params), batch, None, None)
+
+        (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        updates, state = optimiser.update(gradient, state)
+        params = optax.apply_updates(variables["params"], updates)
+        return dict(params=params, **aux.collections), state, value
+
+    state, values = optimiser.init(variables["params"]), []
+    for _ in range(60):
+        variables, state, value = step(variables, state)
+        values.append(float(value))
+    assert values[-1] < 0.2 * values[0], values
+    found = boxes.Detections(**task.predict(variables, batch))
+    assert found.boxes.shape == (2, 8, 4)
