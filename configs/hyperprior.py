@@ -104,7 +104,7 @@ def boxed() -> dict:
 
     Narrow where the image is large, wide where it is small: M bounds what the highest rates can say
     (of the 768 numbers in 16×16 pixels the first 160 principal components give 34 dB, 256 give 42).
-    Most weights are in the last layer; with kernels of 3×3 there, in half precision, they stay
+    The last layer is the largest; with kernels of 3×3 there, in half precision, the file stays
     below 2 MiB. Views of 256 pixels give hyper-latents of 4×4; with 2×2, all of them at an edge,
     photographs took 28 % more bits whole than in pieces of 128 pixels.
     """

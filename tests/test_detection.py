@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from ml_collections import ConfigDict
 
 from icm_jax import boxes
+from icm_jax.errors import IcmError
 from icm_jax.tasks import build_task
 from icm_jax.tasks.detection import anchors, detections, losses
 
@@ -83,6 +85,8 @@ def test_a_small_detector_learns_a_batch():
         "boxes": np.tile(np.float32([[[20 / 64, 10 / 96, 60 / 64, 86 / 96]]]), (2, 1, 1)),
     }
     batch |= {"box_labels": np.ones((2, 1), np.int32), "box_valid": np.ones((2, 1), bool)}
+    with pytest.raises(IcmError, match="learns from boxes"):
+        task.loss({}, {"image": image}, None, None)
     optimiser = optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.02, momentum=0.9))
     variables = jax.jit(task.init)(jax.random.key(0), batch)
 

@@ -25,6 +25,9 @@ def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(IcmError, match=r"codec\.icmc"):
             model_file.load(path, CODECS)
+    path.write_bytes(b"{}")
+    with pytest.raises(IcmError, match=r"codec\.icmc is not a readable codec file.*no archive"):
+        model_file.load(path, CODECS)
     with pytest.raises(IcmError, match="absent"):
         model_file.load(tmp_path / "absent", CODECS)
 

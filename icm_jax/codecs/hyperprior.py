@@ -135,7 +135,7 @@ def image_codec(
         sides, and of the hyperprior. channels: M, of the latent y.
       levels: of quality; with more than one the rate is chosen when encoding.
       dtype: of analysis and synthesis.
-      last: side of the kernels between 1/8 and 1/16 of the image's sides, where most weights are.
+      last: side of the kernels between 1/8 and 1/16 of the image's sides, the largest of all.
 
     Raises: IcmError for an unknown kind, numbers below 1, or kernels that are not 3 or 5.
     """

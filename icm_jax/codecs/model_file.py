@@ -83,14 +83,19 @@ def _read(path, take: Callable):
             "configs/hyperprior.py and give its codec.icmc"
         )
     try:
-        with open(path, "rb") as stored, np.load(stored, allow_pickle=False) as file:
-            about = _about(file)
-            if about["version"] == VERSION:
-                return about, take(file)
+        with open(path, "rb") as stored:
+            if stored.read(len(MAGIC)) != MAGIC:  # NumPy would speak of pickles
+                raise ValueError("no archive")
+            stored.seek(0)
+            with np.load(stored, allow_pickle=False) as file:
+                about = _about(file)
+                if about["version"] == VERSION:
+                    return about, take(file)
     except OSError as error:
         raise IcmError(f"cannot read the codec {path}: {error.strerror or error}") from error
     except Exception as error:  # the errors of zipfile, zlib, JSON and NumPy have no common base
-        raise IcmError(f"{path} is not a readable codec file: {error}") from error
+        reason = f"{path} is not a readable codec file: truncated, damaged or of other origin"
+        raise IcmError(f"{reason} ({error})") from error
     raise IcmError(
         f"{path} is a codec file of version {about['version']}, this icm_jax reads version "
         f"{VERSION}; use the release that wrote it, or freeze the trained model again"

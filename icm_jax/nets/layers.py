@@ -73,6 +73,10 @@ class Down(nn.Module):
 @jax.custom_vjp
 def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Stride-2 cross-correlation with zero padding k // 2 on the left, as many as needed right."""
+    return _down_by_stride(x, kernel)
+
+
+def _down_by_stride(x, kernel):
     x, pad = _even(x), kernel.shape[0] // 2
     return jax.lax.conv_general_dilated(
         x, kernel, (2, 2), [(pad, max(pad - 1, 0))] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -109,7 +113,7 @@ def _down_forward(x, kernel):
 
 def _down_backward(saved, gradient):
     on_cpu = jax.default_backend() == "cpu" and saved[1].shape[0] > 1
-    form = _down_by_blocks if on_cpu else down_by_two.fun
+    form = _down_by_blocks if on_cpu else _down_by_stride
     return jax.vjp(form, *saved)[1](gradient)
 
 

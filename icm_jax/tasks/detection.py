@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from icm_jax import boxes
+from icm_jax.errors import IcmError
 from icm_jax.nets import yolo
 from icm_jax.tasks.task import TRAIN, Aux, Task, apply
 
@@ -42,6 +43,10 @@ def detection(config) -> Task:
 
     def loss(variables, batch, key, step):
         del key, step
+        if "boxes" not in batch:
+            raise IcmError(
+                "detection learns from boxes, and the batches of this data set have none"
+            )
         outputs, stats = apply(whole, variables, "detector", scaled(batch["image"]), True)
         metrics = losses(outputs, batch["boxes"], batch["box_labels"], batch["box_valid"])
         return sum(metrics.values()), Aux(metrics, {"batch_stats": {"detector": stats}})
