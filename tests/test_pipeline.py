@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 
 from icm_jax.data import geometry, pipeline
-from icm_jax.data.sources import Source
+from icm_jax.data.sources import Objects, Source
 from icm_jax.errors import IcmError
 
 CANVAS = (4, 4)
@@ -244,3 +244,54 @@ def test_image_and_mask_stay_aligned(height, width, canvas):
     labels = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
     assert fitted.shape == labels.shape == canvas
     assert np.abs(fitted.sum(axis=1) - labels.sum(axis=1, dtype=int)).max() <= 1
+
+
+def shown(boxes, labels, ignored, size=(30, 20)):
+    """A source of one picture of this (width, height)."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (200, 100, 50)).save(file, "PNG")
+    objects = Objects(np.float32(boxes), np.int32(labels), np.array(ignored))
+    example = {"image": file.getvalue(), "label": None, "name": "shown", "objects": objects}
+    return Source("shown", 1, ("a", "b"), lambda index: example)
+
+
+def test_boxes_come_letterboxed_largest_first():
+    given = [[0, 0, 0.5, 0.2], [0, 0, 1, 1], [0.25, 0.5, 0.75, 1], [0, 0, 0.1, 0.1]]
+    source = shown(given, [0, 1, 1, 0], [False, True, False, False])
+    options = dict(batch_size=2, canvas=(16, 12), boxes=3)
+    for batch in (
+        next(pipeline.in_order(source, **options)),
+        next(pipeline.batches(source, seed=0, stop=1, **options)),
+    ):
+        assert batch["image"].shape == (2, 16, 12, 3) and batch["valid"][0]
+        assert batch["extent"][0].tolist() == [8, 12]
+        assert (batch["image"][0, :8] == [200, 100, 50]).all()
+        assert (batch["image"][0, 8:] == geometry.GREY).all()
+        np.testing.assert_allclose(
+            batch["boxes"][0], [[0, 0, 0.5, 1], [0.125, 0.5, 0.375, 1], [0, 0, 0.25, 0.2]]
+        )
+        assert batch["box_labels"][0].tolist() == [1, 1, 0]
+        assert batch["box_valid"][0].tolist() == [False, True, True]
+        assert batch["box_ignored"][0].tolist() == [True, False, False]
+    few = next(pipeline.in_order(source, batch_size=1, canvas=(16, 12), boxes=6))
+    assert few["box_valid"].sum() == 3 and few["box_ignored"].sum() == 1
+    padding = next(pipeline.in_order(source, **options))
+    assert not padding["valid"][1] and not padding["box_valid"][1].any()
+
+
+def test_boxes_of_data_without_any():
+    with pytest.raises(IcmError, match=r"has no boxes; data\.boxes asks for them"):
+        next(pipeline.batches(numbered(3), batch_size=1, seed=0, canvas=CANVAS, stop=1, boxes=2))
+
+
+@hypothesis.given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_letterboxed_pictures_touch_two_sides(height, width, down, across):
+    canvas = (down, across)
+    image = np.zeros((height, width, 3), np.uint8)
+    boxed, (h, w) = geometry.letterbox(image, canvas)
+    assert boxed.shape == (*canvas, 3) and (h == canvas[0] or w == canvas[1])
+    assert not boxed[:h, :w].any() and (boxed[h:] == geometry.GREY).all()
+    assert (boxed[:, w:] == geometry.GREY).all()
+    scale = min(canvas[0] / height, canvas[1] / width)
+    assert abs(h - height * scale) < 1 and abs(w - width * scale) < 1

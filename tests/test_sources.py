@@ -326,6 +326,7 @@ def test_lists_are_text(tmp_path):
     [
         (dict(image_id=1, category_id=7, bbox=[1, 2]), "not COCO JSON: ValueError"),
         (dict(image_id=1, category_id=8, bbox=[1, 2, 3, 4]), "not COCO JSON: KeyError 8"),
+        (dict(image_id=2, category_id=7, bbox=[1, 2, 3, 4]), "not COCO JSON: KeyError 2"),
     ],
 )
 def test_wrong_coco_annotations(tmp_path, annotation, message):
@@ -336,7 +337,7 @@ def test_wrong_coco_annotations(tmp_path, annotation, message):
 def write_coco(root, annotations):
     save(root / "images/1.png")
     content = dict(
-        images=[dict(id=1, file_name="1.png")],
+        images=[dict(id=1, file_name="1.png", width=10, height=8)],
         annotations=annotations,
         categories=[dict(id=7, name="seven"), dict(id=9, name="nine")],
     )
@@ -350,7 +351,43 @@ def test_coco_label_is_the_largest_box_but_no_crowd(tmp_path):
 
     crowd = boxed(9, 7, iscrowd=1)
     assert write_coco(tmp_path, [boxed(3, 7), boxed(5, 9), crowd]).load(0)["label"] == 1
-    assert write_coco(tmp_path, [crowd]).length == 0
+    assert write_coco(tmp_path, [crowd]).load(0)["label"] is None
+
+
+def test_coco_boxes_are_corners_as_fractions(tmp_path):
+    annotations = [
+        dict(image_id=1, category_id=9, bbox=[1, 2, 5, 4], iscrowd=0),
+        dict(image_id=1, category_id=7, bbox=[0, 0, 10, 8], iscrowd=1),
+        dict(image_id=1, category_id=7, bbox=[3, 3, 0, 4]),  # no area
+    ]
+    objects = write_coco(tmp_path, annotations).load(0)["objects"]
+    np.testing.assert_allclose(objects.boxes, [[0.25, 0.1, 0.75, 0.6], [0, 0, 1, 1]], rtol=1e-6)
+    assert objects.labels.tolist() == [1, 0] and objects.ignored.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", ["coco/2014", "voc/2012"])
+def test_tfds_boxes(prepared, name):
+    source = open_source(ConfigDict(dict(name=name, path=prepared)), "validation")
+    found = [source.load(i)["objects"] for i in range(5)]  # TFDS shuffles when it writes
+    found = {tuple(objects.labels.tolist()): objects for objects in found}
+    assert set(found) == {(3, 7, 9), (), (11,), (5, 6), (5,)}
+    np.testing.assert_allclose(found[3, 7, 9].boxes[1], [0.1, 0.1, 0.6, 0.6], rtol=1e-6)
+    assert not found[3, 7, 9].ignored.any() and found[()].boxes.shape == (0, 4)
+    assert found[5, 6].ignored.tolist() == [name == "coco/2014", False]
+
+
+def test_every_box_of_the_real_sets_is_read(real_data):
+    for name, split, images, boxes in (
+        ("detect", "train", 128, 929),
+        ("detect", "validation", 64, 475),
+        ("detect_raccoon", "train", 116, 127),
+        ("detect_raccoon", "validation", 29, 31),
+    ):
+        source = opened("coco_json", real_data / name, split)
+        found = [source.load(i)["objects"].boxes for i in range(source.length)]
+        assert (len(found), sum(map(len, found))) == (images, boxes)
+        found = np.concatenate(found)
+        assert (found > -0.01).all() and (found < 1.01).all()
 
 
 def test_a_missing_coco_file_is_named_once(tmp_path):

@@ -8,24 +8,22 @@ from icm_jax.errors import IcmError
 
 
 class Dataset(NamedTuple):
-    """keys: what examples have beside the image ("label", "mask"); open: (config, split)."""
+    """keys: what examples have beside the image (label, mask, objects); open: (config, split)."""
 
     keys: tuple[str, ...]
     open: Callable[..., sources.Source]
 
 
 DATASETS = {
-    "scenes": Dataset(("label", "mask"), sources.scenes_source),
+    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source),
     "folder": Dataset(("label",), sources.folder),
     "photos": Dataset((), sources.photos),
-    "coco_json": Dataset(("label",), sources.coco_json),
+    "coco_json": Dataset(("label", "objects"), sources.coco_json),
     "mask_folder": Dataset(("mask",), sources.mask_folder),
-    "imagenet2012": Dataset(
-        ("label",), sources.tfds_source("imagenet2012", lambda example: example["label"])
-    ),
-    "coco/2014": Dataset(("label",), sources.tfds_source("coco/2014", sources.largest_object)),
-    "coco/2017": Dataset(("label",), sources.tfds_source("coco/2017", sources.largest_object)),
-    "voc/2012": Dataset(("label",), sources.tfds_source("voc/2012", sources.largest_object)),
+    "imagenet2012": Dataset(("label",), sources.tfds_source("imagenet2012")),
+    "coco/2014": Dataset(("label", "objects"), sources.tfds_source("coco/2014")),
+    "coco/2017": Dataset(("label", "objects"), sources.tfds_source("coco/2017")),
+    "voc/2012": Dataset(("label", "objects"), sources.tfds_source("voc/2012")),
 }
 
 

@@ -1,4 +1,4 @@
-"""Images and masks on the host: decoding, and fitting to the fixed canvas of a batch."""
+"""Images, masks and boxes on the host: decoding, and fitting to the fixed canvas of a batch."""
 
 import io
 
@@ -10,6 +10,8 @@ from icm_jax.errors import IcmError
 
 IGNORE = 255
 """The class id of pixels without one."""
+GREY = 128
+"""Of the bars beside a letterboxed image."""
 
 
 def decode_image(data: bytes, name: str, smallest: int = 0) -> np.ndarray:
@@ -82,3 +84,23 @@ def fit(array: np.ndarray, canvas: tuple[int, int], resample=Image.Resampling.BI
         array = np.asarray(Image.fromarray(array).resize(size, resample))
     top, left = (array.shape[0] - canvas[0]) // 2, (array.shape[1] - canvas[1]) // 2
     return array[top : top + canvas[0], left : left + canvas[1]]
+
+
+def letterbox(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """Scales so that the whole image just fits; it lies top left, the rest of the canvas is grey.
+
+    Args:
+      image: uint8 [H, W, 3]. canvas: (height, width).
+    Returns: uint8 [*canvas, 3] and (height, width) of the image in it.
+    """
+    height, width = image.shape[:2]
+    scale = min(canvas[0] / height, canvas[1] / width)
+    h, w = (
+        min(side, max(1, round(own * scale)))
+        for side, own in zip(canvas, (height, width), strict=True)
+    )
+    if (h, w) != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+    boxed = np.full((*canvas, 3), GREY, np.uint8)
+    boxed[:h, :w] = image
+    return boxed, (h, w)

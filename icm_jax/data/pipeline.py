@@ -28,6 +28,7 @@ def batches(
     start: int = 0,
     stop: int,
     features: np.ndarray | None = None,
+    boxes: int = 0,
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -40,13 +41,19 @@ def batches(
       seed: of the order of examples; every epoch has its own permutation.
       canvas: (height, width) of the images.
       features: [source.length, ...], given in place of the images as "feature".
+      boxes: above 0, images are letterboxed and come with their objects, at most so many, the
+        largest.
       threads: decoding threads; default: all cores.
 
     Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
       "mask": uint8 [b, *canvas] where the source has them}, b = B / processes. Rows whose
       example has no label (COCO images without an object) are not "valid".
+      With `boxes`, {"image", "valid", "extent": int32 [b, 2], height and width of the picture in
+      its canvas, "boxes": float32 [b, boxes, 4] as fractions of the canvas, "box_labels": int32
+      [b, boxes], "box_valid" and "box_ignored": bool [b, boxes]}; no two of these are both set.
 
-    Raises: IcmError if B does not divide, the source is empty or an image cannot be read.
+    Raises: IcmError if B does not divide, the source is empty or has no objects where they are
+      asked for, or an image cannot be read.
     """
     rows = _own_rows(batch_size, process, processes)
     _check(source)
@@ -59,6 +66,8 @@ def batches(
 
     def load(position):
         number = int(permutation(position // source.length)[position % source.length])
+        if boxes:
+            return _boxed_example(source, number, canvas, boxes)
         return _example(source, number, canvas, None if features is None else features[number])
 
     return _parallel(load, rows, batch_size, start, stop, threads)
@@ -77,6 +86,7 @@ def in_order(
     batch_size: int,
     canvas: tuple[int, int],
     limit: int | None = None,
+    boxes: int = 0,
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -90,10 +100,15 @@ def in_order(
     _check(source)
     length = source.length if limit is None else min(limit, source.length)
 
+    def whole(number):
+        if boxes:
+            return _boxed_example(source, number, canvas, boxes)
+        return _example(source, number, canvas)
+
     def load(position):
         if position < length:
-            return _example(source, position, canvas)
-        example = _example(source, 0, canvas)  # its keys; the content is blanked
+            return whole(position)
+        example = whole(0)  # its keys; the content is blanked
         blanks = {"mask": geometry.IGNORE}
         return {key: np.full_like(value, blanks.get(key, 0)) for key, value in example.items()}
 
@@ -152,3 +167,30 @@ def _example(
             geometry.check_aspect(image, mask, loaded["name"])
         example["mask"] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
     return example
+
+
+def _boxed_example(source: Source, number: int, canvas: tuple[int, int], rows: int) -> dict:
+    """One row of a batch with boxes."""
+    loaded = source.load(number)
+    if "objects" not in loaded:
+        raise IcmError(f"{source.name} has no boxes; data.boxes asks for them")
+    image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
+    image, extent = geometry.letterbox(image, canvas)
+    objects = loaded["objects"]
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    order = np.argsort(-sides.prod(axis=1), kind="stable")[:rows]
+    scale = np.float32(extent) / np.float32(canvas)
+    ignored = objects.ignored[order]
+
+    def padded(values):
+        return np.pad(values, [(0, rows - len(order))] + [(0, 0)] * (values.ndim - 1))
+
+    return {
+        "valid": np.bool_(True),
+        "image": image,
+        "extent": np.int32(extent),
+        "boxes": padded(objects.boxes[order] * np.tile(scale, 2)),
+        "box_labels": padded(objects.labels[order]),
+        "box_valid": padded(~ignored),
+        "box_ignored": padded(ignored),
+    }

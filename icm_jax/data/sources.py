@@ -1,7 +1,7 @@
 """Random-access sources of coded examples: the embedded scenes, TFDS data sets, one's own folders.
 
 A source knows its class names and loads example i as {"image": bytes, "label": int,
-"mask": bytes, "name": str}, with the keys that the data set has.
+"mask": bytes, "objects": Objects, "name": str}, with the keys that the data set has.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,14 +27,25 @@ from icm_jax.errors import IcmError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
+class Objects(NamedTuple):
+    """What an image shows: boxes float32 [k, 4], (ymin, xmin, ymax, xmax) as fractions of its
+    sides; labels int32 [k]; ignored bool [k], a crowd or too difficult: no example to learn from,
+    and neither a hit nor a miss in evaluation."""
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignored: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Examples by number.
 
     Attributes:
       name: for messages. length: number of examples. classes: label names.
-      load: number -> {"image": bytes, "name": str, and "label": int and/or "mask": bytes}; the
-        label is None where a labelled data set has none for this image.
+      load: number -> {"image": bytes, "name": str, and "label": int, "mask": bytes, "objects":
+        Objects if it has them}; the label is None where a labelled data set has none for this
+        image. With objects, it is that of the largest which is not ignored.
       mask_classes: names of the class ids in masks.
     """
 
@@ -55,7 +67,7 @@ def scenes_source(config, split: str) -> Source:
     sizes = {k: config[k] for k in fields if k in config}
     builder = scenes.prepared(config.get("path") or cache_folder(), **sizes)
     names = tuple(scenes.CLASSES)
-    return _from_builder(builder, split, names, ("background", *names), lambda e: e["label"])
+    return _from_builder(builder, split, names, ("background", *names))
 
 
 def folder(config, split: str) -> Source:
@@ -115,10 +127,7 @@ def photos(config, split: str) -> Source:
 
 
 def coco_json(config, split: str) -> Source:
-    """COCO format: `images/` beside `train.json` and `val.json`.
-
-    The label of an image is the category of its largest box; images without a box are left out.
-    """
+    """COCO format: `images/` beside `train.json` and `val.json`; boxes without an area are none."""
     root = _existing(config)
     file = root / {"train": "train.json", "validation": "val.json"}[split]
     text = _read(file)
@@ -126,23 +135,28 @@ def coco_json(config, split: str) -> Source:
         content = json.loads(text)
         categories = sorted(content["categories"], key=lambda c: c["id"])
         number = {category["id"]: index for index, category in enumerate(categories)}
-        largest: dict[int, tuple[float, int]] = {}
-        for box in content["annotations"]:
-            _, _, width, height = box["bbox"]
-            area = width * height
-            if not box.get("iscrowd") and area > largest.get(box["image_id"], (-1.0, 0))[0]:
-                largest[box["image_id"]] = (area, number[box["category_id"]])
-        images = [image for image in content["images"] if image["id"] in largest]
-        paths = [root / "images" / image["file_name"] for image in images]
-        labels = [largest[image["id"]][1] for image in images]
+        images = {image["id"]: image for image in content["images"]}
+        found: dict[int, list[tuple]] = {name: [] for name in images}
+        for given in content["annotations"]:
+            x, y, width, height = given["bbox"]
+            across, down = (images[given["image_id"]][side] for side in ("width", "height"))
+            box = y / down, x / across, (y + height) / down, (x + width) / across
+            kind, crowd = number[given["category_id"]], bool(given.get("iscrowd"))
+            if width > 0 and height > 0:
+                found[given["image_id"]].append((box, kind, crowd))
+        paths = [root / "images" / image["file_name"] for image in images.values()]
+        objects = [
+            _objects(*zip(*rows, strict=True)) if rows else _objects() for rows in found.values()
+        ]
         classes = tuple(category["name"] for category in categories)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise IcmError(f"{file} is not COCO JSON: {type(error).__name__} {error}") from error
 
     def load(index):
-        return {"image": _read(paths[index]), "label": labels[index], "name": str(paths[index])}
+        example = {"image": _read(paths[index]), "name": str(paths[index])}
+        return example | {"objects": objects[index], "label": largest(objects[index])}
 
-    return Source(str(file), len(images), classes, load)
+    return Source(str(file), len(paths), classes, load)
 
 
 def mask_folder(config, split: str) -> Source:
@@ -170,7 +184,7 @@ def mask_folder(config, split: str) -> Source:
     return Source(str(root), len(stems), (), load, names)
 
 
-def tfds_source(name: str, label: Callable[[dict], int]) -> Callable:
+def tfds_source(name: str) -> Callable:
     """Opens a prepared TFDS data set: array_record files below data.path or TFDS's own folder."""
 
     def open_source(config, split: str) -> Source:
@@ -179,7 +193,7 @@ def tfds_source(name: str, label: Callable[[dict], int]) -> Callable:
             warnings.simplefilter("ignore")
             try:  # from the files alone: the code that made some of them imports TensorFlow
                 builder = read_only_builder.builder_from_files(name, data_dir=path)
-                source = _from_builder(builder, split, (), (), label)
+                source = _from_builder(builder, split, (), ())
             except Exception as error:
                 reason = str(error).split("\n")[0]
                 raise IcmError(_prepare(name, path, reason)) from error
@@ -190,28 +204,38 @@ def tfds_source(name: str, label: Callable[[dict], int]) -> Callable:
     return open_source
 
 
-def largest_object(example: dict) -> int | None:
-    """Label of the largest box of a TFDS detection example, crowds aside; None without a box."""
-    objects = example["objects"]
-    boxes = np.asarray(objects["bbox"], np.float32).reshape(-1, 4)
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    areas = np.where(np.asarray(objects.get("is_crowd", np.zeros(len(boxes))), bool), -1, areas)
-    if not (areas >= 0).any():
-        return None
-    return int(objects["label"][int(np.argmax(areas))])
+def largest(objects: Objects) -> int | None:
+    """Label of the largest box that is not ignored; None without one."""
+    sides = np.maximum(objects.boxes[:, 2:] - objects.boxes[:, :2], 0)
+    areas = np.where(objects.ignored, -1, sides.prod(axis=1))
+    return int(objects.labels[np.argmax(areas)]) if (areas >= 0).any() else None
 
 
-def _from_builder(builder, split, classes, mask_classes, label) -> Source:
-    skip = tfds.decode.SkipDecoding()
-    decoders = {key: skip for key in ("image", "mask") if key in builder.info.features}
+def _objects(boxes=(), labels=(), ignored=()) -> Objects:
+    return Objects(
+        np.asarray(boxes, np.float32).reshape(-1, 4),
+        np.asarray(labels, np.int32),
+        np.asarray(ignored, bool),
+    )
+
+
+def _from_builder(builder, split, classes, mask_classes) -> Source:
+    skip, features = tfds.decode.SkipDecoding(), builder.info.features
+    decoders = {key: skip for key in ("image", "mask") if key in features}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         data = builder.as_data_source(split=split, decoders=decoders)
 
     def load(index):
         example = data[index]
-        loaded = {"image": example["image"], "label": label(example)}
-        loaded["name"] = f"{builder.name} {split} {index}"
+        loaded = {"image": example["image"], "name": f"{builder.name} {split} {index}"}
+        if "objects" in features:
+            given = example["objects"]
+            flags = given.get("is_crowd", given.get("is_difficult", np.zeros(len(given["label"]))))
+            loaded["objects"] = _objects(given["bbox"], given["label"], flags)
+            loaded["label"] = largest(loaded["objects"])
+        if "label" in features:
+            loaded["label"] = int(example["label"])
         if mask_classes:
             loaded["mask"] = example["mask"]
         return loaded
