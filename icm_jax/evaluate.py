@@ -10,10 +10,10 @@ Each entry of `run.evaluate` gives records, one per point of a curve:
 For codecs of images, decoded images at their full size are held against the originals instead.
 
 A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
-images, bpp (measured), top1 / top5, miou, or psnr and ms_ssim_db (means over images, of MS-SSIM m
-as -10 log10(1 - m)); of JPEG and WebP also bpp_without_tables; of streams also bpp_estimated,
-bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed its estimate
-+ 1 %), encode_ms and decode_ms (median of an image, networks included).
+images, bpp (measured), top1 / top5, miou, map50 / map, or psnr and ms_ssim_db (means over images,
+of MS-SSIM m as -10 log10(1 - m)); of JPEG and WebP also bpp_without_tables; of streams also
+bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed
+its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included).
 """
 
 import json
@@ -31,7 +31,7 @@ from icm_jax.codecs import bitstream, model_file
 from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.errors import IcmError
-from icm_jax.evaluators import Accuracy, MeanIoU, classical, metrics
+from icm_jax.evaluators import Accuracy, AveragePrecision, MeanIoU, classical, metrics
 from icm_jax.evaluators.metrics import bpp
 from icm_jax.tasks import build_task
 from icm_jax.train import complete
@@ -94,14 +94,17 @@ def freeze(codec, variables, run, config) -> bitstream.FrozenCodec:
 def score(task, variables, frozen, point: str, source, run, config) -> dict:
     """Rate and accuracy of one point over the validation split."""
     predict = jax.jit(task.predict)
-    if "mask" in run.needs:
-        tally, side = MeanIoU(config.mask_classes), config.size
-    else:
-        tally, side = Accuracy(), config.size
+    tallies = {"mask": lambda: MeanIoU(config.mask_classes)}
+    tallies["objects"] = lambda: AveragePrecision(config.classes)
+    tally = next((make() for key, make in tallies.items() if key in run.needs), None) or Accuracy()
+    side = config.size
     on_device = jax.device_put(variables, jax.devices()[0])
     sizes, parts = [], []
     batches = pipeline.evaluation_batches(
-        source, batch_size=run.batch_size, canvas=(run.data.canvas,) * 2
+        source,
+        batch_size=run.batch_size,
+        canvas=(run.data.canvas,) * 2,
+        boxes=run.data.get("boxes", 0),
     )
     total = -(-source.length // run.batch_size)
     for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {point}", unit="batch"):
@@ -116,21 +119,43 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
         elif point == "pixels":
             inputs = {"image": images}
         else:
-            name, quality = point.split("-")
-            files = [classical.encode(image, name, int(quality)) for image in images[:count]]
-            sizes += [
-                (len(file), len(file) - (classical.table_bytes(file) if name == "jpeg" else 0))
-                for file in files
-            ]
-            inputs = {"image": _padded(np.stack([classical.decode(f) for f in files]), len(images))}
+            images, own = through_files(images, point, batch.get("extent"), count)
+            sizes += own
+            inputs = {"image": images}
         tally.update(jax.device_get(predict(on_device, inputs)), batch)
     record = {**tally.result(), "images": source.length}
     if parts:
         record |= _of_parts(parts)
     elif sizes:
-        whole, bare = np.mean(sizes, axis=0)
-        record |= {"bpp": bpp(whole, side, side), "bpp_without_tables": bpp(bare, side, side)}
+        record |= _of_files(sizes)
     return record
+
+
+def through_files(images: np.ndarray, point: str, extents, count: int):
+    """(`images` after JPEG or WebP, (bpp, bpp without tables) of each of the first `count`).
+
+    Of letterboxed images, whose pictures have the `extents` (height, width), the picture alone is
+    coded.
+    """
+    method, _, quality = point.partition("-")
+    given, sizes = images.copy(), []
+    for row in range(count):
+        height, width = images.shape[1:3] if extents is None else extents[row]
+        picture = np.ascontiguousarray(images[row, :height, :width])
+        file = classical.encode(picture, method, int(quality))
+        given[row, :height, :width] = classical.decode(file)
+        sizes.append(_file_sizes(file, method, height, width))
+    return given, sizes
+
+
+def _file_sizes(file: bytes, method: str, height: int, width: int) -> tuple[float, float]:
+    bare = len(file) - (classical.table_bytes(file) if method == "jpeg" else 0)
+    return bpp(len(file), height, width), bpp(bare, height, width)
+
+
+def _of_files(sizes: list[tuple[float, float]]) -> dict:
+    whole, bare = np.mean(sizes, axis=0)
+    return {"bpp": float(whole), "bpp_without_tables": float(bare)}
 
 
 def _of_parts(parts: list[dict]) -> dict:
@@ -165,18 +190,14 @@ def score_images(frozen, point: str, source, name: str) -> dict:
         else:
             file = classical.encode(image, method, int(quality))
             given = classical.decode(file)
-            bare = len(file) - (classical.table_bytes(file) if method == "jpeg" else 0)
-            sizes.append([bpp(size, *image.shape[:2]) for size in (len(file), bare)])
+            sizes.append(_file_sizes(file, method, *image.shape[:2]))
         small = min(image.shape[:2]) < metrics.SMALLEST
         m = None if small else metrics.ms_ssim(image, given)
         scores.append((metrics.psnr(image, given), None if small else metrics.decibels(m)))
     record = {"images": source.length, "psnr": float(np.mean([psnr for psnr, _ in scores]))}
     similar = [db for _, db in scores if db is not None]
     record |= {"ms_ssim_db": float(np.mean(similar))} if similar else {}
-    if parts:
-        return record | _of_parts(parts)
-    whole, bare = np.mean(sizes, axis=0)
-    return record | {"bpp": float(whole), "bpp_without_tables": float(bare)}
+    return record | (_of_parts(parts) if parts else _of_files(sizes))
 
 
 def through_stream(

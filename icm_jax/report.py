@@ -17,12 +17,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from icm_jax import views
+from icm_jax import checkpoint, views
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.data import open_source, pipeline
 from icm_jax.evaluators.metrics import bd_rate
 from icm_jax.files import write_whole
+from icm_jax.tasks import build_task
+from icm_jax.train import complete
 
 
 class Measure(NamedTuple):
@@ -39,9 +42,13 @@ MEASURES = (
     Measure("classify", "top1", "Classification, tail fine-tuned", "top-1 accuracy [%]", 100),
     Measure("linear", "top1", "Classification, linear", "top-1 accuracy [%]", 100),
     Measure("segment", "miou", "Semantic segmentation", "mIoU [%]", 100),
+    Measure("detect", "map50", "Detection, mAP at IoU 0.5", "mAP@0.5 [%]", 100),
+    Measure("detect", "map", "Detection, mAP at IoU 0.5 to 0.95", "mAP@[0.5:0.95] [%]", 100),
     Measure("image", "psnr", "Image quality, PSNR", "PSNR [dB]"),
     Measure("image", "ms_ssim_db", "Image quality, MS-SSIM", "MS-SSIM [dB]"),
 )
+DRAWN = 0.4
+"""Least score of a box that is drawn."""
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
 NAMES = {"omni": "Omni-ICM (α > 0)", "unfiltered": "α = 0 twin", "jpeg": "JPEG", "webp": "WebP"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
@@ -59,9 +66,8 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
         own = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
         if own:
             parts += [("h2", measure.title)]
-            name = f"rate_{measure.curve}.png"
-            if measure.curve == "image":
-                name = f"rate_{measure.key}.png"
+            several = [m.curve for m in MEASURES].count(measure.curve) > 1
+            name = f"rate_{measure.key if several else measure.curve}.png"
             parts += [("image", _draw_curves(own, workdir / name, measure))]
             seeds = len({record["seed"] for record in own})
             spread = "mean and population standard deviation over the seeds"
@@ -70,7 +76,11 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     streams = [record for record in records if record["kind"].startswith("stream")]
     if streams:
         parts += [("h2", "Bitstreams"), ("table", _stream_table(streams))]
-    parts += _samples(config, runs, workdir)
+    detectors = [run for run in runs if run.task.name == "detection" and run.name not in missing]
+    if detectors:
+        parts += _boxes(detectors[0], workdir)
+    if any(point.startswith("stream") for run in runs for point in run.evaluate):
+        parts += _samples(config, runs, workdir)
     parts += [("h2", "Training"), ("image", _draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]
     write_whole(workdir / "report.md", _markdown(parts).encode())
@@ -261,6 +271,45 @@ def _samples(config, runs, workdir) -> list[tuple[str, object]]:
     name = "features" if features else "images"
     title = "Decoded features" if features else "Decoded images"
     return [("h2", title), ("image", _save(figure, workdir / f"{name}.png"))]
+
+
+def _boxes(run, workdir) -> list[tuple[str, object]]:
+    """Validation images with the boxes that are there (dashed) and those that are found."""
+    source = open_source(run.data, "validation")
+    size = (run.data.canvas,) * 2
+    options = dict(batch_size=8, canvas=size, boxes=run.data.boxes, limit=8)
+    batch = next(pipeline.evaluation_batches(source, **options))
+    task = build_task(complete(run.task, source))
+    variables = checkpoint.load_variables(workdir / run.name)
+    found = jax.device_get(jax.jit(task.predict)(variables, {"image": batch["image"]}))
+    figure = Figure(figsize=(12, 6.5), dpi=110)
+    for row, axis in enumerate(figure.subplots(2, 4).ravel()):
+        axis.set_axis_off()
+        if not batch["valid"][row]:
+            continue
+        height, width = batch["extent"][row]
+        axis.imshow(batch["image"][row, :height, :width])
+        for box in batch["boxes"][row][batch["box_valid"][row]]:
+            draw_box(axis, box, size, "white", "--")
+        for i in np.flatnonzero(found["valid"][row] & (found["scores"][row] >= DRAWN)):
+            label = int(found["labels"][row, i])
+            text = f"{source.classes[label]} {found['scores'][row, i]:.2f}"
+            draw_box(axis, found["boxes"][row, i], size, f"C{label % 10}", "-", text)
+    figure.tight_layout()
+    text = f"Dashed: the truth. Lines: boxes with a score of at least {DRAWN}."
+    name = _save(figure, workdir / "boxes.png")
+    return [("h2", "Detections"), ("image", name), ("p", text)]
+
+
+def draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: str = "") -> None:
+    """A rectangle (ymin, xmin, ymax, xmax), fractions of `size` in pixels, and words above it."""
+    top, left, bottom, right = np.asarray(box) * np.tile(size, 2)
+    corner = (left - 0.5, top - 0.5)
+    axis.add_patch(
+        Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linestyle=style)
+    )
+    if text:
+        axis.text(*corner, text, color="white", backgroundcolor=colour, fontsize=6)
 
 
 def principal_colours(features: np.ndarray) -> np.ndarray:

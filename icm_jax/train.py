@@ -84,6 +84,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
             start=first,
             stop=run.steps,
             features=features,
+            boxes=run.data.get("boxes", 0),
             process=jax.process_index(),
             processes=jax.process_count(),
         )

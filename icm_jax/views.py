@@ -18,6 +18,7 @@ CROP_SCALE = (0.2, 1.0)
 JITTER = (0.4, 0.4, 0.4, 0.1)
 JITTER_P, GREY_P, BLUR_P, FLIP_P = 0.8, 0.2, 0.5, 0.5
 BLUR_SIGMA, BLUR_SIZE = (0.1, 2.0), 224
+SEEN = 1 / 3  # of a box, or it is none in a view
 LUMA = (0.299, 0.587, 0.114)
 
 
@@ -27,7 +28,7 @@ def contrastive(images: jax.Array, size: int, *, key: jax.Array) -> jax.Array:
     def one(image, key):
         keys = jax.random.split(key, 4)
         window = _random_window(keys[0], image.shape[:2], CROP_SCALE)
-        view = _resample(image.astype(jnp.float32) / 255.0, window, size)
+        view = _resample(image.astype(jnp.float32) / 255.0, window, (size, size))
         view = _jitter(view, keys[1])
         grey = jnp.broadcast_to(_luma(view), view.shape)
         view = jnp.where(jax.random.bernoulli(keys[2], GREY_P), grey, view)
@@ -54,11 +55,49 @@ def mild(
 
     def one(image, mask, key):
         window = _random_window(key, image.shape[:2], crop)
-        view = _resample(image.astype(jnp.float32), window, size)
+        view = _resample(image.astype(jnp.float32), window, (size, size))
         return view, None if mask is None else _nearest(mask, window, size)
 
     axes = (0, None if masks is None else 0, 0)
     return jax.vmap(one, axes)(images, masks, _row_keys(key, len(images)))
+
+
+def boxed(
+    images: jax.Array,
+    boxes: jax.Array,
+    valid: jax.Array,
+    *,
+    crop: tuple[float, float],
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Random resized crop, flip and colour jitter of images with boxes.
+
+    Args:
+      images: uint8 [N, H, W, 3]. boxes: float32 [N, B, 4] (ymin, xmin, ymax, xmax) as fractions;
+        valid: bool [N, B]. crop: least and largest share of the area that a view shows.
+    Returns: float32 [N, H, W, 3] on 0...255; the boxes as fractions of the view, cut at its sides;
+      and which are valid: at least a third of them must be seen (`SEEN`).
+    """
+    sides = jnp.array(images.shape[1:3], jnp.float32)
+
+    def one(image, own, key):
+        keys = jax.random.split(key)
+        window = _random_window(keys[0], image.shape[:2], crop)
+        top, left, height, width, flip = window
+        view = _resample(image.astype(jnp.float32) / 255.0, window, image.shape[:2])
+        view = 255.0 * _jitter(view, keys[1])
+        start, extent = jnp.tile(jnp.stack([top, left]), 2), jnp.tile(jnp.stack([height, width]), 2)
+        placed = (own * jnp.tile(sides, 2)[None] - start[None]) / extent[None]
+        mirrored = jnp.stack(
+            [placed[:, 0], 1.0 - placed[:, 3], placed[:, 2], 1.0 - placed[:, 1]], axis=1
+        )
+        placed = jnp.where(flip, mirrored, placed)
+        whole = jnp.prod(placed[:, 2:] - placed[:, :2], axis=1)
+        placed = jnp.clip(placed, 0.0, 1.0)
+        return view, placed, jnp.prod(placed[:, 2:] - placed[:, :2], axis=1) >= SEEN * whole
+
+    found, placed, seen = jax.vmap(one)(images, boxes, _row_keys(key, len(images)))
+    return found, placed, valid & seen
 
 
 def cut(images: jax.Array, size: int, *, key: jax.Array) -> jax.Array:
@@ -127,8 +166,8 @@ def _weights(start, extent, flip, size, length):
 
 def _resample(image, window, size):
     top, left, height, width, flip = window
-    rows = _weights(top, height, False, size, image.shape[0])
-    columns = _weights(left, width, flip, size, image.shape[1])
+    rows = _weights(top, height, False, size[0], image.shape[0])
+    columns = _weights(left, width, flip, size[1], image.shape[1])
     return _separable(image, rows, columns)
 
 

@@ -14,13 +14,19 @@ from icm_jax.tasks.detection import anchors, detections, losses
 
 TRUTH = np.float32([[[0.1, 0.2, 0.3, 0.25], [0.3, 0.1, 0.95, 0.9], [0, 0, 0, 0]]])
 LABELS, VALID = jnp.array([[2, 0, 1]]), jnp.array([[True, True, False]])
-GRIDS = [(2, 3), (4, 6), (8, 12)]
+GRIDS = [(2, 3), (4, 6), (8, 12)]  # of 64 × 96 pixels
+SCALE = 0.2
+
+
+@jax.jit
+def cost(outputs, truth, labels, valid):
+    return losses(outputs, truth, labels, valid, SCALE)
 
 
 def truthful(sure=12.0):
     """Raw outputs that mean TRUTH."""
     outputs = []
-    wanted = boxes.targets(jnp.asarray(TRUTH), LABELS, VALID, anchors(), GRIDS, 3)
+    wanted = boxes.targets(jnp.asarray(TRUTH), LABELS, VALID, anchors(GRIDS, SCALE), GRIDS, 3)
     for target in wanted:
         inner = jnp.clip(target.boxes[..., 1::-1], 1e-5, 1 - 1e-5)
         there = target.weight[..., None] > 0
@@ -39,25 +45,33 @@ def truthful(sure=12.0):
 
 
 def test_outputs_that_say_the_truth_give_it_back():
-    found = detections(truthful(), 10, 0.5, 0.3)
+    found = detections(truthful(), SCALE, 10, 0.5, 0.3)
     assert found.valid.sum() == 2
     order = np.argsort(np.asarray(found.labels[0, :2]))[::-1]
     assert np.asarray(found.labels)[0, order].tolist() == [2, 0]
     np.testing.assert_allclose(np.asarray(found.boxes)[0, order], TRUTH[0, :2], atol=1e-4)
 
 
+def test_anchors_are_in_pixels():
+    """As in Darknet, the same anchor is a smaller share of a larger image."""
+    whole = anchors([(13, 13), (26, 26), (52, 52)], 1.0)
+    np.testing.assert_allclose(whole[0][0], [116 / 416, 90 / 416], rtol=1e-6)
+    wide = anchors([(13, 26), (26, 52), (52, 104)], 0.5)
+    np.testing.assert_allclose(wide[2][2], [33 / 2 / 832, 23 / 2 / 416], rtol=1e-6)
+
+
 def test_they_cost_nothing_beyond_what_offsets_must():
     """Cross-entropy of an offset is least, not zero, at the offset itself."""
-    given = jax.jit(losses)(truthful(), jnp.asarray(TRUTH), LABELS, VALID)
+    given = cost(truthful(), jnp.asarray(TRUTH), LABELS, VALID)
     assert given["objectness"] < 0.01 and given["class"] < 0.01
     shifted = [raw.at[..., :2].add(0.3) for raw in truthful()]
-    worse = jax.jit(losses)(shifted, jnp.asarray(TRUTH), LABELS, VALID)
+    worse = cost(shifted, jnp.asarray(TRUTH), LABELS, VALID)
     assert worse["place"] > given["place"] + 0.01
-    other = jax.jit(losses)(truthful(), jnp.asarray(TRUTH), LABELS.at[0, 1].set(1), VALID)
+    other = cost(truthful(), jnp.asarray(TRUTH), LABELS.at[0, 1].set(1), VALID)
     np.testing.assert_allclose(other["class"] - given["class"], 24.0, rtol=1e-3)
     # What is not valid is not there.
     moved = jnp.asarray(TRUTH).at[0, 2].set(jnp.array([0.5, 0.5, 0.9, 0.7]))
-    same = jax.jit(losses)(truthful(), moved, LABELS, VALID)
+    same = cost(truthful(), moved, LABELS, VALID)
     assert all(same[name] == given[name] for name in given)
 
 
@@ -66,18 +80,22 @@ def test_near_misses_are_not_asked():
     outputs = truthful()
     coarse = outputs[0]
     (n, y, x, a) = np.argwhere(coarse[..., 4] > 0)[0]
-    own, other = anchors()[0][a], anchors()[0][a - 1]
+    own, other = anchors(GRIDS, SCALE)[0][a], anchors(GRIDS, SCALE)[0][a - 1]
     near = coarse[n, y, x, a].at[2:4].add(jnp.log(own / other)).at[4].set(5.0)
     outputs[0] = coarse.at[n, y, x, a - 1].set(near)
     arguments = jnp.asarray(TRUTH), LABELS, VALID
-    assert losses(outputs, *arguments)["objectness"] < 0.01
+    assert cost(outputs, *arguments)["objectness"] < 0.01
     outputs[0] = outputs[0].at[n, y, x, a - 1, 2].add(-3.0)  # too narrow: a false alarm
-    assert losses(outputs, *arguments)["objectness"] > 4.0
+    assert cost(outputs, *arguments)["objectness"] > 4.0
 
 
 def test_a_small_detector_learns_a_batch():
     config = dict(name="detection", classes=3, width=1 / 16, depth=0.1, dtype="float32")
-    task = build_task(ConfigDict(config | dict(least=0.1, overlap=0.5, limit=8)))
+    task = build_task(
+        ConfigDict(
+            config | dict(least=0.1, overlap=0.5, limit=8, anchor_scale=0.2, crop=(1.0, 1.0))
+        )
+    )
     image = np.random.default_rng(0).integers(0, 60, (2, 64, 96, 3)).astype(np.uint8)
     image[:, 20:60, 10:86] += 150
     batch = {
@@ -93,7 +111,7 @@ def test_a_small_detector_learns_a_batch():
     @jax.jit
     def step(variables, state):
         def loss(params):
-            return task.loss(dict(variables, params=params), batch, None, None)
+            return task.loss(dict(variables, params=params), batch, jax.random.key(1), None)
 
         (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
         updates, state = optimiser.update(gradient, state)

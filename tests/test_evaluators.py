@@ -5,7 +5,7 @@ import pytest
 import scipy.interpolate
 
 from icm_jax.errors import IcmError
-from icm_jax.evaluators import Accuracy, MeanIoU, classical, metrics
+from icm_jax.evaluators import Accuracy, AveragePrecision, MeanIoU, classical, metrics
 
 
 def test_accuracy_counts_valid_rows_once_in_any_batching():
@@ -35,6 +35,62 @@ def test_mean_iou_by_hand():
     score.update({"segments": segments}, {"mask": mask, "valid": np.array([True])})
     # class 0: 1/2, class 1: 2/4, class 2: 0/1, class 3 absent (its only pixel is ignored)
     assert score.result() == {"miou": 1 / 3, "pixel_accuracy": 3 / 5, "examples": 1}
+
+
+def scored(found, truth, ignored=(), parts=1):
+    """Average precision of images: found [(label, score, box)...], truth [(label, box)...]."""
+    score, rows = AveragePrecision(3), 4
+    for own in np.array_split(np.arange(len(found)), parts):
+        n = len(own)
+        batch = {"valid": np.ones(n, bool), "boxes": np.zeros((n, rows, 4), np.float32)}
+        batch |= {"box_labels": np.zeros((n, rows), int), "box_valid": np.zeros((n, rows), bool)}
+        batch |= {"box_ignored": np.zeros((n, rows), bool)}
+        given = {"boxes": np.zeros((n, rows, 4), np.float32), "labels": np.zeros((n, rows), int)}
+        given |= {"scores": np.zeros((n, rows)), "valid": np.zeros((n, rows), bool)}
+        for row, image in enumerate(own):
+            for i, (label, box) in enumerate(truth[image]):
+                batch["box_labels"][row, i], batch["boxes"][row, i] = label, box
+                crowd = (image, i) in ignored
+                batch["box_valid"][row, i], batch["box_ignored"][row, i] = not crowd, crowd
+            for i, (label, certainty, box) in enumerate(found[image]):
+                given["labels"][row, i], given["boxes"][row, i] = label, box
+                given["scores"][row, i], given["valid"][row, i] = certainty, True
+        score.update(given, batch)
+    return score.result()
+
+
+LEFT, RIGHT, WHOLE = (0, 0, 1, 0.5), (0, 0.5, 1, 1), (0, 0, 1, 1)
+NEAR = (0, 0, 1, 0.35)  # overlap 0.7 with LEFT: right at IoU 0.5, 0.55, 0.6, 0.65 and 0.7
+
+
+def test_average_precision_by_hand():
+    truth = [[(0, LEFT), (1, RIGHT)], [(0, WHOLE)], []]
+    right = [[(0, 0.9, LEFT), (1, 0.8, RIGHT)], [(0, 0.7, WHOLE)], []]
+    assert scored(right, truth) == pytest.approx({"map": 1.0, "map50": 1.0, "examples": 3})
+    # Class 0: of two boxes one is found, precision 1 up to recall 0.5, at 51 of 101 recalls.
+    missed = [right[0], [], []]
+    assert scored(missed, truth)["map50"] == pytest.approx((51 / 101 + 1) / 2)
+    # A false alarm that is surer than all: precision 1/2, then 2/3.
+    alarm = [right[0], right[1], [(0, 0.95, WHOLE)]]
+    assert scored(alarm, truth)["map50"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scored(alarm, truth, parts=3) == scored(alarm, truth)
+    # Another class, or too far, is no hit; a second box on one object is a false alarm.
+    assert scored([[(1, 0.9, LEFT)]], [[(0, LEFT)]])["map50"] == 0
+    twice = [[(0, 0.9, LEFT), (0, 0.8, LEFT)], [(0, 0.7, WHOLE)]]
+    assert scored(twice, [[(0, LEFT)], [(0, WHOLE)]])["map50"] == pytest.approx(
+        (51 + 50 * 2 / 3) / 101
+    )
+    near = scored([[(0, 0.9, NEAR)]], [[(0, LEFT)]])
+    assert near["map50"] == pytest.approx(1) and near["map"] == pytest.approx(0.5, abs=0.11)
+
+
+def test_ignored_boxes_are_neither_hits_nor_misses():
+    truth = [[(0, LEFT), (0, RIGHT)]]
+    one = scored([[(0, 0.9, LEFT)]], truth, ignored={(0, 1)})
+    both = scored([[(0, 0.9, LEFT), (0, 0.95, RIGHT)]], truth, ignored={(0, 1)})
+    assert one["map50"] == both["map50"] == pytest.approx(1)
+    with pytest.raises(IcmError, match="no box to find"):
+        scored([[]], [[(0, LEFT)]], ignored={(0, 0)})
 
 
 def test_rate_and_psnr_by_hand():

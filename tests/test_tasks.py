@@ -92,13 +92,13 @@ def test_a_crop_of_everything_is_the_image_or_its_mirror():
     ramp = jnp.arange(16, dtype=jnp.float32)[None, :] + square
     window = (jnp.float32(0), jnp.float32(0), jnp.float32(16), jnp.float32(16))
     for flip in (False, True):
-        given = views._resample(ramp[..., None], (*window, jnp.bool_(flip)), 16)[..., 0]
+        given = views._resample(ramp[..., None], (*window, jnp.bool_(flip)), (16, 16))[..., 0]
         np.testing.assert_allclose(given, ramp[:, ::-1] if flip else ramp, atol=1e-5)
         given = views._nearest(masks[0], (*window, jnp.bool_(flip)), 16)
         np.testing.assert_array_equal(given, masks[0][:, ::-1] if flip else masks[0])
     assert view.shape == (6, 16, 16, 3) and mask.dtype == jnp.uint8
     # Halving a ramp averages it: antialiased, no shift.
-    half = views._resample(ramp[..., None], (*window, jnp.bool_(False)), 8)[0, 2:-2, 0]
+    half = views._resample(ramp[..., None], (*window, jnp.bool_(False)), (8, 8))[0, 2:-2, 0]
     np.testing.assert_allclose(half, np.arange(8)[2:-2] * 2 + 0.5, atol=1e-4)
 
 
@@ -269,6 +269,18 @@ def test_image_compression_weighs_each_image_by_its_own_quality():
     np.testing.assert_allclose(total, aux.metrics["bpp"] + 0.25 * aux.metrics["mse"], rtol=1e-5)
 
 
+def test_both_measures_are_weighed_as_asked():
+    fields = dict(CODEC, levels=1, lambdas=(0.1,), size=176, ms_ssim_weight=500.0)
+    batch, distortions = {"image": images(side=176)}, {}
+    for metric in ("mse", "ms_ssim", "both"):
+        task = build_task(ConfigDict(dict(fields, metric=metric)))
+        variables = initial(task, batch)
+        loss = jax.jit(lambda v, task=task: task.loss(v, batch, jax.random.key(5), jnp.int32(0)))
+        distortions[metric] = loss(variables)[1].metrics["distortion"]
+    expected = distortions["mse"] + 500 * distortions["ms_ssim"]
+    np.testing.assert_allclose(distortions["both"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -277,6 +289,7 @@ def test_image_compression_weighs_each_image_by_its_own_quality():
         (dict(lambdas=(0.0, 1.0)), "positive"),
         (dict(levels=1), "two ends"),
         (dict(metric="ms_ssim"), "176"),
+        (dict(metric="both"), "176"),
         (dict(kind="context"), "no image codec 'context'"),
         (dict(width=0), "at least 1"),
         (dict(width=(4, 4, 4)), "one number or four"),

@@ -37,7 +37,9 @@ def resized(image, top, left, height, width, flip, size):
 @pytest.mark.parametrize("size", [6, 24])
 def test_resampling_equals_numpy(window, size):
     image = IMAGES[0].astype(np.float32)
-    given = views._resample(image, tuple(jnp.asarray(v) for v in map(np.float32, window)), size)
+    given = views._resample(
+        image, tuple(jnp.asarray(v) for v in map(np.float32, window)), (size, size)
+    )
     np.testing.assert_allclose(given, resized(image, *window, size), atol=2e-2)
 
 
@@ -53,6 +55,31 @@ def test_masks_follow_their_image():
     # Edges are soft in the image, at a corner by no more than 3/4 of the step of 180.
     off = np.abs(view[..., 0] - 20.0 * mask.astype(jnp.float32))
     assert off.max() <= 136 and (off > 1).mean() < 0.1 and mask.any()
+
+
+def test_boxes_follow_their_image(monkeypatch):
+    """White rectangles are where their boxes say, in any window and flip."""
+    monkeypatch.setattr(views, "JITTER_P", 0.0)
+    images = np.zeros((48, 40, 60, 3), np.uint8)
+    boxes = np.zeros((48, 2, 4), np.float32)
+    for i in range(48):
+        top, left = RNG.integers(0, 20), RNG.integers(0, 40)
+        images[i, top : top + 16, left : left + 15] = 255
+        boxes[i, 0] = [top / 40, left / 60, (top + 16) / 40, (left + 15) / 60]
+    valid = np.tile([[True, False]], (48, 1))
+    given, placed, seen = jax.jit(
+        lambda key: views.boxed(images, boxes, valid, crop=(0.3, 1.0), key=key)
+    )(jax.random.key(3))
+    assert not seen[:, 1].any() and 0.5 < seen[:, 0].mean() < 1
+    shares = []
+    for view, box, there in zip(np.asarray(given[..., 0]), placed[:, 0], seen[:, 0], strict=True):
+        rows, columns = np.nonzero(view > 127)
+        if not there:
+            continue
+        drawn = np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1])
+        np.testing.assert_allclose(np.asarray(box) * [40, 60, 40, 60], drawn, atol=1.01)
+        shares.append(float(box[3] - box[1]) * 60 / 15)
+    assert min(shares) < 0.95 and max(shares) > 1.2  # some are cut, some enlarged
 
 
 def test_windows_keep_their_area_aspect_and_place():

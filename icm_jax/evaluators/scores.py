@@ -1,6 +1,8 @@
 """Task scores as sums over examples: any batching gives the same result."""
 
 import abc
+import contextlib
+import os
 
 import numpy as np
 
@@ -82,3 +84,69 @@ class MeanIoU(Score):
             "pixel_accuracy": float(accuracy),
             "examples": int(examples),
         }
+
+
+class AveragePrecision(Score):
+    """COCO's mean average precision of boxes, by pycocotools: map50 (at IoU 0.5) and map (mean over
+    IoU 0.5 to 0.95), 100 boxes per image, all sizes.
+
+    Predictions: "boxes" [N, D, 4], "scores", "labels", "valid" [N, D]; batches: "boxes" [N, B, 4],
+    "box_labels", "box_valid", "box_ignored" [N, B]. Ignored boxes are COCO's crowds. Overlaps do
+    not depend on the unit of length.
+
+    Raises: IcmError (`result`) if no image has a box.
+    """
+
+    def __init__(self, classes: int):
+        self._classes = classes
+        self._images = 0
+        self._truth: list[tuple] = []  # image, label, box, ignored
+        self._found: list[tuple] = []  # image, label, box, score
+
+    def update(self, predicted, batch):
+        for row in np.flatnonzero(batch["valid"]):
+            self._images += 1
+            for i in np.flatnonzero(batch["box_valid"][row] | batch["box_ignored"][row]):
+                ignored = bool(batch["box_ignored"][row, i])
+                label, box = batch["box_labels"][row, i], batch["boxes"][row, i]
+                self._truth.append((self._images, int(label), box, ignored))
+            for i in np.flatnonzero(predicted["valid"][row]):
+                label, box = predicted["labels"][row, i], predicted["boxes"][row, i]
+                score = float(predicted["scores"][row, i])
+                self._found.append((self._images, int(label), box, score))
+
+    def result(self):
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+
+        if not any(not ignored for *_, ignored in self._truth):
+            raise IcmError("no box to find in the validation split; average precision needs some")
+        truth = [dict(_annotation(*row[:3]), iscrowd=int(row[3])) for row in self._truth]
+        found = [dict(_annotation(*row[:3]), score=row[3]) for row in self._found]
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            given, own = COCO(), COCO()
+            for coco, rows in ((given, truth), (own, found)):
+                coco.dataset = {
+                    "images": [{"id": i + 1} for i in range(self._images)],
+                    "categories": [{"id": k} for k in range(self._classes)],
+                    "annotations": [dict(row, id=n) for n, row in enumerate(rows, 1)],
+                }
+                coco.createIndex()
+            scoring = COCOeval(given, own, "bbox")
+            scoring.evaluate()
+            scoring.accumulate()
+            scoring.summarize()
+        return {
+            "map": float(scoring.stats[0]),
+            "map50": float(scoring.stats[1]),
+            "examples": self._images,
+        }
+
+
+def _annotation(image: int, label: int, box, unit: float = 1000.0) -> dict:
+    """A row as COCO has it; `unit` because it takes boxes of less than one pixel for small ones."""
+    top, left, bottom, right = (unit * float(side) for side in box)
+    height, width = max(bottom - top, 0.0), max(right - left, 0.0)
+    area = height * width
+    sides = [left, top, width, height]
+    return {"image_id": image, "category_id": label, "bbox": sides, "area": area, "iscrowd": 0}

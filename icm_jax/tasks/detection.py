@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from icm_jax import boxes
+from icm_jax import boxes, views
 from icm_jax.errors import IcmError
 from icm_jax.nets import yolo
 from icm_jax.tasks.task import TRAIN, Aux, Task, apply
@@ -22,17 +22,26 @@ IGNORED = 0.5
 """Overlap with an object above which an anchor that is not responsible is not asked."""
 
 
-def anchors() -> list[jax.Array]:
-    """Per scale, coarsest first, float32 [3, 2]: (width, height) as fractions of the image."""
-    return [jnp.asarray(np.float32(own) / 416.0) for own in yolo.ANCHORS]
+def anchors(grids, scale: float) -> list[jax.Array]:
+    """Per scale, coarsest first, float32 [3, 2]: (width, height) as fractions of the image.
+
+    Args:
+      grids: (h, w) of each scale's outputs. scale: of the published anchors, which are in pixels.
+    """
+    h, w = grids[0]
+    sides = np.float32([w * yolo.STRIDES[0], h * yolo.STRIDES[0]])
+    return [jnp.asarray(np.float32(own) * np.float32(scale) / sides) for own in yolo.ANCHORS]
 
 
 def detection(config) -> Task:
     """The task.
 
-    Fields: classes, width, depth, dtype (of `yolo.layers`); least, overlap, limit (of
-    `boxes.suppress`). Batches hold "image" uint8 [N, H, W, 3], sides multiples of 32, "boxes"
-    float32 [N, B, 4], "box_labels" int32 [N, B], "box_valid" bool [N, B].
+    Fields: classes, width, depth, dtype (of `yolo.layers`); anchor_scale (1: anchors of the
+    published sizes, in pixels); least, overlap, limit (of `boxes.suppress`); crop (least and
+    largest share of an image that a training view shows).
+
+    Batches hold "image" uint8 [N, H, W, 3], sides multiples of 32, "boxes" float32 [N, B, 4],
+    "box_labels" int32 [N, B], "box_valid" bool [N, B].
     """
     table = yolo.layers(config.classes, config.width, config.depth)
     whole = yolo.Part(table, 0, len(table), jnp.dtype(config.dtype))
@@ -42,18 +51,22 @@ def detection(config) -> Task:
         return {name: {"detector": tree} for name, tree in own.items()}
 
     def loss(variables, batch, key, step):
-        del key, step
+        del step
         if "boxes" not in batch:
             raise IcmError(
-                "detection learns from boxes, and the batches of this data set have none"
+                "detection learns from boxes, and the batches of this data set have none; "
+                "data.boxes says how many an image may have"
             )
-        outputs, stats = apply(whole, variables, "detector", scaled(batch["image"]), True)
-        metrics = losses(outputs, batch["boxes"], batch["box_labels"], batch["box_valid"])
+        images, truth, valid = views.boxed(
+            batch["image"], batch["boxes"], batch["box_valid"], crop=tuple(config.crop), key=key
+        )
+        outputs, stats = apply(whole, variables, "detector", scaled(images), True)
+        metrics = losses(outputs, truth, batch["box_labels"], valid, config.anchor_scale)
         return sum(metrics.values()), Aux(metrics, {"batch_stats": {"detector": stats}})
 
     def predict(variables, batch):
         outputs, _ = apply(whole, variables, "detector", scaled(batch["image"]), False)
-        found = detections(outputs, config.limit, config.overlap, config.least)
+        found = detections(outputs, config.anchor_scale, config.limit, config.overlap, config.least)
         return found._asdict()
 
     return Task(init, loss, predict, groups=lambda name: TRAIN)
@@ -64,19 +77,20 @@ def scaled(image):
     return image.astype(jnp.float32) / 255.0
 
 
-def losses(outputs, truth, labels, valid) -> dict[str, jax.Array]:
+def losses(outputs, truth, labels, valid, scale: float) -> dict[str, jax.Array]:
     """{"place", "objectness", "class"}: float32 scalars; see the head of this file.
 
     Args:
       outputs: per scale float32 [N, h, w, 3, 5 + K].
-      truth: float32 [N, B, 4]; labels: int32 [N, B]; valid: bool [N, B].
+      truth: float32 [N, B, 4]; labels: int32 [N, B]; valid: bool [N, B]. scale: of `anchors`.
     """
     classes = outputs[0].shape[-1] - 5
     grids = [raw.shape[1:3] for raw in outputs]
-    wanted = boxes.targets(truth, labels, valid, anchors(), grids, classes)
+    shapes = anchors(grids, scale)
+    wanted = boxes.targets(truth, labels, valid, shapes, grids, classes)
     place = objectness = kind = jnp.float32(0.0)
     cross = optax.sigmoid_binary_cross_entropy
-    for raw, target, own in zip(outputs, wanted, anchors(), strict=True):
+    for raw, target, own in zip(outputs, wanted, shapes, strict=True):
         n = raw.shape[0]
         there = target.weight > 0
         given = boxes.place(jax.lax.stop_gradient(raw), own).reshape(n, -1, 4)
@@ -91,11 +105,12 @@ def losses(outputs, truth, labels, valid) -> dict[str, jax.Array]:
     return {"place": place, "objectness": objectness, "class": kind}
 
 
-def detections(outputs, limit: int, overlap: float, least: float) -> boxes.Detections:
+def detections(outputs, scale: float, limit: int, overlap: float, least: float) -> boxes.Detections:
     """Boxes of raw outputs; a class's score is objectness times its own probability."""
     n = outputs[0].shape[0]
     found, scores = [], []
-    for raw, own in zip(outputs, anchors(), strict=True):
+    shapes = anchors([raw.shape[1:3] for raw in outputs], scale)
+    for raw, own in zip(outputs, shapes, strict=True):
         found.append(boxes.place(raw, own).reshape(n, -1, 4))
         probability = jax.nn.sigmoid(raw[..., 4:5]) * jax.nn.sigmoid(raw[..., 5:])
         scores.append(probability.reshape(n, -1, raw.shape[-1] - 5))

@@ -1,0 +1,131 @@
+"""The detector: YOLOv3 trained from scratch, scored on pixels and on JPEG and WebP files.
+
+    python -m icm_jax.main --config=configs/yolov3.py                 # small, on the embedded data
+    python -m icm_jax.main --config=configs/yolov3.py:photos --config.data.path=FOLDER
+                                                                      # small, on COCO JSON
+    python -m icm_jax.main --config=configs/yolov3.py:coco            # Darknet-53, COCO 2014
+
+`FOLDER` holds `images/`, `train.json` and `val.json`.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
+    """Settings of one scale; every field can be overridden on the command line."""
+    scales = {"demo": demo, "photos": photos, "coco": coco, "tiny": tiny}
+    if arg not in scales:
+        raise ValueError(f"yolov3.py has no scale {arg!r}; choose one of {', '.join(scales)}")
+    return ml_collections.ConfigDict(scales[arg]())
+
+
+def demo() -> dict:
+    """A quarter of the channels, a third of the depth, 96 × 96 pixels."""
+    return dict(
+        name="yolov3",
+        seeds=(0,),
+        data=dict(
+            name="scenes",
+            path="",
+            canvas=96,
+            size=96,
+            train=5000,
+            validation=400,
+            seed=0,
+            quality=95,
+            boxes=4,  # of an image at most
+        ),
+        model=dict(
+            width=0.25,
+            depth=0.34,
+            dtype="float32",
+            size=96,
+            anchor_scale=96 / 416,  # 1: the published sizes in pixels
+            crop=(0.5, 1.0),
+            least=0.005,
+            overlap=0.45,
+            limit=100,
+        ),
+        train=dict(
+            steps=4000,
+            batch_size=16,
+            learning_rate=1e-3,
+            optimiser="adamw",
+            weight_decay=1e-4,
+            warmup_steps=200,
+            clip_norm=10.0,
+            log_every=20,
+            save_every=500,
+            fsdp=1,
+            ema=0.0,
+        ),
+        jpeg=(5, 10, 15, 25, 50, 80),
+        webp=(0, 10, 25, 50, 80),
+    )
+
+
+def photos() -> dict:
+    """The same network on a folder of photographs at 256 × 256 pixels."""
+    config = demo()
+    config["data"] = dict(name="coco_json", path="", canvas=256, boxes=60)
+    config["model"].update(size=256, anchor_scale=256 / 416, crop=(0.3, 1.0))
+    config["train"].update(batch_size=8)
+    return config
+
+
+def coco() -> dict:
+    """As published (Redmon and Farhadi 2018, yolov3.cfg): 416 pixels, batch 64, 500,200 steps."""
+    config = demo()
+    config["data"] = dict(name="coco/2014", path="", canvas=416, boxes=100)
+    config["model"].update(width=1.0, depth=1.0, size=416, anchor_scale=1.0, crop=(0.3, 1.0))
+    config["train"].update(steps=500_200, batch_size=64, optimiser="sgd", weight_decay=5e-4)
+    config["train"].update(warmup_steps=1000, save_every=5000)
+    return config
+
+
+def tiny() -> dict:
+    """A few steps of the demo, for tests."""
+    config = demo()
+    config["data"].update(canvas=64, size=64, train=16, validation=4)
+    config["model"].update(width=1 / 16, depth=0.1, size=64, anchor_scale=64 / 416)
+    config["train"].update(steps=4, batch_size=4, warmup_steps=1, log_every=2, save_every=4)
+    config.update(jpeg=(20,), webp=(20,))
+    return config
+
+
+def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+    """A detector per seed."""
+    return [make_run(config, seed) for seed in config.seeds]
+
+
+def make_run(config, seed: int) -> ml_collections.ConfigDict:
+    """One detector; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
+    train = config.train
+    files = [f"jpeg-{q}" for q in config.jpeg] + [f"webp-{q}" for q in config.webp]
+    return ml_collections.ConfigDict(
+        dict(
+            name=f"seed{seed}/detector",
+            seed=seed,
+            task=dict(config.model, name="detection"),
+            data=config.data.to_dict(),
+            optim=dict(
+                name=train.optimiser,
+                learning_rate=train.learning_rate,
+                schedule="cosine",
+                warmup_steps=train.warmup_steps,
+                weight_decay=train.weight_decay,
+                clip_norm=train.clip_norm,
+            ),
+            batch_size=train.batch_size,
+            steps=train.steps,
+            log_every=train.log_every,
+            save_every=train.save_every,
+            fsdp=train.fsdp,
+            ema=train.ema,
+            start=(),
+            decode_once=False,
+            needs=("objects",),
+            evaluate=("pixels", *files),
+            labels=dict(curve="detect", arm="detector", point=""),
+        )
+    )
