@@ -89,6 +89,7 @@ def ours(part: str) -> dict:
             levels=1,
             dtype="float32",
             metric="mse",
+            ms_ssim_weight=0.0,
             lambdas=(0.01,),
             size=256,
             straight_through=False,

@@ -6,6 +6,7 @@ import pathlib
 import warnings
 
 import jax
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -58,6 +59,14 @@ def load_variables(folder: str | os.PathLike):
             step, args=ocp.args.StandardRestore(_host_template(folder, step))
         )
     return saved["variables"]
+
+
+def load_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:
+    """The config that a run was started with. Raises IcmError if there is none."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise IcmError(f"there is no run {folder}; run it first")
+    return ml_collections.ConfigDict(json.loads(path.read_text()))
 
 
 def _host_template(folder: pathlib.Path, step: int):

@@ -3,6 +3,7 @@
     icm compress photo.png --quality 60     photo.icm
     icm decompress photo.icm                photo.png
     icm info photo.icm                      what the header says; needs no model
+    icm detect photo.icm -m scalable.icmc   boxes, from the first layer of the file alone
     icm verify *.icm                        do they decode to what was encoded?
     icm eval FOLDER                         rate and distortion beside JPEG, WebP, ...
     icm completion bash                     a script that completes all this in the shell
@@ -80,6 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     text = "what the headers of .icm files, or of .icmc codec files, say"
     own = command("info", _info, text, "FILE", model=False)
     own.add_argument("--json", action="store_true", help="one JSON object per file")
+    own = command(
+        "detect",
+        _detect,
+        "boxes of what .icm files show, one JSON object per file, read from the first layer alone",
+        "FILE.icm",
+    )
+    own.add_argument("--least", type=_share, default=0.4, help="least score of a box (0.4)")
+    text = "also write COCO results to FILE.json; an image's id is the file's name without suffix"
+    own.add_argument("--coco", metavar="FILE.json", help=text).complete = shtab.FILE
+    text = "also draw the boxes into FOLDER/NAME.png: on the picture, or on grey where the file "
+    own.add_argument("--draw", metavar="FOLDER", help=text + "ends after its first layer")
     own = command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
     _layers_option(own)
     own = command(
@@ -124,6 +136,14 @@ def _rate(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    """A number between 0 and 1 on the command line."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a score from 0 to 1")
     return value
 
 
@@ -183,6 +203,107 @@ def _facts(name: str, data: bytes) -> dict:
         "version": container.VERSION,
         "layers": [[len(string) for string in layer.strings] for layer in stream.layers],
     }
+
+
+def _detect(options) -> int:
+    codec = _load(options.model)
+    find = _finder(codec, options)
+    failed, results = 0, []
+    for name in options.files:
+        try:
+            data = _read(name)
+            facts = {"file": name, **find(data)}
+            stem = "stdin" if name == "-" else pathlib.Path(name).stem
+            if options.draw:
+                target = pathlib.Path(options.draw) / f"{stem}.png"
+                write_whole(target, write_image(_drawn(codec, data, facts["boxes"]), ".png"))
+        except IcmError as error:
+            failed += _failed(name, error)
+            continue
+        print(json.dumps(facts), flush=True)
+        results += [
+            {
+                "image_id": stem,
+                "category_id": box["class"],
+                "bbox": box["bbox"],
+                "score": box["score"],
+            }
+            for box in facts["boxes"]
+        ]
+    if options.coco:
+        write_whole(pathlib.Path(options.coco), json.dumps(results).encode())
+    return int(failed > 0)
+
+
+def _finder(codec, options):
+    """A function from a file's bytes to its width, height and boxes (in COCO's terms), best first.
+
+    Raises: IcmError if the codec has no detector.
+    """
+    import jax
+    import numpy as np
+    from ml_collections import ConfigDict
+
+    from icm_jax.codecs import bitstream, model_file
+    from icm_jax.codecs.scalable import GRID
+    from icm_jax.coding import container
+    from icm_jax.tasks import build_task
+
+    about = {} if options.model is None else model_file.describe(options.model)
+    if "detector" not in about:
+        raise IcmError(
+            "this model has no detector; train one with configs/scalable.py and give its "
+            "codec.icmc with --model"
+        )
+    own, built = about["detector"], dict(codec.codec.config[1])
+    fields = {key: own[key] for key in ("anchor_scale", "overlap", "limit")}
+    fields |= {key: built[f"detector_{key}"] for key in ("width", "depth")}
+    fields |= dict(name="detection", classes=built["classes"], dtype="float32")
+    fields |= dict(crop=(1.0, 1.0), size=GRID)
+    predict = jax.jit(build_task(ConfigDict(dict(fields, least=options.least))).predict)
+
+    def find(data):
+        feature = bitstream.decode(codec, [data], "feature", layers=1)
+        height, width = container.unpack(data, 1).header.shape
+        found = jax.device_get(predict(codec.on_device, {"feature": feature}))
+        sides = np.array([-(-side // GRID) * GRID for side in (height, width)])
+        boxes = []
+        for row in np.flatnonzero(found["valid"][0]):
+            box = found["boxes"][0, row] * np.tile(sides, 2)
+            top, left, bottom, right = np.clip(box, 0, [height, width, height, width]).tolist()
+            number = int(found["labels"][0, row])
+            boxes.append(
+                {
+                    "name": own["classes"][number],
+                    "class": number,
+                    "score": round(float(found["scores"][0, row]), 4),
+                    "bbox": [round(v, 2) for v in (left, top, right - left, bottom - top)],
+                }
+            )
+        return {"width": width, "height": height, "boxes": boxes}
+
+    return find
+
+
+def _drawn(codec, data: bytes, boxes: list[dict]):
+    """uint8 [H, W, 3]: boxes on the decoded picture, or on grey if the file holds none."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from icm_jax.coding import container
+
+    try:
+        picture = codec.decompress(data)
+    except IcmError:
+        picture = np.full((*container.unpack(data, 1).header.shape, 3), 128, np.uint8)
+    image = Image.fromarray(picture).convert("RGB")
+    draw = ImageDraw.Draw(image)
+    for box in boxes:
+        left, top, width, height = box["bbox"]
+        colour = f"hsl({137 * box['class'] % 360}, 90%, 55%)"  # far apart for neighbours
+        draw.rectangle((left, top, left + width, top + height), outline=colour, width=2)
+        draw.text((left + 3, top + 1), f"{box['name']} {box['score']:.2f}", fill=colour)
+    return np.asarray(image)
 
 
 def _verify(options) -> int:

@@ -6,8 +6,11 @@ Each entry of `run.evaluate` gives records, one per point of a curve:
                  "stream-q" at quality q, for codecs with qualities
     "jpeg-q"     every image -> JPEG (or "webp-q") file at quality q -> decoded pixels -> prediction
     "pixels"     the images as they are
+    "detect"     the detector that `run.detector` names, on what the codec gives: on the decoded
+                 feature, read from the first layer of the file alone, or on the decoded image
 
-For codecs of images, decoded images at their full size are held against the originals instead.
+For codecs of images, all points but "detect" hold decoded images at their full size against the
+originals.
 
 A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
 images, bpp (measured), top1 / top5, miou, map50 / map, or psnr and ms_ssim_db (means over images,
@@ -56,17 +59,22 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     task = build_task(config)
     variables = checkpoint.load_variables(folder)
     records, frozen = [], None
-    if any(point.startswith("stream") for point in run.evaluate):
+    if any(point.startswith(("stream", "detect")) for point in run.evaluate):
         frozen = freeze(task.codec, variables, run, config)
         if jax.process_index() == 0:
             own = run.get("codec_file", {})
             about = {key: own[key] for key in ("licence", "description") if key in own}
+            if config.name == "scalable_compression":
+                about["detector"] = detector_facts(pathlib.Path(base) / run.detector)
             model_file.save(folder / "codec.icmc", frozen, **about)
     of_images = task.codec is not None and "image" in task.codec.outputs
     for point in run.evaluate:
         record = dict(run.labels)
         record |= {"seed": run.seed, "kind": point, "run": run.name}
-        if of_images:
+        if point == "detect":
+            record |= {"curve": "detect", "kind": "stream"}
+            record |= score_detection(frozen, run, base)
+        elif of_images:
             record |= score_images(frozen, point, source, run.name)
         else:
             record |= score(task, variables, frozen, point, source, run, config)
@@ -158,6 +166,42 @@ def _of_files(sizes: list[tuple[float, float]]) -> dict:
     return {"bpp": float(whole), "bpp_without_tables": float(bare)}
 
 
+def detector_facts(folder: pathlib.Path) -> dict:
+    """What `model_file.save` stores of a detector that was trained in a folder."""
+    own = checkpoint.load_config(folder)
+    classes = list(open_source(own.data, "validation").classes)
+    return {"classes": classes} | {k: own.task[k] for k in ("anchor_scale", "overlap", "limit")}
+
+
+def score_detection(frozen, run, base) -> dict:
+    """Rate and average precision of the detector `run.detector` behind a codec.
+
+    Images are letterboxed and coded with their bars; bits are divided by the picture's own pixels.
+    """
+    folder = pathlib.Path(base) / run.detector
+    own = checkpoint.load_config(folder)
+    source = open_source(own.data, "validation")
+    config = complete(own.task, source)
+    predict = jax.jit(build_task(config).predict)
+    variables = jax.device_put(checkpoint.load_variables(folder), jax.devices()[0])
+    output = "feature" if "feature" in frozen.codec.outputs else "image"
+    tally, parts = AveragePrecision(config.classes), []
+    options = dict(batch_size=run.batch_size, canvas=(own.data.canvas,) * 2, boxes=own.data.boxes)
+    total = -(-source.length // run.batch_size)
+    batches = pipeline.evaluation_batches(source, **options)
+    for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} detect", unit="batch"):
+        count = int(batch["valid"].sum())
+        layers = 1 if output == "feature" else None
+        given, sizes = through_stream(frozen, batch["image"][:count], output, layers=layers)
+        for part, extent in zip(sizes, batch["extent"], strict=False):
+            part["pixels"] = int(extent.prod())
+        parts += sizes
+        given = given if output == "feature" else given.clip(0, 255)
+        inputs = {output: _padded(given, len(batch["image"]))}
+        tally.update(jax.device_get(predict(variables, inputs)), batch)
+    return {**tally.result(), "images": source.length, **_of_parts(parts)}
+
+
 def _of_parts(parts: list[dict]) -> dict:
     """Means of sizes in bits per pixel, medians of times, over images."""
     pixels = np.array([part["pixels"] for part in parts], np.float64)
@@ -201,31 +245,41 @@ def score_images(frozen, point: str, source, name: str) -> dict:
 
 
 def through_stream(
-    frozen, images: np.ndarray, output: str = "feature", quality: float | None = None
+    frozen,
+    images: np.ndarray,
+    output: str = "feature",
+    quality: float | None = None,
+    layers: int | None = None,
 ) -> tuple[np.ndarray, list[dict]]:
     """(what the decoder gives, sizes in bytes and times of each image), by way of real bytes.
+
+    With `layers`, files are cut off after so many before they are decoded and measured.
 
     Raises: IcmError if decoding does not give back the encoder's latents.
     """
     began = time.perf_counter()
     streams = bitstream.encode(frozen, images, quality=quality)
     encoded = time.perf_counter()
-    features = bitstream.decode(frozen, streams, output)
+    if layers:
+        streams = [container.prefix(data, layers) for data in streams]
+    features = bitstream.decode(frozen, streams, output, layers=layers)
     decoded = time.perf_counter()
     estimated = bitstream.estimate(frozen, images, quality=quality)
+    segments = [s for s in frozen.codec.segments if layers is None or s.layer < layers]
     sizes = []
     for row, data in enumerate(streams):
-        strings = [string for layer in container.unpack(data).layers for string in layer.strings]
-        bits = sum(float(values[row]) for values in estimated.values())
+        found = container.unpack(data, layers).layers
+        strings = [string for layer in found for string in layer.strings]
+        bits = sum(float(estimated[segment.name][row]) for segment in segments)
         part = {
             "pixels": images[row, ..., 0].size,
             "bpp": len(data),
             "bpp_estimated": bits / 8,
-            "bpp_header": container.overhead(data),
+            "bpp_header": container.overhead(data, layers),
             "encode_ms": 1e3 * (encoded - began) / len(streams),
             "decode_ms": 1e3 * (decoded - encoded) / len(streams),
         }
-        for segment, string in zip(frozen.codec.segments, strings, strict=True):
+        for segment, string in zip(segments, strings, strict=True):
             part[f"bpp_{segment.name}"] = len(string)
         sizes.append(part)
     if not np.isfinite(features).all():

@@ -50,7 +50,14 @@ MEASURES = (
 DRAWN = 0.4
 """Least score of a box that is drawn."""
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
+COLOURS |= {"disentangled": "#0072B2", "split": "#D55E00", "residual": "#E69F00"}
 NAMES = {"omni": "Omni-ICM (α > 0)", "unfiltered": "α = 0 twin", "jpeg": "JPEG", "webp": "WebP"}
+NAMES |= {
+    "disentangled": "disentangled latents",
+    "split": "split latents (Choi and Bajić)",
+    "residual": "feature, then residual (SSSIC)",
+    "single": "one layer (hyperprior)",
+}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
 
 
@@ -207,7 +214,7 @@ def _bd_table(records, measure: Measure) -> list[list[str]]:
     A curve that does not depend on the seed (one file format on one network) stands against all.
     """
     arms = [r["arm"] for r in records if r["kind"].startswith("stream")]
-    ours = "omni" if "omni" in arms else next(iter(arms), None)
+    ours = next((arm for arm in ("omni", "disentangled") if arm in arms), next(iter(arms), None))
     rows = [[f"BD-rate of {NAMES.get(ours, ours)} against", "bits at equal quality"]]
     seeds = sorted({record["seed"] for record in records})
     each = [curves_of([r for r in records if r["seed"] == s], measure.key) for s in seeds]
@@ -255,7 +262,7 @@ def _samples(config, runs, workdir) -> list[tuple[str, object]]:
     for number, (title, (path, quality)) in enumerate(columns.items(), 1):
         frozen = model_file.load(path, CODECS)
         streams = bitstream.encode(frozen, images, quality=quality)
-        (output,) = frozen.codec.outputs
+        output = "image" if "image" in frozen.codec.outputs else "feature"
         decoded = bitstream.decode(frozen, streams, output)
         features = output == "feature"
         pictures = principal_colours(decoded) if features else (decoded / 255).clip(0, 1)

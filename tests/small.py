@@ -1,10 +1,12 @@
 """Codecs of a few channels, and random images for them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icm_jax.codecs import bitstream, feature_codec, filter_codec, image_codec
+from icm_jax.codecs import bitstream, feature_codec, filter_codec, image_codec, scalable_codec
 
 RNG = np.random.default_rng(0)
 
@@ -31,11 +33,36 @@ BUILT = {
         "mean_scale_hyperprior", (4, 6, 8, 5), 8, levels=3, last=3
     ),
 }
+SCALABLE = {
+    "disentangled": lambda: scalable_codec("disentangled", 6, 5, 4, 2, 2, 1 / 32, 0.1),
+    "split": lambda: scalable_codec("split", 6, 3, 5, 1, 2, 1 / 32, 0.1),
+    "residual": lambda: scalable_codec("residual", 6, 4, 5, 2, 2, 1 / 32, 0.1),
+}
 
 
+@functools.cache
 def small_codec(name) -> bitstream.FrozenCodec:
-    built, batch = BUILT[name](), images(2, 32, 32, 3)
-    return bitstream.freeze(built, jax.jit(built.init)(jax.random.key(1), batch), batch)
+    built, batch = (BUILT | SCALABLE)[name](), images(2, 32, 32, 3)
+    return bitstream.freeze(built, initial(built, batch), batch)
+
+
+def initial(built, batch):
+    """Variables of a codec; a detector's are drawn here, for they take a minute to compile."""
+    key = jax.random.key(1)
+    shapes = jax.eval_shape(built.init, key, batch)
+    if "detector" not in shapes["params"]:
+        return jax.jit(built.init)(key, batch)
+
+    def drawn(path, leaf):
+        if path[-1].key == "kernel":
+            return RNG.normal(0, np.prod(leaf.shape[:3]) ** -0.5, leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
+
+    own = jax.jit(lambda: built.init(key, batch)["params"]["scalable"])()
+    detector = {name: {"detector": tree["detector"]} for name, tree in shapes.items()}
+    variables = jax.tree_util.tree_map_with_path(drawn, detector)
+    variables["params"]["scalable"] = own
+    return variables
 
 
 def quality_of(built):

@@ -93,7 +93,8 @@ def test_a_small_detector_learns_a_batch():
     config = dict(name="detection", classes=3, width=1 / 16, depth=0.1, dtype="float32")
     task = build_task(
         ConfigDict(
-            config | dict(least=0.1, overlap=0.5, limit=8, anchor_scale=0.2, crop=(1.0, 1.0))
+            config
+            | dict(least=0.1, overlap=0.5, limit=8, anchor_scale=0.2, crop=(1.0, 1.0), size=64)
         )
     )
     image = np.random.default_rng(0).integers(0, 60, (2, 64, 96, 3)).astype(np.uint8)
@@ -103,6 +104,8 @@ def test_a_small_detector_learns_a_batch():
         "boxes": np.tile(np.float32([[[20 / 64, 10 / 96, 60 / 64, 86 / 96]]]), (2, 1, 1)),
     }
     batch |= {"box_labels": np.ones((2, 1), np.int32), "box_valid": np.ones((2, 1), bool)}
+    with pytest.raises(IcmError, match="multiples of 32, not 100"):
+        build_task(ConfigDict(config | dict(size=100)))
     with pytest.raises(IcmError, match="learns from boxes"):
         task.loss({}, {"image": image}, None, None)
     optimiser = optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.02, momentum=0.9))

@@ -14,13 +14,17 @@ import ml_collections
 import numpy as np
 import pytest
 
+import icm_jax
+from icm_jax import checkpoint
 from icm_jax.report import curves_of, principal_colours
 from icm_jax.tasks import build_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCALES = {
     "omni_icm": ("demo", "study", "tiny", "imagenet"),
-    "hyperprior": ("demo", "sweep", "large", "tiny"),
+    "hyperprior": ("demo", "sweep", "large", "boxed", "tiny"),
+    "yolov3": ("photos",),
+    "scalable": ("demo", "coco"),
 }
 
 
@@ -85,6 +89,31 @@ def test_image_codecs_end_with_a_report(tmp_path):
     assert "Image quality, PSNR" in text and "MS-SSIM" not in text
     for picture in ("rate_psnr.png", "images.png", "training.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_detector_and_a_scalable_codec_end_with_a_report(tmp_path):
+    done = main(tmp_path, name="scalable")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (pixels, jpeg, webp) = json.loads((tmp_path / "seed0/detector/records.json").read_text())
+    assert [r["kind"] for r in (pixels, jpeg, webp)] == ["pixels", "jpeg-20", "webp-20"]
+    assert all(0 <= r["map"] <= r["map50"] <= 1 for r in (pixels, jpeg, webp))
+    assert "bpp" not in pixels and jpeg["bpp"] > 0.2
+    folder = tmp_path / "seed0/disentangled-0.01"
+    base, whole = json.loads((folder / "records.json").read_text())
+    assert (base["curve"], whole["curve"]) == ("detect", "image") and base["images"] == 4
+    assert 0 < base["bpp"] < whole["bpp"] and "bpp_y_e" not in base and whole["bpp_y_e"] > 0
+    assert base["worst_gap_bytes"] <= 32 + 24 and "map50" in base and "psnr" in whole
+    text = (tmp_path / "report.md").read_text()
+    for title in ("Detection, mAP at IoU 0.5", "Image quality, PSNR", "Detections", "Bitstreams"):
+        assert f"## {title}" in text
+    for picture in ("rate_map50.png", "rate_map.png", "boxes.png", "images.png"):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+    # The detector of the codec file is the one that was trained.
+    detector = checkpoint.load_variables(tmp_path / "seed0/detector")
+    frozen = icm_jax.load(folder / "codec.icmc")
+    for collection in ("params", "batch_stats"):
+        own, given = (t[collection]["detector"] for t in (frozen.variables, detector))
+        jax.tree.map(np.testing.assert_array_equal, own, given)
 
 
 def test_rates_are_those_of_written_bytes(finished):
@@ -168,12 +197,20 @@ def test_every_run_of_every_scale_builds(name, scale):
             "mask": jax.ShapeDtypeStruct((run.batch_size, side, side), np.uint8),
             "valid": jax.ShapeDtypeStruct((run.batch_size,), np.bool_),
         }
+        rows = (run.batch_size, run.data.get("boxes", 0))
+        if rows[1]:
+            batch["boxes"] = jax.ShapeDtypeStruct((*rows, 4), np.float32)
+            batch["box_labels"] = jax.ShapeDtypeStruct(rows, np.int32)
+            batch["box_valid"] = jax.ShapeDtypeStruct(rows, np.bool_)
         task = build_task(Recorder(dict(run.task, classes=12, mask_classes=13)))
         key = jax.eval_shape(lambda: jax.random.key(0))
         variables = jax.eval_shape(task.init, key, batch) | {"constants": dict(task.constants)}
         step = jax.ShapeDtypeStruct((), np.int32)
         total, _ = jax.eval_shape(task.loss, variables, batch, key, step)
         assert total.shape == () and total.dtype == np.float32
+        if rows[1]:
+            found = jax.eval_shape(task.predict, variables, batch)
+            assert found["boxes"].shape == (*found["labels"].shape, 4)
     assert fields <= Recorder.read
 
 

@@ -248,6 +248,7 @@ CODEC = dict(
     levels=2,
     dtype="float32",
     metric="mse",
+    ms_ssim_weight=1000.0,
     lambdas=(0.01, 1.0),
     size=32,
     straight_through=False,

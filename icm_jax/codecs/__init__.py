@@ -2,6 +2,12 @@
 
 from icm_jax.codecs.feature import feature_codec, filter_codec
 from icm_jax.codecs.hyperprior import image_codec
+from icm_jax.codecs.scalable import scalable_codec
 
-CODECS = {"omni_filter": filter_codec, "omni_feature": feature_codec, "image": image_codec}
+CODECS = {
+    "omni_filter": filter_codec,
+    "omni_feature": feature_codec,
+    "image": image_codec,
+    "scalable": scalable_codec,
+}
 """Name -> builder; a builder called twice with equal arguments returns the same Codec."""

@@ -27,13 +27,20 @@ MAGIC = b"PK"
 
 
 def save(
-    path: str | os.PathLike, frozen: FrozenCodec, *, licence: str = "", description: str = ""
+    path: str | os.PathLike,
+    frozen: FrozenCodec,
+    *,
+    licence: str = "",
+    description: str = "",
+    detector: Mapping | None = None,
 ) -> None:
     """Writes a frozen codec to one file, whole or not at all.
 
     Args:
       licence: the terms under which the file may be used.
       description: what it was trained on and for; both are shown by `icm info`.
+      detector: of a codec with a detector, what turns its outputs into boxes: "classes" (names),
+        "anchor_scale", "overlap" and "limit" (fields of `icm_jax.tasks.detection`).
 
     Raises: IcmError if the file cannot be written; one that was there is kept.
     """
@@ -49,7 +56,7 @@ def save(
         "fingerprint": frozen.fingerprint.hex(),
         "licence": licence,
         "description": description,
-    }
+    } | ({"detector": dict(detector)} if detector else {})
     arrays["model.json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     archive = io.BytesIO()
     np.savez_compressed(archive, **arrays)
@@ -57,7 +64,8 @@ def save(
 
 
 def describe(path: str | os.PathLike) -> dict:
-    """What `model.json` of a codec file says: version, codec, fingerprint, licence, description.
+    """What `model.json` of a codec file says: version, codec, fingerprint, licence, description,
+    and detector if it has one.
 
     Raises: IcmError if the file is missing, damaged, not a codec, or of another version.
     """

@@ -32,6 +32,7 @@ MAGIC = b"ICM"
 VERSION = 2
 QUALITY_STEPS = 100  # per unit of quality
 _MAX_SIDE = 1 << 21
+_SEALS = 2 + 4  # bytes before a layer's strings: CRC-16 and seal
 _MAX_LAYERS = 15
 _MAX_STRINGS = 64
 
@@ -152,7 +153,7 @@ def unpack(data: bytes, layers: int | None = None) -> Stream:
 def _read_layers(data: bytes, at: int, directory, wanted: int) -> tuple[Layer, ...]:
     found = []
     for number, lengths in enumerate(directory[:wanted]):
-        body = at + 6
+        body = at + _SEALS
         if number == len(directory) - 1:
             lengths = [*lengths, len(data) - body - sum(lengths)]
         end = body + sum(lengths)
@@ -171,9 +172,18 @@ def _read_layers(data: bytes, at: int, directory, wanted: int) -> tuple[Layer, .
     return tuple(found)
 
 
-def overhead(data: bytes) -> int:
-    """Bytes of a packed stream beside its strings."""
-    strings = (len(string) for layer in unpack(data).layers for string in layer.strings)
+def prefix(data: bytes, layers: int) -> bytes:
+    """The beginning of a whole stream that holds its first `layers` layers.
+
+    Raises: IcmError as `unpack`.
+    """
+    later = unpack(data).layers[layers:]
+    return data[: len(data) - sum(_SEALS + sum(map(len, layer.strings)) for layer in later)]
+
+
+def overhead(data: bytes, layers: int | None = None) -> int:
+    """Bytes beside the strings of a packed stream, or of its first `layers` layers."""
+    strings = (len(string) for layer in unpack(data, layers).layers for string in layer.strings)
     return len(data) - sum(strings)
 
 

@@ -3,6 +3,9 @@
     information filter (Feng et al. 2022, stage 1)    f [H/4] -> y [H/32] -> f [H/4]
     feature codec (stage 2)                           f [H/4] -> y [H/16] -> f [H/4]
     images (Ballé et al. 2018, figure 4)              x [H] -> y [H/16] -> x [H]
+    base layer (Özyılkan et al. 2023, table 1)        f, x [H/8] -> y_b [H/16] -> f [H/8]
+    latent-space transform (Choi and Bajić 2022)      y_b [H/16] -> f [H/8]
+    prediction (Yan et al. 2021)                      f [H/8] -> x [H]
     hyperprior of y (Ballé et al. 2018)               y -> z [/4] -> scale index of y
 
 Layer lists follow papers.md 5.2 and 6.3; synthesis goes by sub-pixel convolution. Sizes that do not
@@ -105,23 +108,94 @@ class ImageAnalysis(nn.Module):
 
 
 class ImageSynthesis(nn.Module):
-    """The mirror of an `ImageAnalysis` with these attributes, with inverse GDN."""
+    """The mirror of an `ImageAnalysis` with these attributes, with inverse GDN.
+
+    Attributes:
+      extra: how many channels at the end of y are not the analysis' own; they begin with weights
+        near zero.
+    """
 
     widths: tuple[int, int, int]
     last: int = 5
     dtype: Any = jnp.float32
+    extra: int = 0
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         """float [N, h, w, M] -> float32 [N, 16h, 16w, 3] on 0...255, not clipped."""
         x = y.astype(self.dtype)
-        windows = [w.swapaxes(2, 3) for w in haar_cascade((*self.widths, y.shape[-1]))]
+        own = y.shape[-1] - self.extra
+        windows = [w.swapaxes(2, 3) for w in haar_cascade((*self.widths, own))]
+        windows[-1] = np.pad(windows[-1], ((0, 0), (0, 0), (0, self.extra), (0, 0)))
         windows[0], windows[-1] = 16.0 * windows[0], windows[-1] / 16.0
         sides = (self.last, 5, 5)
         for width, side, window in zip(self.widths[::-1], sides, windows[:0:-1], strict=True):
             x = TransposedUp(width, side, self.dtype, around(window))(x)
             x = GDN(inverse=True, dtype=self.dtype)(x)
         x = TransposedUp(3, 5, self.dtype, around(windows[0]))(x).astype(jnp.float32)
+        return 255.0 * (x + 0.5)
+
+
+class BaseAnalysis(nn.Module):
+    """Three 5×5 convolutions, the last with stride 2, GDN between them (table 1, base encoder).
+
+    Attributes:
+      channels: C_b. width: N.
+    """
+
+    channels: int
+    width: int
+
+    @nn.compact
+    def __call__(self, f: jax.Array) -> jax.Array:
+        """float32 [N, H/8, W/8, F] -> float32 [N, H/16, W/16, C_b]."""
+        for _ in range(2):
+            f = GDN()(nn.Conv(self.width, (5, 5))(f))
+        return Down(self.channels, 5)(f)
+
+
+class BaseSynthesis(nn.Module):
+    """The mirror of `BaseAnalysis` with inverse GDN (table 1, base decoder); F `features`."""
+
+    features: int
+    width: int
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """float32 [N, H/16, W/16, C_b] -> float32 [N, H/8, W/8, F]."""
+        for _ in range(2):
+            y = GDN(inverse=True)(nn.Conv(self.width, (5, 5))(y))
+        return TransposedUp(self.features, 5)(y)
+
+
+class LatentTransform(nn.Module):
+    """The latent-space transform of Choi and Bajić 2022 (papers.md 4): residual blocks, the second
+    of them after a doubling of the sides, then 3×3 to the features."""
+
+    features: int
+    width: int
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """float32 [N, H/16, W/16, C_b] -> float32 [N, H/8, W/8, F]."""
+        y = ResidualBlock(self.width)(nn.Conv(self.width, (1, 1))(y))
+        y = Up(self.width)(y)
+        for _ in range(3):
+            y = ResidualBlock(self.width)(y)
+        return nn.Conv(self.features, (3, 3))(y)
+
+
+class Prediction(nn.Module):
+    """A picture from decoded features: three doublings with a residual block each."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, f: jax.Array) -> jax.Array:
+        """float32 [N, H/8, W/8, F] -> float32 [N, H, W, 3] on 0...255, not clipped."""
+        x = nn.Conv(self.width, (1, 1))(f)
+        for features in (self.width, self.width, 3):
+            x = Up(features)(ResidualBlock(self.width)(x))
         return 255.0 * (x + 0.5)
 
 

@@ -6,6 +6,7 @@ from icm_jax.tasks.compression import compression
 from icm_jax.tasks.contrastive import contrastive
 from icm_jax.tasks.detection import detection
 from icm_jax.tasks.image_compression import image_compression
+from icm_jax.tasks.scalable import scalable_compression
 from icm_jax.tasks.segmentation import segmentation
 from icm_jax.tasks.task import Task
 
@@ -16,6 +17,7 @@ TASKS = {
     "classification": classification,
     "segmentation": segmentation,
     "detection": detection,
+    "scalable_compression": scalable_compression,
 }
 
 

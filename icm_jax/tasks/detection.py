@@ -38,13 +38,20 @@ def detection(config) -> Task:
 
     Fields: classes, width, depth, dtype (of `yolo.layers`); anchor_scale (1: anchors of the
     published sizes, in pixels); least, overlap, limit (of `boxes.suppress`); crop (least and
-    largest share of an image that a training view shows).
+    largest share of an image that a training view shows); size (sides of the images).
+
+    Predictions are made of "image" or, from the default split on, of "feature".
+
+    Raises: IcmError for a size that is no multiple of 32, and as `yolo.layers`.
 
     Batches hold "image" uint8 [N, H, W, 3], sides multiples of 32, "boxes" float32 [N, B, 4],
     "box_labels" int32 [N, B], "box_valid" bool [N, B].
     """
+    if config.size % yolo.STRIDES[0]:
+        raise IcmError(f"YOLOv3 takes images whose sides are multiples of 32, not {config.size}")
     table = yolo.layers(config.classes, config.width, config.depth)
     whole = yolo.Part(table, 0, len(table), jnp.dtype(config.dtype))
+    tail = yolo.Part(table, yolo.default_split(table), len(table), jnp.dtype(config.dtype))
 
     def init(key, batch):
         own = whole.init(key, scaled(batch["image"][:1]), train=False)
@@ -65,7 +72,10 @@ def detection(config) -> Task:
         return sum(metrics.values()), Aux(metrics, {"batch_stats": {"detector": stats}})
 
     def predict(variables, batch):
-        outputs, _ = apply(whole, variables, "detector", scaled(batch["image"]), False)
+        if "feature" in batch:
+            outputs, _ = apply(tail, variables, "detector", batch["feature"], False)
+        else:
+            outputs, _ = apply(whole, variables, "detector", scaled(batch["image"]), False)
         found = detections(outputs, config.anchor_scale, config.limit, config.overlap, config.least)
         return found._asdict()
 
@@ -73,7 +83,7 @@ def detection(config) -> Task:
 
 
 def scaled(image):
-    """uint8 on 0...255 -> float32 on 0...1."""
+    """uint8 or float on 0...255 -> float32 on 0...1."""
     return image.astype(jnp.float32) / 255.0
 
 

@@ -19,8 +19,6 @@ from icm_jax.codecs.hyperprior import image_codec
 from icm_jax.errors import IcmError
 from icm_jax.tasks.task import TRAIN, Aux, Task
 
-METRICS = ("mse", "ms_ssim", "both")
-
 
 def image_compression(config) -> Task:
     """The task.
@@ -32,14 +30,16 @@ def image_compression(config) -> Task:
     Raises: IcmError for an unknown metric, or λ that are not positive or not one or two.
     """
     lambdas = [float(value) for value in config.lambdas]
-    if config.metric not in METRICS:
-        raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(METRICS)}")
+    weights = {"mse": (1.0, 0.0), "ms_ssim": (0.0, 1.0), "both": (1.0, config.ms_ssim_weight)}
+    if config.metric not in weights:
+        raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(weights)}")
+    weights = weights[config.metric]
     if min(lambdas, default=0) <= 0 or len(lambdas) != (2 if config.levels > 1 else 1):
         raise IcmError(
             f"lambdas {lambdas} and levels {config.levels}: give the two ends of λ to a codec of "
             "several quality levels, and one λ to a codec of one; all positive"
         )
-    if config.metric != "mse" and config.size < 176:
+    if weights[1] and config.size < 176:
         raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
     width = config.width if isinstance(config.width, int) else tuple(config.width)
     codec = image_codec(
@@ -64,11 +64,9 @@ def image_compression(config) -> Task:
         )
         x, x_hat = x.astype(jnp.float32), result.outputs["image"]
         mse = jnp.square(x - x_hat).mean(axis=(1, 2, 3))
-        distortion = mse
-        if config.metric != "mse":
-            unlike = 1.0 - ops.ms_ssim(x, x_hat)
-            both = config.metric == "both"
-            distortion = mse + config.ms_ssim_weight * unlike if both else unlike
+        distortion = weights[0] * mse
+        if weights[1]:
+            distortion += weights[1] * (1.0 - ops.ms_ssim(x, x_hat))
         bpp = sum(result.bits.values()) / config.size**2
         total = ((bpp + lmbda * distortion) * jnp.sqrt(jnp.exp(ends[-1]) / lmbda)).mean()
         metrics = {"bpp": bpp.mean(), "mse": mse.mean(), "distortion": distortion.mean()}

@@ -1,0 +1,81 @@
+"""Scalable coding for a frozen detector and for humans (Özyılkan et al. 2023, equation 2).
+
+    L = bits per pixel of both layers + λ · (MSE(x, x_hat) + w · d(f, f_hat))
+
+d is the mean squared error divided by the mean square of f: features of two detectors have
+different scales, and with this a weight w means the same for both. MSE is on 0...255.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from icm_jax import views
+from icm_jax.codecs.codec import forward
+from icm_jax.codecs.scalable import DETECTOR, scalable_codec
+from icm_jax.nets import yolo
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
+
+
+def scalable_compression(config) -> Task:
+    """The task.
+
+    Fields: kind, width, base, enhancement, hypers, detector_width, detector_depth, classes (of
+    `scalable_codec`); lmbda (λ); feature_weight (w); size (sides of the training views, a multiple
+    of 32); straight_through.
+    """
+    codec = scalable_codec(
+        config.kind,
+        config.width,
+        config.base,
+        config.enhancement,
+        config.hypers,
+        config.classes,
+        config.detector_width,
+        config.detector_depth,
+    )
+    table = yolo.layers(config.classes, config.detector_width, config.detector_depth)
+    front = yolo.Part(table, 0, yolo.default_split(table))
+
+    def loss(variables, batch, key, step):
+        del step
+        keys = jax.random.split(key)
+        image = views.cut(batch["image"], config.size, key=keys[0])
+        x = image.astype(jnp.float32)
+        f, _ = apply(front, variables, DETECTOR, x / 255.0, False)
+        f = jax.lax.stop_gradient(f)
+        result = forward(
+            codec,
+            variables,
+            {"image": image, "feature": f},
+            x.shape[1:3],
+            straight_through=config.straight_through,
+            key=keys[1],
+        )
+        mse = jnp.square(x - result.outputs["image"]).mean(axis=(1, 2, 3)).mean()
+        error = jnp.square(f - result.outputs["feature"]).mean() / (jnp.square(f).mean() + 1e-12)
+        pixels = config.size**2
+        bpp = {
+            name: sum(result.bits[s.name].mean() for s in codec.segments if s.layer == layer)
+            / pixels
+            for layer, name in enumerate(("bpp_base", "bpp_enhancement"))
+        }
+        constants = variables["constants"]
+        distortion = mse + constants["feature_weight"] * error
+        total = sum(bpp.values()) + constants["lambda"] * distortion
+        metrics = {**bpp, "mse": mse, "distortion_f": error}
+        return total, Aux(metrics, {})
+
+    def predict(variables, batch):
+        return forward(codec, variables, batch, batch["image"].shape[1:3]).outputs
+
+    return Task(
+        init=lambda key, batch: codec.init(key, batch["image"]),
+        loss=loss,
+        predict=predict,
+        groups=lambda name: FROZEN if name == DETECTOR else TRAIN,
+        codec=codec,
+        constants={
+            "lambda": jnp.float32(config.lmbda),
+            "feature_weight": jnp.float32(config.feature_weight),
+        },
+    )

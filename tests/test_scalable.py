@@ -1,0 +1,188 @@
+"""Scalable codecs: two layers in one file, the first enough for the detector."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+from small import SCALABLE, images, initial, small_codec
+
+from icm_jax import cli
+from icm_jax.codecs import bitstream, codec, model_file, scalable_codec
+from icm_jax.coding import container
+from icm_jax.errors import IcmError
+from icm_jax.tasks import build_task
+
+DETECTOR = dict(classes=["cat", "dog"], anchor_scale=0.1, overlap=0.5, limit=5)
+
+
+@pytest.fixture(scope="module", params=list(SCALABLE))
+def frozen(request):
+    return small_codec(request.param)
+
+
+@pytest.fixture(scope="module")
+def disentangled(tmp_path_factory):
+    """(frozen codec, its file, an .icm file of a picture)."""
+    own, folder = small_codec("disentangled"), tmp_path_factory.mktemp("scalable")
+    model_file.save(folder / "codec.icmc", own, detector=DETECTOR)
+    (folder / "whole.icm").write_bytes(own.compress(images(40, 70, 3)))
+    return own, folder
+
+
+def test_layers_decode_to_what_test_mode_gives(frozen):
+    batch = images(2, 33, 64, 3)
+    streams = bitstream.encode(frozen, batch)
+    result = codec.forward(frozen.codec, frozen.on_device, {"image": batch}, (33, 64))
+    shapes = {"image": (2, 33, 64, 3), "feature": (2, 8, 8, 8)}
+    for output, shape in shapes.items():
+        decoded = bitstream.decode(frozen, streams, output)
+        assert decoded.shape == shape
+        np.testing.assert_allclose(decoded, result.outputs[output], rtol=1e-3, atol=1e-2)
+    first = [container.prefix(data, 1) for data in streams]
+    np.testing.assert_array_equal(
+        bitstream.decode(frozen, first, "feature", layers=1),
+        bitstream.decode(frozen, streams, "feature"),
+    )
+    with pytest.raises(IcmError, match="the first 1 can still be decoded"):
+        bitstream.decode(frozen, first, "image")
+    with pytest.raises(IcmError, match="later layer"):
+        bitstream.decode(frozen, streams, "image", layers=1)
+
+
+def test_bytes_of_each_layer_are_near_their_estimate(frozen):
+    batch = images(2, 64, 96, 3)
+    estimated = bitstream.estimate(frozen, batch)
+    for row, data in enumerate(bitstream.encode(frozen, batch)):
+        for number, layer in enumerate(container.unpack(data).layers):
+            own = [s.name for s in frozen.codec.segments if s.layer == number]
+            bits = sum(float(estimated[name][row]) for name in own)
+            assert abs(sum(map(len, layer.strings)) - bits / 8) <= 0.01 * bits / 8 + 32
+
+
+def test_damage_in_one_layer_leaves_the_other(disentangled):
+    """An altered enhancement leaves the base; an altered base is an error, no wrong picture."""
+    own, folder = disentangled
+    whole = (folder / "whole.icm").read_bytes()
+    border = len(container.prefix(whole, 1))
+    expected = bitstream.decode(own, [whole], "feature")
+    for at in range(border, len(whole), 7):
+        altered = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+        with pytest.raises(IcmError):
+            bitstream.decode(own, [altered], "image")
+        given = bitstream.decode(own, [altered], "feature", layers=1)
+        np.testing.assert_array_equal(given, expected)
+    for at in range(0, border, 3):
+        altered = whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]
+        for output, layers in (("feature", 1), ("image", None)):
+            with pytest.raises(IcmError):
+                bitstream.decode(own, [altered], output, layers=layers)
+
+
+def test_a_loaded_model_reads_the_same(disentangled):
+    own, folder = disentangled
+    loaded = model_file.load(folder / "codec.icmc", {"scalable": scalable_codec})
+    whole = (folder / "whole.icm").read_bytes()
+    np.testing.assert_array_equal(loaded.decompress(whole), own.decompress(whole))
+    assert model_file.describe(folder / "codec.icmc")["detector"] == DETECTOR
+
+
+@pytest.mark.parametrize("change", [dict(kind="sum"), dict(base=0), dict(hypers=3)])
+def test_codecs_that_cannot_be_are_refused(change):
+    fields = dict(kind="split", width=4, base=2, enhancement=2, hypers=2, classes=2)
+    with pytest.raises(IcmError, match="no scalable codec"):
+        scalable_codec(**(fields | change), detector_width=0.1, detector_depth=0.1)
+
+
+def detect(capsys, *arguments):
+    code = cli.main(["detect", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys):
+    _, folder = disentangled
+    whole = (folder / "whole.icm").read_bytes()
+    (tmp_path / "cut.icm").write_bytes(container.prefix(whole, 1))
+    options = "-m", folder / "codec.icmc", "--least", 0.05
+    files = folder / "whole.icm", tmp_path / "cut.icm"
+    code, found, errors = detect(
+        capsys, *files, *options, "--draw", tmp_path / "out", "--coco", tmp_path / "boxes.json"
+    )
+    assert (code, errors) == (0, "")
+    assert found[0]["boxes"] and found[0]["boxes"] == found[1]["boxes"]
+    for box in found[0]["boxes"]:
+        assert box["name"] == DETECTOR["classes"][box["class"]] and 0.05 <= box["score"] <= 1
+        left, top, width, height = box["bbox"]
+        assert 0 <= left <= left + width <= 70.02 and 0 <= top <= top + height <= 40.02
+    rows = json.loads((tmp_path / "boxes.json").read_text())
+    assert [row["image_id"] for row in rows] == ["whole"] * (len(rows) // 2) + ["cut"] * (
+        len(rows) // 2
+    )
+    for name, grey in (("whole", False), ("cut", True)):
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            pixels = np.asarray(picture)
+        assert pixels.shape == (40, 70, 3)
+        assert ((pixels == 128).all(-1).mean() > 0.1) == grey
+    (tmp_path / "bad.icm").write_bytes(whole[:20])
+    code, found, errors = detect(capsys, tmp_path / "bad.icm", files[0], *options)
+    assert code == 1 and len(found) == 1 and "bad.icm" in errors
+    code, found, errors = detect(capsys, files[0])
+    assert code == 2 and "has no detector; train one" in errors
+
+
+def test_a_file_without_its_enhancement_gives_no_picture(disentangled, tmp_path, capsys):
+    _, folder = disentangled
+    path = tmp_path / "cut.icm"
+    path.write_bytes(container.prefix((folder / "whole.icm").read_bytes(), 1))
+    code = cli.main(["decompress", str(path), "-m", str(folder / "codec.icmc")])
+    errors = capsys.readouterr().err
+    assert code == 1 and "layer 2 of 2 is truncated" in errors
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_training_moves_the_codec_and_not_the_detector():
+    config = dict(
+        name="scalable_compression",
+        kind="disentangled",
+        width=6,
+        base=5,
+        enhancement=4,
+        hypers=2,
+        classes=2,
+        detector_width=1 / 32,
+        detector_depth=0.1,
+        lmbda=0.01,
+        feature_weight=100.0,
+        size=32,
+        straight_through=False,
+    )
+    task = build_task(ConfigDict(config))
+    batch = {"image": images(2, 40, 40, 3)}
+    variables = initial(SCALABLE["disentangled"](), batch["image"])
+    params = variables["params"]
+    assert {name: task.groups(name) for name in params} == {
+        "scalable": "train",
+        "detector": "frozen",
+    }
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(own):
+        given = dict(variables, params=dict(params, scalable=own), constants=dict(task.constants))
+        return task.loss(given, batch, jax.random.key(0), jnp.int32(0))
+
+    (total, aux), gradients = loss(params["scalable"])
+    m = aux.metrics
+    expected = m["bpp_base"] + m["bpp_enhancement"] + 0.01 * (m["mse"] + 100 * m["distortion_f"])
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    silent = [
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients)
+        if not np.abs(leaf).any()
+    ]
+    assert not silent
