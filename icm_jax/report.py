@@ -16,13 +16,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+import tqdm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from icm_jax import checkpoint, views
 from icm_jax.codecs import CODECS, bitstream, model_file
+from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.evaluators.metrics import bd_rate
+from icm_jax.evaluators.redundancy import CLUSTERS, fibres, uncertainty_coefficient
 from icm_jax.files import write_whole
 from icm_jax.tasks import build_task
 from icm_jax.train import complete
@@ -49,6 +52,7 @@ MEASURES = (
 )
 DRAWN = 0.4
 """Least score of a box that is drawn."""
+REDUNDANCY_IMAGES = 256
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
 COLOURS |= {"disentangled": "#0072B2", "split": "#D55E00", "residual": "#E69F00"}
 NAMES = {"omni": "Omni-ICM (α > 0)", "unfiltered": "α = 0 twin", "jpeg": "JPEG", "webp": "WebP"}
@@ -88,6 +92,10 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
         parts += _boxes(detectors[0], workdir)
     if any(point.startswith("stream") for run in runs for point in run.evaluate):
         parts += _samples(config, runs, workdir)
+    scalable = [run for run in runs if run.task.name == "scalable_compression"]
+    scalable = [run for run in scalable if (workdir / run.name / "codec.icmc").is_file()]
+    if scalable:
+        parts += _latents(scalable, workdir)
     parts += [("h2", "Training"), ("image", _draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]
     write_whole(workdir / "report.md", _markdown(parts).encode())
@@ -317,6 +325,66 @@ def draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: st
     )
     if text:
         axis.text(*corner, text, color="white", backgroundcolor=colour, fontsize=6)
+
+
+def _latents(runs, workdir) -> list[tuple[str, object]]:
+    """Of scalable codecs: what one latent tells of the other, and the channels that cost most."""
+    source = open_source(runs[0].data, "validation")
+    size = (runs[0].data.canvas,) * 2
+    count = min(REDUNDANCY_IMAGES, source.length)
+    batches = pipeline.in_order(source, batch_size=count, canvas=size, limit=count)
+    images = next(batches)["image"]
+    table = [["codec", "λ", "seed", "of y_b, y_e tells", "of y_e, y_b tells"]]
+    rows = []  # of the figure
+    for run in tqdm.tqdm(runs, "redundancy", unit="codec"):
+        frozen = model_file.load(workdir / run.name / "codec.icmc", CODECS)
+        latents, costs = _costs(frozen, images)
+        base, enhancement = (fibres(latents[name]) for name in ("y_b", "y_e"))
+        if len(base) >= 4 * CLUSTERS:
+            pairs = (base, enhancement), (enhancement, base)
+            known = [f"{uncertainty_coefficient(*pair):.2f}" for pair in pairs]
+        else:
+            known = ["– (too few images)"] * 2
+        labels = run.labels
+        table.append([NAMES.get(labels.arm, labels.arm), labels.point, str(run.seed), *known])
+        if labels.arm not in [arm for arm, *_ in rows] and run.seed == runs[0].seed:
+            rows += [(labels.arm, name, latents[name][0], costs[name]) for name in ("y_b", "y_e")]
+    figure = Figure(figsize=(12, 1.6 * len(rows)), dpi=110)
+    axes = figure.subplots(len(rows), 8, squeeze=False)
+    for own, (arm, name, latent, bits) in zip(axes, rows, strict=True):
+        for axis in own:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        order = np.argsort(-bits)[:8]
+        for axis, channel in zip(own, order, strict=False):
+            axis.imshow(latent[..., channel], cmap="gray")
+            axis.set_xlabel(f"{100 * bits[channel] / bits.sum():.0f} % of bits", fontsize=7)
+        own[0].set_ylabel(f"{arm}\n{name}", fontsize=8)
+    figure.tight_layout()
+    text = (
+        f"Uncertainty coefficients of {count} validation images, fibres of 1×1×C in {CLUSTERS} "
+        "clusters: 0, nothing; 1, all of it."
+    )
+    picture = ("image", _save(figure, workdir / "latents.png"))
+    title = "The eight channels of each latent that cost most, of one image"
+    return [("h2", "Redundancy"), ("table", table), ("p", text), ("h2", title), picture]
+
+
+def _costs(frozen, images: np.ndarray) -> tuple[dict, dict]:
+    """({segment: rounded latents [N, h, w, C]}, {segment: bits of each channel of image 0 [C]})."""
+
+    @jax.jit
+    def run(variables, images):
+        inputs, shape = {"image": images}, images.shape[1:3]
+        latents = forward(frozen.codec, variables, inputs, shape).latents
+        costs = {}
+        for segment in frozen.codec.segments:
+            own = latents[segment.name]
+            prior = segment.prior(variables, latents, own.shape)
+            costs[segment.name] = prior.bits(own)[0].sum(axis=(0, 1))
+        return latents, costs
+
+    return jax.device_get(run(frozen.on_device, images))
 
 
 def principal_colours(features: np.ndarray) -> np.ndarray:

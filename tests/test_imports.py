@@ -21,7 +21,7 @@ ALLOWED = {
     "entropy": BASE | {"ops", "coding"},
     "codecs": BASE | {"nets", "entropy", "coding", "ops"},
     "tasks": BASE | {"boxes", "codecs", "nets", "ops", "views"},
-    "evaluators": BASE | {"codecs", "nets", "ops"},
+    "evaluators": BASE | {"codecs", "entropy", "nets", "ops"},
     "sharding": BASE | {"ops"},
     "optim": BASE | {"ops"},
     "checkpoint": BASE | {"ops", "codecs"},

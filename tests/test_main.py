@@ -104,9 +104,9 @@ def test_a_detector_and_a_scalable_codec_end_with_a_report(tmp_path):
     assert 0 < base["bpp"] < whole["bpp"] and "bpp_y_e" not in base and whole["bpp_y_e"] > 0
     assert base["worst_gap_bytes"] <= 32 + 24 and "map50" in base and "psnr" in whole
     text = (tmp_path / "report.md").read_text()
-    for title in ("Detection, mAP at IoU 0.5", "Image quality, PSNR", "Detections", "Bitstreams"):
+    for title in ("Detection, mAP at IoU 0.5", "Image quality, PSNR", "Detections", "Redundancy"):
         assert f"## {title}" in text
-    for picture in ("rate_map50.png", "rate_map.png", "boxes.png", "images.png"):
+    for picture in ("rate_map50.png", "rate_map.png", "boxes.png", "images.png", "latents.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
     # The detector of the codec file is the one that was trained.
     detector = checkpoint.load_variables(tmp_path / "seed0/detector")

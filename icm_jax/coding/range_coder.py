@@ -144,7 +144,8 @@ def _int32_vector(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_rows(indexes: np.ndarray, tables: Tables) -> None:
-    if len(indexes) and not (0 <= indexes.min() and indexes.max() < len(tables.rows)):
+    # Without a sign, numbers below zero are large: one pass instead of two.
+    if len(indexes) and indexes.view(np.uint32).max() >= len(tables.rows):
         raise IcmError(
             f"table indexes {indexes.min()} to {indexes.max()} are outside the tables' "
             f"{len(tables.rows)} rows"
