@@ -68,6 +68,8 @@ def demo() -> dict:
             batch_size=16,
             learning_rate=1e-3,
             optimiser="adamw",
+            schedule="cosine",
+            plateau=dict(interval=5000, patience=10),  # with schedule="plateau"
             warmup_steps=100,
             clip_norm=1.0,
             log_every=20,
@@ -92,6 +94,7 @@ def coco() -> dict:
     config["model"].update(width=128, base=128, enhancement=64, lambdas=LAMBDAS, size=256)
     config["single"].update(width=128, channels=192, lambdas=LAMBDAS)
     config["train"].update(steps=1_000_000, batch_size=16, learning_rate=1e-4, save_every=5000)
+    config["train"].update(schedule="plateau")
     return config
 
 
@@ -158,7 +161,8 @@ def make_run(config, found, kind, lmbda, task) -> ml_collections.ConfigDict:
             optim=dict(
                 name=train.optimiser,
                 learning_rate=train.learning_rate,
-                schedule="cosine",
+                schedule=train.schedule,
+                plateau=train.plateau.to_dict(),
                 warmup_steps=train.warmup_steps,
                 weight_decay=0.0,
                 clip_norm=train.clip_norm,

@@ -2,14 +2,18 @@
 
 import jax
 import optax
+import optax.contrib
 
 from icm_jax.errors import IcmError
 
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "plateau")
+HALVINGS = 5  # of a learning rate that goes by plateau
 
 
 def make_schedule(config, steps: int) -> optax.Schedule:
     """config: schedule, learning_rate, warmup_steps; warm-up is linear from 0, decay ends at 0.
+
+    "plateau" is constant here; see `make_optimiser`.
 
     Raises: IcmError for an unknown schedule or a warm-up that is not shorter than the run.
     """
@@ -20,6 +24,7 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     rate, rest = config.learning_rate, steps - config.warmup_steps
     after = {
         "constant": optax.constant_schedule(rate),
+        "plateau": optax.constant_schedule(rate),
         "cosine": optax.cosine_decay_schedule(rate, rest),
         "linear": optax.linear_schedule(rate, 0.0, rest),
     }[config.schedule]
@@ -31,6 +36,11 @@ def make_schedule(config, steps: int) -> optax.Schedule:
 
 def make_optimiser(config, steps: int) -> optax.GradientTransformation:
     """config: name, weight_decay, clip_norm (0 = off) and the schedule's fields.
+
+    With the schedule "plateau" the rate is halved, at most `HALVINGS` times, whenever the mean of
+    the training loss over `interval` steps has not fallen `patience` times in a row (fields of
+    `config.plateau`). `update` is then given the loss as `value`. Counts and means are part of the
+    optimiser's state, so a resumed run goes on with them.
 
     Weight decay, and the layer-wise rates of LARS, leave out vectors: biases, BatchNorm, GDN's β.
     Raises: IcmError for an unknown optimiser.
@@ -51,7 +61,15 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
     if config.name not in makers:
         raise IcmError(f"unknown optimiser {config.name!r}; choose one of {', '.join(makers)}")
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, makers[config.name]())
+    chain = [*clip, makers[config.name]()]
+    if config.schedule == "plateau":
+        own = config.plateau
+        chain.append(
+            optax.contrib.reduce_on_plateau(
+                0.5, own.patience, accumulation_size=own.interval, min_scale=0.5**HALVINGS
+            )
+        )
+    return optax.chain(*chain)
 
 
 def matrices(params):

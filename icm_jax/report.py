@@ -352,11 +352,12 @@ def _latents(runs, workdir) -> list[tuple[str, object]]:
     figure = Figure(figsize=(12, 1.6 * len(rows)), dpi=110)
     axes = figure.subplots(len(rows), 8, squeeze=False)
     for own, (arm, name, latent, bits) in zip(axes, rows, strict=True):
-        for axis in own:
+        order = np.argsort(-bits)[:8]
+        for axis in own[len(order) :]:
+            axis.set_visible(False)
+        for axis, channel in zip(own, order, strict=False):
             axis.set_xticks([])
             axis.set_yticks([])
-        order = np.argsort(-bits)[:8]
-        for axis, channel in zip(own, order, strict=False):
             axis.imshow(latent[..., channel], cmap="gray")
             axis.set_xlabel(f"{100 * bits[channel] / bits.sum():.0f} % of bits", fontsize=7)
         own[0].set_ylabel(f"{arm}\n{name}", fontsize=8)

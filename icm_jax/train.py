@@ -197,6 +197,7 @@ def trained_part(task: Task, params: dict) -> dict:
 
 def make_step(task: Task, optimiser, ema: float):
     """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient."""
+    optimiser = optax.with_extra_args_support(optimiser)
 
     def step(state: TrainState, batch, key):
         params = state.variables["params"]
@@ -207,7 +208,7 @@ def make_step(task: Task, optimiser, ema: float):
             return task.loss(variables, batch, jax.random.fold_in(key, state.step), state.step)
 
         (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        updates, opt_state = optimiser.update(gradients, state.opt_state, trained)
+        updates, opt_state = optimiser.update(gradients, state.opt_state, trained, value=loss)
         trained = optax.apply_updates(trained, updates)
         averaged = state.ema
         if ema:

@@ -295,6 +295,24 @@ def test_schedules_are_their_formulas():
             optim.make_schedule(ml_collections.ConfigDict(dict(config, **bad)), 12)
 
 
+def test_a_rate_by_plateau_is_halved_where_the_loss_stalls():
+    config = dict(toy_run().optim, name="sgd", learning_rate=1.0, weight_decay=0.0, clip_norm=0.0)
+    config |= dict(schedule="plateau", warmup_steps=0, plateau=dict(interval=2, patience=3))
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100)
+    params = {"w": jnp.zeros((2, 2))}
+    state, sizes = optimiser.init(params), []
+    ones = {"w": jnp.ones((2, 2))}
+    momentum = 0.0
+    for step in range(30):
+        loss = jnp.float32(10 - step if step < 8 else 2.0)
+        updates, state = optimiser.update(ones, state, params, value=loss)
+        momentum = 0.9 * momentum + 1
+        sizes.append(float(-updates["w"][0, 0]) / momentum)
+    # Means of pairs fall up to steps 8 and 9; three that do not fall end with steps 15, 21 and 27.
+    expected = [0.5 ** max(0, (step - 9) // 6) for step in range(30)]
+    np.testing.assert_allclose(sizes, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
 def test_optimisers_descend_and_do_not_decay_vectors(name):
     config = dict(toy_run().optim, name=name, weight_decay=0.1, learning_rate=0.05)
