@@ -110,7 +110,9 @@ def boxed() -> dict:
     below 2 MiB. Views of 256 pixels give hyper-latents of 4×4; with 2×2, all of them at an edge,
     photographs took 28 % more bits whole than in pieces of 128 pixels.
 
-    First for the squared error alone, then for both measures of likeness.
+    First for the squared error alone, then for both measures of likeness: on Kodak the second run
+    moves BD-rates against JPEG from -35 % (PSNR) and -29 % (MS-SSIM) to -33 % and -51 %. 65 minutes
+    on two CPU cores.
     """
     config = demo()
     config["data"] = dict(name="photos", path="", canvas=321)
