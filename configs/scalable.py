@@ -74,6 +74,7 @@ def demo() -> dict:
             clip_norm=1.0,
             log_every=20,
             save_every=500,
+            keep_every=500,  # for the redundancy during training; a multiple of save_every
             fsdp=1,
             ema=0.0,
         ),
@@ -94,7 +95,7 @@ def coco() -> dict:
     config["model"].update(width=128, base=128, enhancement=64, lambdas=LAMBDAS, size=256)
     config["single"].update(width=128, channels=192, lambdas=LAMBDAS)
     config["train"].update(steps=1_000_000, batch_size=16, learning_rate=1e-4, save_every=5000)
-    config["train"].update(schedule="plateau")
+    config["train"].update(schedule="plateau", keep_every=100_000)
     return config
 
 
@@ -104,7 +105,8 @@ def tiny() -> dict:
     config["model"].update(kinds=("disentangled",), width=6, base=4, enhancement=5, size=64)
     config["model"].update(lambdas=(0.01,))
     config["single"].update(width=6, channels=8, lambdas=())
-    config["train"].update(steps=4, batch_size=4, warmup_steps=2, log_every=2, save_every=4)
+    config["train"].update(steps=4, batch_size=4, warmup_steps=2, log_every=2, save_every=2)
+    config["train"].update(keep_every=2)
     return config
 
 
@@ -171,6 +173,7 @@ def make_run(config, found, kind, lmbda, task) -> ml_collections.ConfigDict:
             steps=train.steps,
             log_every=train.log_every,
             save_every=train.save_every,
+            keep_every=train.keep_every,
             fsdp=train.fsdp,
             ema=train.ema,
             start=((found.name, DETECTOR),) if scalable else (),

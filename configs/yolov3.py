@@ -4,6 +4,8 @@
     python -m icm_jax.main --config=configs/yolov3.py:photos --config.data.path=FOLDER
                                                                       # small, on COCO JSON
     python -m icm_jax.main --config=configs/yolov3.py:coco            # Darknet-53, COCO 2014
+    python -m icm_jax.main --config=configs/yolov3.py:coco --config.weights=yolov3.weights \\
+        --config.train.steps=0                                        # scores published weights
 
 `FOLDER` holds `images/`, `train.json` and `val.json`.
 """
@@ -59,8 +61,10 @@ def demo() -> dict:
             fsdp=1,
             ema=0.0,
         ),
-        jpeg=(5, 10, 15, 25, 50, 80),
-        webp=(0, 10, 25, 50, 80),
+        weights="",  # a Darknet file to start from; with train.steps=0 it is taken as it is
+        # "heif-30" (HEVC intra) and "jxl-50" need the extra `formats`, "avif-50" nothing.
+        files=tuple(f"jpeg-{q}" for q in (5, 10, 15, 25, 50, 80))
+        + tuple(f"webp-{q}" for q in (0, 10, 25, 50, 80)),
     )
 
 
@@ -89,7 +93,7 @@ def tiny() -> dict:
     config["data"].update(canvas=64, size=64, train=16, validation=4)
     config["model"].update(width=1 / 16, depth=0.1, size=64, anchor_scale=64 / 416)
     config["train"].update(steps=4, batch_size=4, warmup_steps=1, log_every=2, save_every=4)
-    config.update(jpeg=(20,), webp=(20,))
+    config.update(files=("jpeg-20", "webp-20"))
     return config
 
 
@@ -101,7 +105,6 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
 def make_run(config, seed: int) -> ml_collections.ConfigDict:
     """One detector; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
     train = config.train
-    files = [f"jpeg-{q}" for q in config.jpeg] + [f"webp-{q}" for q in config.webp]
     return ml_collections.ConfigDict(
         dict(
             name=f"seed{seed}/detector",
@@ -123,9 +126,10 @@ def make_run(config, seed: int) -> ml_collections.ConfigDict:
             fsdp=train.fsdp,
             ema=train.ema,
             start=(),
+            weights=config.weights,
             decode_once=False,
             needs=("objects",),
-            evaluate=("pixels", *files),
+            evaluate=("pixels", *config.files),
             labels=dict(curve="detect", arm="detector", point=""),
         )
     )

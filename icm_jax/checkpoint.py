@@ -15,9 +15,11 @@ from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
 
 
-def manager(folder: str | os.PathLike, keep: int = 2) -> ocp.CheckpointManager:
-    """The checkpoints of one run; the newest `keep` are kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+def manager(folder: str | os.PathLike, keep: int = 2, period: int = 0) -> ocp.CheckpointManager:
+    """The checkpoints of one run; the newest `keep` stay, and those of every `period` steps."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=period or None, enable_async_checkpointing=True
+    )
     return ocp.CheckpointManager(pathlib.Path(folder).absolute() / "checkpoints", options=options)
 
 
@@ -48,17 +50,26 @@ def restore_newest(checkpoints: ocp.CheckpointManager, abstract):
     return None, 0
 
 
-def load_variables(folder: str | os.PathLike):
-    """Final variables of a finished run, as NumPy arrays. Raises IcmError if there is none."""
+def load_variables(folder: str | os.PathLike, step: int | None = None):
+    """Variables of a finished run, final or of a step that was kept, as NumPy arrays.
+
+    Raises: IcmError if the run has not finished.
+    """
     folder = pathlib.Path(folder)
     if not (folder / "done.json").is_file():
         raise IcmError(f"the run {folder} has not finished; run it first (same command resumes it)")
-    step = json.loads((folder / "done.json").read_text())["step"]
+    step = json.loads((folder / "done.json").read_text())["step"] if step is None else step
     with manager(folder) as checkpoints:
         saved = checkpoints.restore(
             step, args=ocp.args.StandardRestore(_host_template(folder, step))
         )
     return saved["variables"]
+
+
+def kept_steps(folder: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints that a run has left."""
+    with manager(folder) as checkpoints:
+        return sorted(checkpoints.all_steps())
 
 
 def load_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:

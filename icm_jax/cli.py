@@ -211,7 +211,7 @@ def _detect(options) -> int:
     failed, results = 0, []
     for name in options.files:
         try:
-            data = _read(name)
+            data = _read(name, layers=None if options.draw else 1)
             facts = {"file": name, **find(data)}
             stem = "stdin" if name == "-" else pathlib.Path(name).stem
             if options.draw:
@@ -571,11 +571,20 @@ def _is_folder(out: str) -> bool:
     return bool(out) and (out.endswith(("/", os.sep)) or pathlib.Path(out).is_dir())
 
 
-def _read(name: str) -> bytes:
+def _read(name: str, layers: int | None = None) -> bytes:
+    """A file, or standard input; with `layers`, of an .icm file no more than so many take."""
+    from icm_jax.coding import container
+
+    take = (
+        (lambda file: file.read())
+        if layers is None
+        else (lambda file: container.receive(file, layers))
+    )
     if name == "-":
-        return sys.stdin.buffer.read()
+        return take(sys.stdin.buffer)
     try:
-        return pathlib.Path(name).read_bytes()
+        with open(name, "rb") as file:
+            return take(file)
     except OSError as error:
         raise IcmError(f"cannot read {name}: {error.strerror or error}") from error
 

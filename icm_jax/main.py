@@ -51,6 +51,7 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
 
     from icm_jax.checkpoint import write_json
     from icm_jax.evaluate import evaluate
+    from icm_jax.optim import make_optimiser
     from icm_jax.report import write_report
     from icm_jax.train import train as train_run
 
@@ -59,6 +60,8 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
         print(f"work directory: {workdir}", flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     runs = experiment.runs(config)
+    for run in runs:  # a wrong rate of the last run is said before the first is trained
+        make_optimiser(run.optim, run.steps)
     for number, run in enumerate(runs, 1):
         if train:
             if first:

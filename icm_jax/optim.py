@@ -19,9 +19,9 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     """
     if config.schedule not in SCHEDULES:
         raise IcmError(f"unknown schedule {config.schedule!r}; choose one of {SCHEDULES}")
-    if not 0 <= config.warmup_steps < steps:
+    if not 0 <= config.warmup_steps < steps and steps:
         raise IcmError(f"warmup_steps {config.warmup_steps} must be below the run's {steps} steps")
-    rate, rest = config.learning_rate, steps - config.warmup_steps
+    rate, rest = config.learning_rate, max(steps - config.warmup_steps, 1)
     after = {
         "constant": optax.constant_schedule(rate),
         "plateau": optax.constant_schedule(rate),

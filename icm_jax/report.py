@@ -15,6 +15,7 @@ import subprocess
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 from matplotlib.figure import Figure
@@ -57,6 +58,7 @@ COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp"
 COLOURS |= {"disentangled": "#0072B2", "split": "#D55E00", "residual": "#E69F00"}
 NAMES = {"omni": "Omni-ICM (α > 0)", "unfiltered": "α = 0 twin", "jpeg": "JPEG", "webp": "WebP"}
 NAMES |= {
+    "heif": "HEIF (HEVC intra)",
     "disentangled": "disentangled latents",
     "split": "split latents (Choi and Bajić)",
     "residual": "feature, then residual (SSSIC)",
@@ -90,7 +92,7 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     detectors = [run for run in runs if run.task.name == "detection" and run.name not in missing]
     if detectors:
         parts += _boxes(detectors[0], workdir)
-    if any(point.startswith("stream") for run in runs for point in run.evaluate):
+    if any(run.task.name != "detection" for run in runs):
         parts += _samples(config, runs, workdir)
     scalable = [run for run in runs if run.task.name == "scalable_compression"]
     scalable = [run for run in scalable if (workdir / run.name / "codec.icmc").is_file()]
@@ -318,7 +320,7 @@ def _boxes(run, workdir) -> list[tuple[str, object]]:
 
 def draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: str = "") -> None:
     """A rectangle (ymin, xmin, ymax, xmax), fractions of `size` in pixels, and words above it."""
-    top, left, bottom, right = np.asarray(box) * np.tile(size, 2)
+    top, left, bottom, right = np.clip(box, 0, 1) * np.tile(size, 2)
     corner = (left - 0.5, top - 0.5)
     axis.add_patch(
         Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linestyle=style)
@@ -339,12 +341,7 @@ def _latents(runs, workdir) -> list[tuple[str, object]]:
     for run in tqdm.tqdm(runs, "redundancy", unit="codec"):
         frozen = model_file.load(workdir / run.name / "codec.icmc", CODECS)
         latents, costs = _costs(frozen, images)
-        base, enhancement = (fibres(latents[name]) for name in ("y_b", "y_e"))
-        if len(base) >= 4 * CLUSTERS:
-            pairs = (base, enhancement), (enhancement, base)
-            known = [f"{uncertainty_coefficient(*pair):.2f}" for pair in pairs]
-        else:
-            known = ["– (too few images)"] * 2
+        known = ["–" if np.isnan(value) else f"{value:.2f}" for value in _told(latents)]
         labels = run.labels
         table.append([NAMES.get(labels.arm, labels.arm), labels.point, str(run.seed), *known])
         if labels.arm not in [arm for arm, *_ in rows] and run.seed == runs[0].seed:
@@ -368,7 +365,47 @@ def _latents(runs, workdir) -> list[tuple[str, object]]:
     )
     picture = ("image", _save(figure, workdir / "latents.png"))
     title = "The eight channels of each latent that cost most, of one image"
-    return [("h2", "Redundancy"), ("table", table), ("p", text), ("h2", title), picture]
+    parts = [("h2", "Redundancy"), ("table", table), ("p", text)]
+    return [*parts, *_redundancy_in_training(runs, workdir, images), ("h2", title), picture]
+
+
+def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
+    """Redundancy at the checkpoints that were kept, for the middle λ of each kind, first seed."""
+    points = [run.labels.point for run in runs if run.labels.arm == runs[0].labels.arm]
+    middle = points[len(points) // 2]
+    chosen = [run for run in runs if run.labels.point == middle and run.seed == runs[0].seed]
+    figure = Figure(figsize=(10, 3.4), dpi=110)
+    axes = figure.subplots(1, 2)
+    for run in tqdm.tqdm(chosen, "redundancy in training", unit="codec"):
+        folder = workdir / run.name
+        codec = build_task(complete(run.task, open_source(run.data, "validation"))).codec
+        latents_of = jax.jit(
+            lambda variables, codec=codec: jax.tree.map(
+                jnp.round, codec.analyse(variables, {"image": images})
+            )
+        )
+        steps = checkpoint.kept_steps(folder)
+        told = [
+            _told(jax.device_get(latents_of(checkpoint.load_variables(folder, step))))
+            for step in steps
+        ]
+        for axis, values in zip(axes, np.transpose(told), strict=True):
+            axis.plot(steps, values, marker="o", label=NAMES.get(run.labels.arm, run.labels.arm))
+    for axis, title in zip(axes, ("of y_b, y_e tells", "of y_e, y_b tells"), strict=True):
+        axis.set_xlabel("step")
+        axis.set_title(f"{title}, λ = {middle}", fontsize=9)
+        axis.set_ylim(-0.02, 1.02)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    return [("image", _save(figure, workdir / "redundancy.png"))]
+
+
+def _told(latents) -> tuple[float, float]:
+    """What y_e tells of y_b, and y_b of y_e; NaN for too few fibres."""
+    base, enhancement = (fibres(latents[name]) for name in ("y_b", "y_e"))
+    if len(base) < 4 * CLUSTERS:
+        return float("nan"), float("nan")
+    return uncertainty_coefficient(base, enhancement), uncertainty_coefficient(enhancement, base)
 
 
 def _costs(frozen, images: np.ndarray) -> tuple[dict, dict]:

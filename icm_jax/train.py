@@ -27,12 +27,13 @@ from icm_jax import checkpoint, optim, sharding, views
 from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
+from icm_jax.nets import darknet, yolo
 from icm_jax.tasks import Task, build_task
 from icm_jax.tasks.task import TRAIN
 
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
-HARMLESS = ("log_every", "save_every", "fsdp")
+HARMLESS = ("log_every", "save_every", "keep_every", "fsdp")
 """Fields that may differ when a run is resumed: they do not change what is computed."""
 
 
@@ -50,8 +51,10 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
 
     Args:
       run: see `configs/`; fields name, seed, task, data, optim, batch_size, steps, log_every,
-        save_every, fsdp, ema, start; and decode_once, to train on features that the codec of
-        the first run of `start` decoded beforehand, instead of decoding views at every step.
+        save_every, fsdp, ema, start; keep_every, steps between checkpoints that stay (0: the newest
+        alone); decode_once, to train on features that the codec of the first run of `start` decoded
+        beforehand, instead of decoding views at every step; and, of detectors, weights: the path of
+        a Darknet file to start from, or "" (with steps = 0 the detector is that of the file).
       base: the folder of the experiment, where earlier runs lie that `run.start` names.
 
     Returns: the metrics of the last logging interval.
@@ -71,11 +74,15 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     task = build_task(complete(run.task, source))
     optimiser = optim.make_optimiser(run.optim, run.steps)
     start = [(checkpoint.load_variables(pathlib.Path(base) / n), p) for n, p in run.start]
+    if run.get("weights"):
+        start.append((detector_weights(run, source), None))
     features = (
         decoded_split(task.codec, start[0][0], source, run, base) if run.decode_once else None
     )
-    with checkpoint.manager(folder) as checkpoints:
+    with checkpoint.manager(folder, period=run.get("keep_every", 0)) as checkpoints:
         state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
+        if not run.steps:
+            checkpoint.save(checkpoints, 0, state)
         batches = pipeline.batches(
             source,
             batch_size=run.batch_size,
@@ -168,14 +175,30 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
     return state, 0
 
 
+def detector_weights(run, source) -> dict:
+    """Variables of `run.weights`, a .weights file of YOLOv3 or of its backbone alone.
+
+    Raises: IcmError if it cannot be read or is of another network.
+    """
+    table = yolo.layers(len(source.classes), run.task.width, run.task.depth)
+    own = darknet.read(run.weights, table)
+    return {collection: {"detector": tree} for collection, tree in own.items()}
+
+
 def copy_parts(variables: dict, earlier: dict, prefixes) -> dict:
     """`variables` with the subtrees "collection/name" taken from another run's variables.
 
-    Parts that neither side has (a network without BatchNorm) are passed over.
+    Parts that neither side has (a network without BatchNorm) are passed over. With prefixes None,
+    every layer that `earlier` has is taken.
 
     Raises: IcmError if only one side has a part, or if shapes differ.
     """
     variables = {name: dict(tree) for name, tree in variables.items()}
+    if prefixes is None:
+        for collection, parts in earlier.items():
+            for name, layers in parts.items():
+                variables[collection][name] = {**variables[collection][name], **layers}
+        return variables
     for prefix in prefixes:
         collection, name = prefix.split("/")
         given, own = (tree.get(collection, {}).get(name) for tree in (earlier, variables))

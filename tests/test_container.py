@@ -1,6 +1,7 @@
 """The stream: nothing but what `pack` writes is read, and nothing unchecked is believed."""
 
 import binascii
+import io
 import zlib
 
 import hypothesis
@@ -91,6 +92,23 @@ def test_a_prefix_with_a_whole_layer_is_read_up_to_it():
     for wrong in (0, 3):
         with pytest.raises(IcmError, match="the file has 2"):
             container.unpack(data, layers=wrong)
+
+
+def test_a_first_layer_is_received_while_the_rest_is_on_its_way():
+    data = container.pack(HEADER, LAYERS)
+    first = container.prefix(data, 1)
+    assert container.unpack(first, 1).layers == container.unpack(data).layers[:1]
+    pipe = io.BytesIO(data)
+    assert container.receive(pipe, 1) == first
+    assert pipe.tell() == len(first)  # nothing more was waited for
+    assert container.receive(io.BytesIO(data), 2) == data
+    for length in range(len(first)):
+        with pytest.raises(IcmError):
+            container.unpack(container.receive(io.BytesIO(data[:length]), 1), 1)
+    with pytest.raises(IcmError, match="not an"):
+        container.receive(io.BytesIO(b"no" * 9000), 1)
+    with pytest.raises(IcmError, match="the file has 2"):
+        container.receive(io.BytesIO(data), 3)
 
 
 def checked(head: bytes, rest: bytes = b"") -> bytes:

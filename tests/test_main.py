@@ -16,6 +16,7 @@ import pytest
 
 import icm_jax
 from icm_jax import checkpoint
+from icm_jax.nets import darknet, yolo
 from icm_jax.report import curves_of, principal_colours
 from icm_jax.tasks import build_task
 
@@ -92,7 +93,14 @@ def test_image_codecs_end_with_a_report(tmp_path):
 
 
 def test_a_detector_and_a_scalable_codec_end_with_a_report(tmp_path):
-    done = main(tmp_path, name="scalable")
+    """The detector starts from a Darknet file; four steps move no weight by more than 0.01."""
+    table, rng = yolo.layers(12, 1 / 16, 0.1), np.random.default_rng(0)
+    network = yolo.Part(table, 0, len(table))
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), image)
+    given = jax.tree.map(lambda x: rng.uniform(0.05, 0.1, x.shape).astype(np.float32), shapes)
+    darknet.write(tmp_path / "small.weights", table, given)
+    done = main(tmp_path, f"--config.detector.weights={tmp_path}/small.weights", name="scalable")
     assert done.returncode == 0, done.stderr[-3000:]
     (pixels, jpeg, webp) = json.loads((tmp_path / "seed0/detector/records.json").read_text())
     assert [r["kind"] for r in (pixels, jpeg, webp)] == ["pixels", "jpeg-20", "webp-20"]
@@ -106,14 +114,18 @@ def test_a_detector_and_a_scalable_codec_end_with_a_report(tmp_path):
     text = (tmp_path / "report.md").read_text()
     for title in ("Detection, mAP at IoU 0.5", "Image quality, PSNR", "Detections", "Redundancy"):
         assert f"## {title}" in text
-    for picture in ("rate_map50.png", "rate_map.png", "boxes.png", "images.png", "latents.png"):
+    for picture in ("rate_map50.png", "rate_map.png", "boxes.png", "latents.png", "redundancy.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
     # The detector of the codec file is the one that was trained.
     detector = checkpoint.load_variables(tmp_path / "seed0/detector")
     frozen = icm_jax.load(folder / "codec.icmc")
     for collection in ("params", "batch_stats"):
-        own, given = (t[collection]["detector"] for t in (frozen.variables, detector))
-        jax.tree.map(np.testing.assert_array_equal, own, given)
+        own, there = (t[collection]["detector"] for t in (frozen.variables, detector))
+        jax.tree.map(np.testing.assert_array_equal, own, there)
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), detector["params"]["detector"], given["params"]
+    )
+    assert 0 < max(jax.tree.leaves(moved)) < 0.01
 
 
 def test_rates_are_those_of_written_bytes(finished):

@@ -1,7 +1,10 @@
 """Scalable codecs: two layers in one file, the first enough for the detector."""
 
 import functools
+import io
 import json
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +107,7 @@ def detect(capsys, *arguments):
     return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
 
 
-def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys):
+def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys, monkeypatch):
     _, folder = disentangled
     whole = (folder / "whole.icm").read_bytes()
     (tmp_path / "cut.icm").write_bytes(container.prefix(whole, 1))
@@ -128,6 +131,11 @@ def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys):
             pixels = np.asarray(picture)
         assert pixels.shape == (40, 70, 3)
         assert ((pixels == 128).all(-1).mean() > 0.1) == grey
+    pipe = io.BytesIO(whole)
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=pipe))
+    _, piped, _ = detect(capsys, "-", *options)
+    assert piped[0]["boxes"] == found[0]["boxes"]
+    assert pipe.tell() == len(container.prefix(whole, 1))  # the rest may still be on its way
     (tmp_path / "bad.icm").write_bytes(whole[:20])
     code, found, errors = detect(capsys, tmp_path / "bad.icm", files[0], *options)
     assert code == 1 and len(found) == 1 and "bad.icm" in errors

@@ -35,6 +35,7 @@ _MAX_SIDE = 1 << 21
 _SEALS = 2 + 4  # bytes before a layer's strings: CRC-16 and seal
 _MAX_LAYERS = 15
 _MAX_STRINGS = 64
+_MAX_HEAD = 9 + 3 * 5 + _MAX_LAYERS * (1 + _MAX_STRINGS * 5) + 2
 
 
 class Header(NamedTuple):
@@ -117,6 +118,42 @@ def unpack(data: bytes, layers: int | None = None) -> Stream:
       not looked at.
     """
     data = bytes(data)
+    header, directory, at = _parse_head(data)
+    wanted = _require_layers(directory, layers)
+    return Stream(header, _read_layers(data, at + 2, directory, wanted), data[:at])
+
+
+def receive(file, layers: int) -> bytes:
+    """The beginning of a stream with its first `layers` layers, read from a binary file.
+
+    Of a pipe no more is waited for than these layers take: they can be decoded while the rest is
+    still on its way. Only the length of the last layer of all is that of the whole file.
+
+    Raises: IcmError as `unpack` for a header that is none; a layer that ends too early is left to
+      `unpack`.
+    """
+    data = b""
+    while True:
+        more = file.read(1)
+        data += more
+        try:
+            _, directory, at = _parse_head(data)
+            break
+        except IcmError:  # not whole yet, or never
+            if not more or len(data) > _MAX_HEAD:
+                raise
+    wanted = _require_layers(directory, layers)
+    if wanted == len(directory):
+        return data + file.read()
+    end = at + 2 + sum(_SEALS + sum(lengths) for lengths in directory[:wanted])
+    return data + file.read(end - len(data))
+
+
+def _parse_head(data: bytes) -> tuple[Header, list[list[int]], int]:
+    """(header, lengths of each layer's strings, where the head's CRC begins).
+
+    The length of the last string of all is not among them: it is what is left.
+    """
     if data[:3] != MAGIC:
         raise IcmError(f"not an .icm file: it starts with {data[:3]!r}, not {MAGIC!r}")
     if len(data) > 3 and data[3] != VERSION:
@@ -134,8 +171,7 @@ def unpack(data: bytes, layers: int | None = None) -> Stream:
             length, at = _read_varint(data, at)
             lengths.append(length)
         directory.append(lengths)
-    head = data[:at]
-    if data[at : at + 2] != _crc16(head):
+    if data[at : at + 2] != _crc16(data[:at]):
         raise IcmError("the header of the file is truncated or altered: its checksum differs")
     header = Header(data[4:8], (height, width), grey, quality)
     if flags >> 6 or not count or not all(1 <= size <= _MAX_STRINGS for size in sizes):
@@ -144,10 +180,14 @@ def unpack(data: bytes, layers: int | None = None) -> Stream:
         raise IcmError(f"the file claims an impossible image of {height}×{width} pixels")
     if has_quality and quality > 100 * QUALITY_STEPS:
         raise IcmError(f"the file claims an impossible quality of {quality / QUALITY_STEPS}")
-    wanted = count if layers is None else layers
-    if not 1 <= wanted <= count:
-        raise IcmError(f"{layers} layers asked for; the file has {count}")
-    return Stream(header, _read_layers(data, at + 2, directory, wanted), head)
+    return header, directory, at
+
+
+def _require_layers(directory, layers: int | None) -> int:
+    wanted = len(directory) if layers is None else layers
+    if not 1 <= wanted <= len(directory):
+        raise IcmError(f"{layers} layers asked for; the file has {len(directory)}")
+    return wanted
 
 
 def _read_layers(data: bytes, at: int, directory, wanted: int) -> tuple[Layer, ...]:
