@@ -575,11 +575,9 @@ def _read(name: str, layers: int | None = None) -> bytes:
     """A file, or standard input; with `layers`, of an .icm file no more than so many take."""
     from icm_jax.coding import container
 
-    take = (
-        (lambda file: file.read())
-        if layers is None
-        else (lambda file: container.receive(file, layers))
-    )
+    def take(file):
+        return file.read() if layers is None else container.receive(file, layers)
+
     if name == "-":
         return take(sys.stdin.buffer)
     try:

@@ -81,7 +81,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     )
     with checkpoint.manager(folder, period=run.get("keep_every", 0)) as checkpoints:
         state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
-        if not run.steps:
+        if not run.steps and not checkpoints.all_steps():
             checkpoint.save(checkpoints, 0, state)
         batches = pipeline.batches(
             source,
