@@ -286,16 +286,19 @@ def _finder(codec, options):
 
 
 def _drawn(codec, data: bytes, boxes: list[dict]):
-    """uint8 [H, W, 3]: boxes on the decoded picture, or on grey if the file holds none."""
+    """uint8 [H, W, 3]: boxes on the decoded picture, or on grey if the file ends after its base.
+
+    Raises: IcmError if there is more, but damaged.
+    """
     import numpy as np
     from PIL import Image, ImageDraw
 
     from icm_jax.coding import container
 
-    try:
-        picture = codec.decompress(data)
-    except IcmError:
+    if container.receive(io.BytesIO(data), 1) == data:
         picture = np.full((*container.unpack(data, 1).header.shape, 3), 128, np.uint8)
+    else:
+        picture = codec.decompress(data)
     image = Image.fromarray(picture).convert("RGB")
     draw = ImageDraw.Draw(image)
     for box in boxes:

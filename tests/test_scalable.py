@@ -139,6 +139,9 @@ def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys, m
     (tmp_path / "bad.icm").write_bytes(whole[:20])
     code, found, errors = detect(capsys, tmp_path / "bad.icm", files[0], *options)
     assert code == 1 and len(found) == 1 and "bad.icm" in errors
+    (tmp_path / "half.icm").write_bytes(whole[:-9])  # a damaged picture is not drawn as grey
+    code, _, errors = detect(capsys, tmp_path / "half.icm", *options, "--draw", tmp_path / "no")
+    assert code == 1 and "layer 2 of 2 is truncated" in errors
     code, found, errors = detect(capsys, files[0])
     assert code == 2 and "has no detector; train one" in errors
 
