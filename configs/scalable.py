@@ -6,8 +6,9 @@
     python -m icm_jax.main --config=configs/scalable.py:coco         # full widths, COCO 2014
 
 A detector is trained first (`configs/yolov3.py`), then a codec per kind and λ with the detector
-frozen, then the single-layer hyperprior. The report holds the detector's precision over the bits of
-the base layer, and the picture's quality over those of both.
+frozen, then the single-layer hyperprior. With `train.following_steps` the codec of the first λ of a
+kind is trained in full, and each one after it starts from the one before. The report holds the
+detector's precision over the bits of the base layer, and the picture's quality over those of both.
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ import ml_collections
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
 """The field's λ for the mean squared error on 0...255 (papers.md 3.4)."""
+SMALL_LAMBDAS = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 DETECTOR = ("params/detector", "batch_stats/detector")
 
 
@@ -42,29 +44,34 @@ def detector(scale: str) -> dict:
     config = getattr(yolov3(), scale)()
     for name in ("name", "seeds"):
         del config[name]
+    if scale != "tiny":
+        config["files"] += tuple(f"heif-{q}" for q in (10, 20, 35, 50))
+        config["files"] += tuple(f"vvc-{q}" for q in (47, 42, 37))
     return dict(data=config.pop("data"), detector=config)
 
 
 def demo() -> dict:
-    """Small widths, four rates; 96 × 96 pixels."""
+    """Small widths, six rates; 96 × 96 pixels."""
     return dict(
         name="scalable",
         seeds=(0,),
         **detector("demo"),
         model=dict(
+            # "split-cheng2020" is Choi and Bajić's original: the transforms of Cheng et al. 2020.
             kinds=("disentangled", "split", "residual"),
-            width=32,
+            width=(16, 32, 64, 32),  # or one number, see `icm_jax.codecs.scalable.scalable_codec`
             base=24,  # C_b
-            enhancement=32,  # C_e
+            enhancement=128,  # C_e
             hypers=2,
             feature_weight=1000.0,
-            lambdas=(0.003, 0.01, 0.03, 0.1),
+            lambdas=SMALL_LAMBDAS,
             size=96,  # of training views
             straight_through=True,
         ),
-        single=dict(width=32, channels=56, lambdas=(0.003, 0.01, 0.03, 0.1)),
+        single=dict(width=(16, 32, 64, 32), channels=152, lambdas=SMALL_LAMBDAS),
         train=dict(
-            steps=3000,
+            steps=2000,
+            following_steps=700,  # of every λ but the first; 0: each λ by itself, `steps` long
             batch_size=16,
             learning_rate=1e-3,
             optimiser="adamw",
@@ -95,7 +102,7 @@ def coco() -> dict:
     config["model"].update(width=128, base=128, enhancement=64, lambdas=LAMBDAS, size=256)
     config["single"].update(width=128, channels=192, lambdas=LAMBDAS)
     config["train"].update(steps=1_000_000, batch_size=16, learning_rate=1e-4, save_every=5000)
-    config["train"].update(schedule="plateau", keep_every=100_000)
+    config["train"].update(schedule="plateau", keep_every=100_000, following_steps=0)
     return config
 
 
@@ -118,45 +125,66 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     listed = []
     for first in yolov3().runs(with_data):
         listed.append(first)
+        codecs = []
         for kind in config.model.kinds:
-            for lmbda in config.model.lambdas:
-                listed.append(make_run(config, first, kind, lmbda, scalable_task(config, kind)))
-        for lmbda in config.single.lambdas:
-            task = dict(
-                name="image_compression",
-                kind="scale_hyperprior",
-                width=config.single.width,
-                channels=config.single.channels,
-                last=5,
-                levels=1,
-                dtype="float32",
-                metric="mse",
-                ms_ssim_weight=0.0,
-                lambdas=(lmbda,),
-                size=config.model.size,
-                straight_through=config.model.straight_through,
-            )
-            listed.append(make_run(config, first, "single", lmbda, task))
+            tasks = [scalable_task(config, kind, lmbda) for lmbda in config.model.lambdas]
+            codecs += sweep(config, first, kind, config.model.lambdas, tasks)
+        tasks = [single_task(config, lmbda) for lmbda in config.single.lambdas]
+        codecs += sweep(config, first, "single", config.single.lambdas, tasks)
+        for codec in codecs[:1]:  # pictures in classical formats, once a seed
+            codec.evaluate += tuple(config.detector.files)
+        listed += codecs
     return listed
 
 
-def scalable_task(config, kind: str) -> dict:
-    """The task of one kind, but for λ."""
+def scalable_task(config, kind: str, lmbda: float) -> dict:
+    """The task of a scalable codec."""
     own = ("width", "base", "enhancement", "hypers", "feature_weight", "size", "straight_through")
     task = {field: config.model[field] for field in own}
     task |= {f"detector_{field}": config.detector.model[field] for field in ("width", "depth")}
-    return task | dict(name="scalable_compression", kind=kind)
+    kind, _, backbone = kind.partition("-")
+    task |= dict(name="scalable_compression", kind=kind, backbone=backbone or "balle2018")
+    return task | dict(lmbda=lmbda)
 
 
-def make_run(config, found, kind, lmbda, task) -> ml_collections.ConfigDict:
+def single_task(config, lmbda: float) -> dict:
+    """The task of a single-layer codec."""
+    return dict(
+        name="image_compression",
+        kind="scale_hyperprior",
+        width=config.single.width,
+        channels=config.single.channels,
+        last=5,
+        levels=1,
+        dtype="float32",
+        metric="mse",
+        ms_ssim_weight=0.0,
+        lambdas=(lmbda,),
+        size=config.model.size,
+        straight_through=config.model.straight_through,
+    )
+
+
+def sweep(config, found, arm: str, lambdas, tasks: list[dict]) -> list[ml_collections.ConfigDict]:
+    """The codecs of one arm; `found` is the detector's run."""
+    listed = []
+    for lmbda, task in zip(lambdas, tasks, strict=True):
+        scalable, steps = task["name"] == "scalable_compression", config.train.steps
+        start = [(found.name, DETECTOR)] if scalable else []
+        if listed and config.train.following_steps:
+            steps = config.train.following_steps
+            part = "scalable" if scalable else "image_codec"
+            start.append((listed[-1].name, (f"params/{part}",)))
+        listed.append(make_run(config, found, arm, lmbda, task, tuple(start), steps))
+    return listed
+
+
+def make_run(config, found, arm, lmbda, task, start, steps) -> ml_collections.ConfigDict:
     """One codec; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
     train, seed = config.train, found.seed
-    scalable = task["name"] == "scalable_compression"
-    if scalable:
-        task["lmbda"] = lmbda
     return ml_collections.ConfigDict(
         dict(
-            name=f"seed{seed}/{kind}-{lmbda:g}",
+            name=f"seed{seed}/{arm}-{lmbda:g}",
             seed=seed,
             task=task,
             data=dict(config.data, boxes=0),
@@ -170,17 +198,17 @@ def make_run(config, found, kind, lmbda, task) -> ml_collections.ConfigDict:
                 clip_norm=train.clip_norm,
             ),
             batch_size=train.batch_size,
-            steps=train.steps,
+            steps=steps,
             log_every=train.log_every,
             save_every=train.save_every,
             keep_every=train.keep_every,
             fsdp=train.fsdp,
             ema=train.ema,
-            start=((found.name, DETECTOR),) if scalable else (),
+            start=start,
             decode_once=False,
             needs=(),
             detector=found.name,
             evaluate=("detect", "stream"),
-            labels=dict(curve="image", arm=kind, point=f"{lmbda:g}"),
+            labels=dict(curve="image", arm=arm, point=f"{lmbda:g}"),
         )
     )

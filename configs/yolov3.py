@@ -62,7 +62,8 @@ def demo() -> dict:
             ema=0.0,
         ),
         weights="",  # a Darknet file to start from; with train.steps=0 it is taken as it is
-        # "heif-30" (HEVC intra) and "jxl-50" need the extra `formats`, "avif-50" nothing.
+        # "heif-30" (HEVC intra), "vvc-37" (VVC intra, at this quantisation parameter) and
+        # "jxl-50" need the extra `formats`, "avif-50" nothing.
         files=tuple(f"jpeg-{q}" for q in (5, 10, 15, 25, 50, 80))
         + tuple(f"webp-{q}" for q in (0, 10, 25, 50, 80)),
     )

@@ -44,7 +44,7 @@ def restore_newest(checkpoints: ocp.CheckpointManager, abstract):
             return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)), step
         except Exception as error:  # orbax, tensorstore and JSON have no common base
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logging.warning("checkpoint %d is damaged (%s); trying an older one", step, reason)
+            logging.error("checkpoint %d is damaged (%s); trying an older one", step, reason)
             warnings.warn(f"checkpoint {step} is damaged and passed over", stacklevel=2)
             checkpoints.delete(step)
     return None, 0

@@ -27,13 +27,14 @@ from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
 
 QUALITIES = (0, 25, 50, 75, 100)
-RIVALS = {  # points of each; of JPEG 2000 in dB
+RIVALS = {  # points of each; of JPEG 2000 in dB, of VVC quantisation parameters
     "jpeg": (5, 10, 20, 40, 60, 80, 90),
     "webp": (0, 10, 25, 50, 75, 90),
     "avif": (10, 30, 50, 70, 85),
     "jpeg2000": (25, 28, 31, 34, 38),
     "heif": (10, 20, 35, 50),
     "jxl": (10, 30, 50, 70, 85),
+    "vvc": (47, 42, 37, 32, 27),
 }
 
 

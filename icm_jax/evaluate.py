@@ -4,7 +4,8 @@ Each entry of `run.evaluate` gives records, one per point of a curve:
 
     "stream"     every image -> bytes of the frozen codec -> decoded feature -> prediction;
                  "stream-q" at quality q, for codecs with qualities
-    "jpeg-q"     every image -> JPEG (or "webp-q") file at quality q -> decoded pixels -> prediction
+    "jpeg-q"     every image -> JPEG (or "webp-q", ...) file at quality q -> decoded pixels ->
+                 prediction; formats that are not installed are left out and named
     "pixels"     the images as they are
     "detect"     the detector that `run.detector` names, on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
@@ -19,9 +20,11 @@ bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an 
 its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included).
 """
 
+import concurrent.futures
 import json
 import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -69,6 +72,10 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
             model_file.save(folder / "codec.icmc", frozen, **about)
     of_images = task.codec is not None and "image" in task.codec.outputs
     for point in run.evaluate:
+        method = point.partition("-")[0]
+        if method in classical.FORMATS and not classical.available(method):
+            print(f"{run.name}: {point} is left out, nothing here writes it", file=sys.stderr)
+            continue
         record = dict(run.labels)
         record |= {"seed": run.seed, "kind": point, "run": run.name}
         if point == "detect":
@@ -146,14 +153,17 @@ def through_files(images: np.ndarray, point: str, extents, count: int):
     coded.
     """
     method, _, quality = point.partition("-")
-    given, sizes = images.copy(), []
-    for row in range(count):
+    given = images.copy()
+
+    def code(row: int) -> tuple[float, float]:
         height, width = images.shape[1:3] if extents is None else extents[row]
         picture = np.ascontiguousarray(images[row, :height, :width])
         file = classical.encode(picture, method, int(quality))
         given[row, :height, :width] = classical.decode(file)
-        sizes.append(_file_sizes(file, method, height, width))
-    return given, sizes
+        return _file_sizes(file, method, height, width)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return given, list(pool.map(code, range(count)))
 
 
 def _file_sizes(file: bytes, method: str, height: int, width: int) -> tuple[float, float]:
@@ -222,26 +232,32 @@ def score_images(frozen, point: str, source, name: str) -> dict:
     MS-SSIM is left out where an image is too small for it.
     """
     method, _, quality = point.partition("-")
-    parts, sizes, scores = [], [], []
-    for number in tqdm.trange(source.length, desc=f"{name} {point}", unit="image"):
+
+    def code(number: int) -> tuple:
+        """(sizes, PSNR, MS-SSIM in dB or None) of an image."""
         loaded = source.load(number)
         image = geometry.decode_image(loaded["image"], loaded["name"])
         if method == "stream":
             own = float(quality) if quality else None
-            given, part = through_stream(frozen, image[None], "image", own)
-            parts += part
+            given, (size,) = through_stream(frozen, image[None], "image", own)
             given = np.rint(given[0].clip(0, 255)).astype(np.uint8)
         else:
             file = classical.encode(image, method, int(quality))
-            given = classical.decode(file)
-            sizes.append(_file_sizes(file, method, *image.shape[:2]))
+            given, size = classical.decode(file), _file_sizes(file, method, *image.shape[:2])
         small = min(image.shape[:2]) < metrics.SMALLEST
-        m = None if small else metrics.ms_ssim(image, given)
-        scores.append((metrics.psnr(image, given), None if small else metrics.decibels(m)))
-    record = {"images": source.length, "psnr": float(np.mean([psnr for psnr, _ in scores]))}
-    similar = [db for _, db in scores if db is not None]
+        similar = None if small else metrics.decibels(metrics.ms_ssim(image, given))
+        return size, metrics.psnr(image, given), similar
+
+    # Coding times are measured: one stream at a time.
+    workers = 1 if method == "stream" else os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        results = pool.map(code, range(source.length))
+        options = dict(total=source.length, desc=f"{name} {point}", unit="image")
+        sizes, scores, similar = zip(*tqdm.tqdm(results, **options), strict=True)
+    record = {"images": source.length, "psnr": float(np.mean(scores))}
+    similar = [decibels for decibels in similar if decibels is not None]
     record |= {"ms_ssim_db": float(np.mean(similar))} if similar else {}
-    return record | (_of_parts(parts) if parts else _of_files(sizes))
+    return record | (_of_parts(sizes) if method == "stream" else _of_files(sizes))
 
 
 def through_stream(

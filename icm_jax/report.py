@@ -15,21 +15,13 @@ import subprocess
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from icm_jax import checkpoint, views
-from icm_jax.codecs import CODECS, bitstream, model_file
-from icm_jax.codecs.codec import forward
-from icm_jax.data import open_source, pipeline
+from icm_jax import pictures
 from icm_jax.evaluators.metrics import bd_rate
-from icm_jax.evaluators.redundancy import CLUSTERS, fibres, uncertainty_coefficient
 from icm_jax.files import write_whole
-from icm_jax.tasks import build_task
-from icm_jax.train import complete
+from icm_jax.pictures import NAMES, save
 
 
 class Measure(NamedTuple):
@@ -51,19 +43,8 @@ MEASURES = (
     Measure("image", "psnr", "Image quality, PSNR", "PSNR [dB]"),
     Measure("image", "ms_ssim_db", "Image quality, MS-SSIM", "MS-SSIM [dB]"),
 )
-DRAWN = 0.4
-"""Least score of a box that is drawn."""
-REDUNDANCY_IMAGES = 256
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
 COLOURS |= {"disentangled": "#0072B2", "split": "#D55E00", "residual": "#E69F00"}
-NAMES = {"omni": "Omni-ICM (α > 0)", "unfiltered": "α = 0 twin", "jpeg": "JPEG", "webp": "WebP"}
-NAMES |= {
-    "heif": "HEIF (HEVC intra)",
-    "disentangled": "disentangled latents",
-    "split": "split latents (Choi and Bajić)",
-    "residual": "feature, then residual (SSSIC)",
-    "single": "one layer (hyperprior)",
-}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
 
 
@@ -91,13 +72,14 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
         parts += [("h2", "Bitstreams"), ("table", _stream_table(streams))]
     detectors = [run for run in runs if run.task.name == "detection" and run.name not in missing]
     if detectors:
-        parts += _boxes(detectors[0], workdir)
+        frozen = [run for run in runs if (workdir / run.name / "codec.icmc").is_file()]
+        parts += pictures.detections(detectors[0], frozen, workdir)
     if any(run.task.name != "detection" for run in runs):
-        parts += _samples(config, runs, workdir)
+        parts += pictures.decoded(config, runs, workdir)
     scalable = [run for run in runs if run.task.name == "scalable_compression"]
     scalable = [run for run in scalable if (workdir / run.name / "codec.icmc").is_file()]
     if scalable:
-        parts += _latents(scalable, workdir)
+        parts += pictures.latents(scalable, workdir)
     parts += [("h2", "Training"), ("image", _draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]
     write_whole(workdir / "report.md", _markdown(parts).encode())
@@ -162,7 +144,7 @@ def _draw_curves(records, path, measure: Measure):
     axes.set_title(measure.title)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _curve_table(records, measure: Measure) -> list[list[str]]:
@@ -245,198 +227,6 @@ def _bd_table(records, measure: Measure) -> list[list[str]]:
     return rows
 
 
-def _samples(config, runs, workdir) -> list[tuple[str, object]]:
-    """Images beside what is decoded: images, or features (principal components as colours)."""
-    columns: dict[str, tuple] = {}
-    for run in runs:
-        path = workdir / run.name / "codec.icmc"
-        for point in run.evaluate:
-            method, _, quality = point.partition("-")
-            if method == "stream" and run.seed == runs[0].seed and path.is_file():
-                title = f"{run.labels.arm}\n" + (
-                    f"quality {quality}" if quality else f"λ = {run.labels.point}"
-                )
-                columns.setdefault(title, (path, float(quality) if quality else None))
-    if not columns:
-        return [("p", "No frozen codec yet.")]
-    source = open_source(config.data, "validation")
-    batch = next(
-        pipeline.evaluation_batches(source, batch_size=4, canvas=(config.data.canvas,) * 2)
-    )
-    images = np.asarray(views.centre(batch["image"], config.model.size))
-    figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.8 * len(images)), dpi=110)
-    axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
-    for row, image in enumerate(images):
-        axes[row, 0].imshow(image)
-    features = False
-    for number, (title, (path, quality)) in enumerate(columns.items(), 1):
-        frozen = model_file.load(path, CODECS)
-        streams = bitstream.encode(frozen, images, quality=quality)
-        output = "image" if "image" in frozen.codec.outputs else "feature"
-        decoded = bitstream.decode(frozen, streams, output)
-        features = output == "feature"
-        pictures = principal_colours(decoded) if features else (decoded / 255).clip(0, 1)
-        axes[0, number].set_title(title, fontsize=8)
-        for row, data in enumerate(streams):
-            axes[row, number].imshow(pictures[row])
-            rate = 8 * len(data) / images[row, ..., 0].size
-            axes[row, number].set_xlabel(f"{len(data)} bytes, {rate:.3f} bpp", fontsize=6)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-    figure.tight_layout()
-    name = "features" if features else "images"
-    title = "Decoded features" if features else "Decoded images"
-    return [("h2", title), ("image", _save(figure, workdir / f"{name}.png"))]
-
-
-def _boxes(run, workdir) -> list[tuple[str, object]]:
-    """Validation images with the boxes that are there (dashed) and those that are found."""
-    source = open_source(run.data, "validation")
-    size = (run.data.canvas,) * 2
-    options = dict(batch_size=8, canvas=size, boxes=run.data.boxes, limit=8)
-    batch = next(pipeline.evaluation_batches(source, **options))
-    task = build_task(complete(run.task, source))
-    variables = checkpoint.load_variables(workdir / run.name)
-    found = jax.device_get(jax.jit(task.predict)(variables, {"image": batch["image"]}))
-    figure = Figure(figsize=(12, 6.5), dpi=110)
-    for row, axis in enumerate(figure.subplots(2, 4).ravel()):
-        axis.set_axis_off()
-        if not batch["valid"][row]:
-            continue
-        height, width = batch["extent"][row]
-        axis.imshow(batch["image"][row, :height, :width])
-        for box in batch["boxes"][row][batch["box_valid"][row]]:
-            draw_box(axis, box, size, "white", "--")
-        for i in np.flatnonzero(found["valid"][row] & (found["scores"][row] >= DRAWN)):
-            label = int(found["labels"][row, i])
-            text = f"{source.classes[label]} {found['scores'][row, i]:.2f}"
-            draw_box(axis, found["boxes"][row, i], size, f"C{label % 10}", "-", text)
-    figure.tight_layout()
-    text = f"Dashed: the truth. Lines: boxes with a score of at least {DRAWN}."
-    name = _save(figure, workdir / "boxes.png")
-    return [("h2", "Detections"), ("image", name), ("p", text)]
-
-
-def draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: str = "") -> None:
-    """A rectangle (ymin, xmin, ymax, xmax), fractions of `size` in pixels, and words above it."""
-    top, left, bottom, right = np.clip(box, 0, 1) * np.tile(size, 2)
-    corner = (left - 0.5, top - 0.5)
-    axis.add_patch(
-        Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linestyle=style)
-    )
-    if text:
-        axis.text(*corner, text, color="white", backgroundcolor=colour, fontsize=6)
-
-
-def _latents(runs, workdir) -> list[tuple[str, object]]:
-    """Of scalable codecs: what one latent tells of the other, and the channels that cost most."""
-    source = open_source(runs[0].data, "validation")
-    size = (runs[0].data.canvas,) * 2
-    count = min(REDUNDANCY_IMAGES, source.length)
-    batches = pipeline.in_order(source, batch_size=count, canvas=size, limit=count)
-    images = next(batches)["image"]
-    table = [["codec", "λ", "seed", "of y_b, y_e tells", "of y_e, y_b tells"]]
-    rows = []  # of the figure
-    for run in tqdm.tqdm(runs, "redundancy", unit="codec"):
-        frozen = model_file.load(workdir / run.name / "codec.icmc", CODECS)
-        latents, costs = _costs(frozen, images)
-        known = ["–" if np.isnan(value) else f"{value:.2f}" for value in _told(latents)]
-        labels = run.labels
-        table.append([NAMES.get(labels.arm, labels.arm), labels.point, str(run.seed), *known])
-        if labels.arm not in [arm for arm, *_ in rows] and run.seed == runs[0].seed:
-            rows += [(labels.arm, name, latents[name][0], costs[name]) for name in ("y_b", "y_e")]
-    figure = Figure(figsize=(12, 1.6 * len(rows)), dpi=110)
-    axes = figure.subplots(len(rows), 8, squeeze=False)
-    for own, (arm, name, latent, bits) in zip(axes, rows, strict=True):
-        order = np.argsort(-bits)[:8]
-        for axis in own[len(order) :]:
-            axis.set_visible(False)
-        for axis, channel in zip(own, order, strict=False):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.imshow(latent[..., channel], cmap="gray")
-            axis.set_xlabel(f"{100 * bits[channel] / bits.sum():.0f} % of bits", fontsize=7)
-        own[0].set_ylabel(f"{arm}\n{name}", fontsize=8)
-    figure.tight_layout()
-    text = (
-        f"Uncertainty coefficients of {count} validation images, fibres of 1×1×C in {CLUSTERS} "
-        "clusters: 0, nothing; 1, all of it."
-    )
-    picture = ("image", _save(figure, workdir / "latents.png"))
-    title = "The eight channels of each latent that cost most, of one image"
-    parts = [("h2", "Redundancy"), ("table", table), ("p", text)]
-    return [*parts, *_redundancy_in_training(runs, workdir, images), ("h2", title), picture]
-
-
-def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
-    """Redundancy at the checkpoints that were kept, for the middle λ of each kind, first seed."""
-    points = [run.labels.point for run in runs if run.labels.arm == runs[0].labels.arm]
-    middle = points[len(points) // 2]
-    chosen = [run for run in runs if run.labels.point == middle and run.seed == runs[0].seed]
-    figure = Figure(figsize=(10, 3.4), dpi=110)
-    axes = figure.subplots(1, 2)
-    for run in tqdm.tqdm(chosen, "redundancy in training", unit="codec"):
-        folder = workdir / run.name
-        codec = build_task(complete(run.task, open_source(run.data, "validation"))).codec
-        latents_of = jax.jit(
-            lambda variables, codec=codec: jax.tree.map(
-                jnp.round, codec.analyse(variables, {"image": images})
-            )
-        )
-        steps = checkpoint.kept_steps(folder)
-        told = [
-            _told(jax.device_get(latents_of(checkpoint.load_variables(folder, step))))
-            for step in steps
-        ]
-        for axis, values in zip(axes, np.transpose(told), strict=True):
-            axis.plot(steps, values, marker="o", label=NAMES.get(run.labels.arm, run.labels.arm))
-    for axis, title in zip(axes, ("of y_b, y_e tells", "of y_e, y_b tells"), strict=True):
-        axis.set_xlabel("step")
-        axis.set_title(f"{title}, λ = {middle}", fontsize=9)
-        axis.set_ylim(-0.02, 1.02)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    return [("image", _save(figure, workdir / "redundancy.png"))]
-
-
-def _told(latents) -> tuple[float, float]:
-    """What y_e tells of y_b, and y_b of y_e; NaN for too few fibres."""
-    base, enhancement = (fibres(latents[name]) for name in ("y_b", "y_e"))
-    if len(base) < 4 * CLUSTERS:
-        return float("nan"), float("nan")
-    return uncertainty_coefficient(base, enhancement), uncertainty_coefficient(enhancement, base)
-
-
-def _costs(frozen, images: np.ndarray) -> tuple[dict, dict]:
-    """({segment: rounded latents [N, h, w, C]}, {segment: bits of each channel of image 0 [C]})."""
-
-    @jax.jit
-    def run(variables, images):
-        inputs, shape = {"image": images}, images.shape[1:3]
-        latents = forward(frozen.codec, variables, inputs, shape).latents
-        costs = {}
-        for segment in frozen.codec.segments:
-            own = latents[segment.name]
-            prior = segment.prior(variables, latents, own.shape)
-            costs[segment.name] = prior.bits(own)[0].sum(axis=(0, 1))
-        return latents, costs
-
-    return jax.device_get(run(frozen.on_device, images))
-
-
-def principal_colours(features: np.ndarray) -> np.ndarray:
-    """First three principal components of float [N, h, w, C] as float RGB in 0...1 [N, h, w, 3]."""
-    flat = features.reshape(-1, features.shape[-1]).astype(np.float64)
-    flat = flat - flat.mean(axis=0)
-    _, _, basis = np.linalg.svd(flat.T @ flat)
-    scores = flat @ basis[:3].T
-    low, high = np.percentile(scores, [2, 98], axis=0)
-    return np.clip((scores - low) / np.maximum(high - low, 1e-9), 0, 1).reshape(
-        *features.shape[:-1], 3
-    )
-
-
 def _draw_training(runs, workdir):
     logs = {run.name: _read_lines(workdir / run.name / "metrics.jsonl") for run in runs}
     kinds = sorted({run.task.name for run in runs})
@@ -457,7 +247,7 @@ def _draw_training(runs, workdir):
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
     figure.tight_layout()
-    return _save(figure, workdir / "training.png")
+    return save(figure, workdir / "training.png")
 
 
 def _provenance(config, workdir) -> str:
@@ -534,11 +324,6 @@ def _html(parts, workdir) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{style}</style><body>" + "\n".join(body) + "</body></html>\n"
     )
-
-
-def _save(figure, path: pathlib.Path) -> str:
-    figure.savefig(path, bbox_inches="tight")
-    return path.name
 
 
 def _read_json(path: pathlib.Path, absent):

@@ -5,6 +5,7 @@ import pathlib
 import nbclient
 import nbformat
 import pytest
+from small import UNOPTIMISED
 
 COLABS = pathlib.Path(__file__).resolve().parent.parent / "colabs"
 
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def test_notebook_runs(path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", UNOPTIMISED)
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(COLABS)}}
     )

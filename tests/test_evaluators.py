@@ -138,10 +138,20 @@ def test_unknown_formats_are_refused():
 def test_classical_files_come_back_as_images(codec):
     if not classical.available(codec):
         pytest.skip(f"nothing that is installed here writes {codec}")
-    image = np.tile(np.arange(48, dtype=np.uint8)[:, None, None] * 5, (1, 40, 3))
-    small, large = (classical.encode(image, codec, quality) for quality in (5, 95))
+    image = np.tile(np.arange(47, dtype=np.uint8)[:, None, None] * 5, (1, 41, 3))
+    qualities = (50, 10) if codec == "vvc" else (5, 95)
+    small, large = (classical.encode(image, codec, quality) for quality in qualities)
     assert len(small) < len(large)
     assert metrics.psnr(image, classical.decode(large)) > 35
+
+
+def test_cut_vvc_files_are_said():
+    if not classical.available("vvc"):
+        pytest.skip("nothing that is installed here writes vvc")
+    data = classical.encode(np.full((70, 90, 3), 128, np.uint8), "vvc", 40)
+    assert classical.decode(data).shape == (70, 90, 3)
+    with pytest.raises(IcmError, match="FFmpeg failed"):
+        classical.decode(data[:12])
 
 
 def test_jpeg_tables_are_told_from_the_scan():

@@ -29,7 +29,8 @@ ALLOWED = {
 UP_TO_TRAIN = set(ALLOWED)
 ALLOWED["train"] = UP_TO_TRAIN
 ALLOWED["evaluate"] = UP_TO_TRAIN | {"train"}
-ALLOWED["report"] = UP_TO_TRAIN | {"train", "evaluate"}
+ALLOWED["pictures"] = UP_TO_TRAIN | {"train"}
+ALLOWED["report"] = {"files", "evaluators", "pictures"}
 ALLOWED["cli"] = UP_TO_TRAIN
 ALLOWED["main"] = UP_TO_TRAIN | {"train", "evaluate", "report"}
 

@@ -13,11 +13,13 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from small import UNOPTIMISED
 
 import icm_jax
 from icm_jax import checkpoint
 from icm_jax.nets import darknet, yolo
-from icm_jax.report import curves_of, principal_colours
+from icm_jax.pictures import principal_colours
+from icm_jax.report import curves_of
 from icm_jax.tasks import build_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,7 +33,7 @@ SCALES = {
 
 def main(workdir, *flags, name="omni_icm", scale="tiny", cache=None):
     environment = dict(os.environ, JAX_PLATFORMS="cpu", ICM_JAX_CACHE=str(cache or workdir))
-    environment.pop("XLA_FLAGS", None)
+    environment["XLA_FLAGS"] = UNOPTIMISED
     command = [
         sys.executable,
         "-m",
@@ -107,7 +109,9 @@ def test_a_detector_and_a_scalable_codec_end_with_a_report(tmp_path):
     assert all(0 <= r["map"] <= r["map50"] <= 1 for r in (pixels, jpeg, webp))
     assert "bpp" not in pixels and jpeg["bpp"] > 0.2
     folder = tmp_path / "seed0/disentangled-0.01"
-    base, whole = json.loads((folder / "records.json").read_text())
+    base, whole, *files = json.loads((folder / "records.json").read_text())
+    assert [r["kind"] for r in files] == ["jpeg-20", "webp-20"]
+    assert all(r["curve"] == "image" and r["psnr"] > 20 for r in files)
     assert (base["curve"], whole["curve"]) == ("detect", "image") and base["images"] == 4
     assert 0 < base["bpp"] < whole["bpp"] and "bpp_y_e" not in base and whole["bpp_y_e"] > 0
     assert base["worst_gap_bytes"] <= 32 + 24 and "map50" in base and "psnr" in whole

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from icm_jax import report
+from icm_jax import pictures, report
 
 CLASSIFY = report.MEASURES[0]
 RATES = (0.1, 0.2, 0.4, 0.8)
@@ -125,13 +125,13 @@ def test_principal_colours_separate_what_differs_most():
     rng = np.random.default_rng(0)
     features = rng.normal(scale=0.01, size=(2, 4, 4, 6))
     features[0, ..., 2] += 5.0  # the two images differ along one channel above all
-    colours = report.principal_colours(features)
+    colours = pictures.principal_colours(features)
     assert colours.shape == (2, 4, 4, 3)
     assert colours.min() >= 0 and colours.max() <= 1
     first = np.sort(colours[..., 0].mean(axis=(1, 2)))
     assert first[0] < 0.1 and first[1] > 0.9
-    np.testing.assert_allclose(report.principal_colours(features + 7.0), colours, atol=1e-6)
-    flat = report.principal_colours(np.ones((1, 2, 2, 4)))
+    np.testing.assert_allclose(pictures.principal_colours(features + 7.0), colours, atol=1e-6)
+    flat = pictures.principal_colours(np.ones((1, 2, 2, 4)))
     assert np.isfinite(flat).all()
 
 

@@ -94,7 +94,9 @@ def test_a_loaded_model_reads_the_same(disentangled):
     assert model_file.describe(folder / "codec.icmc")["detector"] == DETECTOR
 
 
-@pytest.mark.parametrize("change", [dict(kind="sum"), dict(base=0), dict(hypers=3)])
+@pytest.mark.parametrize(
+    "change", [dict(kind="sum"), dict(base=0), dict(hypers=3), dict(backbone="vgg")]
+)
 def test_codecs_that_cannot_be_are_refused(change):
     fields = dict(kind="split", width=4, base=2, enhancement=2, hypers=2, classes=2)
     with pytest.raises(IcmError, match="no scalable codec"):
@@ -164,6 +166,7 @@ def test_training_moves_the_codec_and_not_the_detector():
         base=5,
         enhancement=4,
         hypers=2,
+        backbone="balle2018",
         classes=2,
         detector_width=1 / 32,
         detector_depth=0.1,

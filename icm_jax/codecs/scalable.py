@@ -11,8 +11,10 @@
 
 f is what the front of a frozen YOLOv3 makes of x; its tail takes f_hat. All kinds stand on the
 scale hyperprior of Ballé et al. 2018 without a context model, as the paper's own comparison does:
-one per latent, or one for both, which then belongs to the first layer. Parameters lie under
-`scalable`, the detector's under `detector`.
+one per latent, or one for both, which then belongs to the first layer. The picture's transforms
+are those of Ballé et al. 2018 or, as in the original of Choi and Bajić, of Cheng et al. 2020, but
+without its context model: symbols that wait for one another cannot be decoded in parallel.
+Parameters lie under `scalable`, the detector's under `detector`.
 """
 
 import functools
@@ -36,12 +38,15 @@ from icm_jax.nets.transforms import (
     ImageSynthesis,
     LatentTransform,
     Prediction,
+    ResidualAnalysis,
+    ResidualSynthesis,
     integer_hyper_synthesis,
     run_hyper_synthesis,
 )
 
 PART, DETECTOR = "scalable", "detector"
 KINDS = ("disentangled", "split", "residual")
+BACKBONES = ("balle2018", "cheng2020")
 GRID = 32
 """Sides of images are padded to multiples of it: the detector's coarsest grid."""
 
@@ -50,32 +55,40 @@ class Scalable(nn.Module):
     """All networks of a scalable codec but the detector.
 
     Attributes:
-      kind: one of KINDS. width: N. channels: C_b, C_e. features: of f. hypers: 1 or 2.
+      kind: one of KINDS. widths: of the picture's transforms at 1/2, 1/4 and 1/8, and of all other
+        networks. channels: C_b, C_e. features: of f. hypers: 1 or 2.
+      backbone: one of BACKBONES.
     """
 
     kind: str
-    width: int
+    widths: tuple[int, int, int, int]
     channels: tuple[int, int]
     features: int
     hypers: int
+    backbone: str
 
     def setup(self):
         base, enhancement = self.channels
-        split, widths = self.kind == "split", (self.width,) * 3
-        self.analysis = ImageAnalysis(sum(self.channels) if split else enhancement, widths)
-        self.synthesis = ImageSynthesis(widths, extra=base * (self.kind == "disentangled"))
-        if split:
-            self.base_synthesis = LatentTransform(self.features, self.width)
+        split, widths, width = self.kind == "split", self.widths[:3], self.widths[3]
+        coded = sum(self.channels) if split else enhancement
+        if self.backbone == "cheng2020":
+            self.analysis = ResidualAnalysis(coded, widths)
+            self.synthesis = ResidualSynthesis(widths)
         else:
-            self.base_analysis = BaseAnalysis(base, self.width)
-            self.base_synthesis = BaseSynthesis(self.features, self.width)
+            self.analysis = ImageAnalysis(coded, widths)
+            self.synthesis = ImageSynthesis(widths, extra=base * (self.kind == "disentangled"))
+        if split:
+            self.base_synthesis = LatentTransform(self.features, width)
+        else:
+            self.base_analysis = BaseAnalysis(base, width)
+            self.base_synthesis = BaseSynthesis(self.features, width)
         if self.kind == "residual":
-            self.prediction = Prediction(self.width)
+            self.prediction = Prediction(width)
         self.gains = [Gain(1, channels) for channels in self.channels]
         self.priors = [entropy.Factorised() for _ in range(self.hypers)]
-        self.hyper_analyses = [HyperAnalysis(self.width) for _ in range(self.hypers)]
+        self.hyper_analyses = [HyperAnalysis(width) for _ in range(self.hypers)]
         own = self.channels if self.hypers == 2 else (sum(self.channels),)
-        self.hyper_syntheses = [HyperSynthesis(self.width, channels) for channels in own]
+        self.hyper_syntheses = [HyperSynthesis(width, channels) for channels in own]
 
     def __call__(self, x, f):
         latents = self.latents(x, f)
@@ -127,13 +140,14 @@ class Scalable(nn.Module):
 @functools.cache
 def scalable_codec(
     kind: str,
-    width: int,
+    width: int | tuple[int, int, int, int],
     base: int,
     enhancement: int,
     hypers: int,
     classes: int,
     detector_width: float,
     detector_depth: float,
+    backbone: str = "balle2018",
 ) -> Codec:
     """The codec of a kind in `KINDS`; layers 0 (base) and 1 (enhancement).
 
@@ -141,23 +155,32 @@ def scalable_codec(
     multiples of 32; "image", float32 [N, H, W, 3] on 0...255, from both.
 
     Args:
-      width: N, of all inner layers. base, enhancement: C_b, C_e, channels of the latents.
+      width: N, of all inner layers; or four numbers: of the picture's transforms at 1/2, 1/4 and
+        1/8 of its sides, and of all other networks.
+      base, enhancement: C_b, C_e, channels of the latents.
       hypers: hyperpriors, 2 (one per latent) or 1 (for both, in the base layer).
       classes, detector_width, detector_depth: of `yolo.layers`.
+      backbone: whose picture transforms, one of `BACKBONES`.
 
-    Raises: IcmError for an unknown kind or numbers that are not as above.
+    Raises: IcmError for an unknown kind or backbone or numbers that are not as above.
     """
-    if kind not in KINDS or min(width, base, enhancement) < 1 or hypers not in (1, 2):
+    if backbone not in BACKBONES:
+        raise IcmError(
+            f"no scalable codec with backbone {backbone!r}; there are {', '.join(BACKBONES)}"
+        )
+    widths = width if isinstance(width, tuple) else (width,) * 4
+    counts = (*widths, base, enhancement)
+    if kind not in KINDS or len(widths) != 4 or min(counts) < 1 or hypers not in (1, 2):
         raise IcmError(
             f"no scalable codec {kind!r} with width {width}, channels {base} and {enhancement}, "
-            f"{hypers} hyperpriors; kinds are {', '.join(KINDS)}, the numbers at least 1, "
-            "hyperpriors 1 or 2"
+            f"{hypers} hyperpriors; kinds are {', '.join(KINDS)}, width is one number or four, the "
+            "numbers at least 1, hyperpriors 1 or 2"
         )
     table = yolo.layers(classes, detector_width, detector_depth)
     split = yolo.default_split(table)
     front, end = yolo.Part(table, 0, split), yolo.Part(table, split, split)
     features = table[split - 1].features
-    module = Scalable(kind, width, (base, enhancement), features, hypers)
+    module = Scalable(kind, widths, (base, enhancement), features, hypers, backbone)
 
     def run(variables, *args, method):
         return module.apply({"params": variables["params"][PART]}, *args, method=method)
@@ -212,14 +235,14 @@ def scalable_codec(
 
     if hypers == 2:
         segments = (
-            latent("z_b", width, 0, *factorised(0)),
+            latent("z_b", widths[-1], 0, *factorised(0)),
             latent("y_b", base, 0, *conditional("y_b", "z_b", 0, 0, base)),
-            latent("z_e", width, 1, *factorised(1)),
+            latent("z_e", widths[-1], 1, *factorised(1)),
             latent("y_e", enhancement, 1, *conditional("y_e", "z_e", 1, 0, enhancement)),
         )
     else:
         segments = (
-            latent("z", width, 0, *factorised(0)),
+            latent("z", widths[-1], 0, *factorised(0)),
             latent("y_b", base, 0, *conditional("y_b", "z", 0, 0, base)),
             latent("y_e", enhancement, 1, *conditional("y_e", "z", 0, base, enhancement)),
         )
@@ -253,6 +276,7 @@ def scalable_codec(
                 ("classes", classes),
                 ("detector_width", detector_width),
                 ("detector_depth", detector_depth),
+                ("backbone", backbone),
             ),
         ),
         parts=(PART, DETECTOR),

@@ -3,6 +3,7 @@
     information filter (Feng et al. 2022, stage 1)    f [H/4] -> y [H/32] -> f [H/4]
     feature codec (stage 2)                           f [H/4] -> y [H/16] -> f [H/4]
     images (Ballé et al. 2018, figure 4)              x [H] -> y [H/16] -> x [H]
+    images (Cheng et al. 2020, without attention)     x [H] -> y [H/16] -> x [H]
     base layer (Özyılkan et al. 2023, table 1)        f, x [H/8] -> y_b [H/16] -> f [H/8]
     latent-space transform (Choi and Bajić 2022)      y_b [H/16] -> f [H/8]
     prediction (Yan et al. 2021)                      f [H/8] -> x [H]
@@ -134,6 +135,63 @@ class ImageSynthesis(nn.Module):
             x = GDN(inverse=True, dtype=self.dtype)(x)
         x = TransposedUp(3, 5, self.dtype, around(windows[0]))(x).astype(jnp.float32)
         return 255.0 * (x + 0.5)
+
+
+class _Residual(nn.Module):
+    """Resample, leaky ReLU, conv3×3, then the (inverse) GDN or leaky ReLU; the input is added.
+
+    Where the shape changes, the input goes through a layer of its own (Cheng et al. 2020, figure
+    5). With neither `down` nor `up` the first layer is a plain conv3×3.
+    """
+
+    features: int
+    down: bool = False
+    up: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.up:
+            y, x = Up(self.features)(x), Up(self.features)(x)
+        elif self.down:
+            y, x = Down(self.features)(x), Down(self.features, 1)(x)
+        else:
+            y = nn.Conv(self.features, (3, 3))(x)
+        y = nn.Conv(self.features, (3, 3))(nn.leaky_relu(y))
+        resampled = self.up or self.down
+        return x + (GDN(inverse=self.up)(y) if resampled else nn.leaky_relu(y))
+
+
+class ResidualAnalysis(nn.Module):
+    """The analysis of Cheng et al. 2020, which Choi and Bajić 2022 build on (papers.md 4).
+
+    Attributes:
+      channels: M, of the latent. widths: at 1/2, 1/4 and 1/8 of the sides.
+    """
+
+    channels: int
+    widths: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float [N, H, W, 3] on 0...255, sides multiples of 16 -> float32 [N, H/16, W/16, M]."""
+        x = x / 255.0 - 0.5
+        for width in self.widths:
+            x = _Residual(width)(_Residual(width, down=True)(x))
+        return Down(self.channels)(x)
+
+
+class ResidualSynthesis(nn.Module):
+    """The mirror of a `ResidualAnalysis` with these widths: sub-pixel convolutions, inverse GDN."""
+
+    widths: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """float [N, h, w, M] -> float32 [N, 16h, 16w, 3] on 0...255, not clipped."""
+        x = nn.Conv(self.widths[-1], (3, 3))(y)
+        for width in self.widths[::-1]:
+            x = _Residual(width, up=True)(_Residual(x.shape[-1])(x))
+        return 255.0 * (Up(3)(_Residual(self.widths[0])(x)) + 0.5)
 
 
 class BaseAnalysis(nn.Module):

@@ -19,19 +19,21 @@ from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
 def scalable_compression(config) -> Task:
     """The task.
 
-    Fields: kind, width, base, enhancement, hypers, detector_width, detector_depth, classes (of
-    `scalable_codec`); lmbda (λ); feature_weight (w); size (sides of the training views, a multiple
-    of 32); straight_through.
+    Fields: kind, width, base, enhancement, hypers, detector_width, detector_depth, classes,
+    backbone (of `scalable_codec`); lmbda (λ); feature_weight (w); size (sides of the training
+    views, a multiple of 32); straight_through.
     """
+    width = config.width if isinstance(config.width, int) else tuple(config.width)
     codec = scalable_codec(
         config.kind,
-        config.width,
+        width,
         config.base,
         config.enhancement,
         config.hypers,
         config.classes,
         config.detector_width,
         config.detector_depth,
+        config.backbone,
     )
     table = yolo.layers(config.classes, config.detector_width, config.detector_depth)
     front = yolo.Part(table, 0, yolo.default_split(table))
