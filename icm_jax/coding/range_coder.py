@@ -15,10 +15,10 @@ and a sign, every bit of it at probability 1/2.
 
 from collections.abc import Callable
 
-import numba
 import numpy as np
 
 from icm_jax.coding.tables import LOOKUP_BITS, Tables
+from icm_jax.compiled import compiled
 from icm_jax.errors import IcmError
 
 _GAMMA_LIMIT = 1 << 30  # from here on the official ops never return
@@ -152,15 +152,6 @@ def _check_rows(indexes: np.ndarray, tables: Tables) -> None:
         )
 
 
-def _compiled(function: Callable) -> Callable:
-    """`function` compiled by Numba, kept on disk where some folder for it can be written."""
-    options = {"nogil": True, "error_model": "numpy"}  # errors are return values, no exceptions
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # read-only package and home: compile once per process
-        return numba.njit(**options)(function)
-
-
 # Two rules of Numba shape what follows. uint64 with int64 makes float64: whatever meets the state
 # is uint64. An array handed to a function costs two atomic counts: only rare branches do that.
 _0, _1, _8, _16, _24 = (np.uint64(value) for value in (0, 1, 8, 16, 24))
@@ -170,7 +161,7 @@ _FULL = np.uint64((1 << 32) - 1)
 _LOW = np.uint64((1 << 16) - 1)
 
 
-@_compiled
+@compiled
 def _narrow(base, last, low, high, precision):
     """The part [low, high) / 2^precision of the interval; its base may have passed 2^32."""
     size = last + _1
@@ -178,7 +169,7 @@ def _narrow(base, last, low, high, precision):
     return base + start, ((size * high) >> precision) - _1 - start
 
 
-@_compiled
+@compiled
 def _encode_loop(symbols, indexes, cdf, rows):
     # Each act of coding sends at most two bytes out; escapes make room for their own acts.
     out = np.empty(2 * len(symbols) + 2, np.uint8)
@@ -204,7 +195,7 @@ def _encode_loop(symbols, indexes, cdf, rows):
         n += 1
 
 
-@_compiled
+@compiled
 def _encode_plain(symbols, indexes, cdf, rows, base, last, out, end, begin, stop):
     """Codes from `begin` to the first symbol outside its row; its place goes to `stop`.
 
@@ -232,7 +223,7 @@ def _encode_plain(symbols, indexes, cdf, rows, base, last, out, end, begin, stop
     return base, last, end
 
 
-@_compiled
+@compiled
 def _put_shift(base, last, out, end):
     # What passed 2^32 since the last shift: at most one carry, for the interval only shrinks.
     if base > _FULL:
@@ -243,7 +234,7 @@ def _put_shift(base, last, out, end):
     return (base << _16) & _FULL, (last << _16) | _LOW, end + 2
 
 
-@_compiled
+@compiled
 def _with_room(out, end, needed):
     """`out`, or a longer copy, with space for `needed` more bytes."""
     if end + needed <= len(out):
@@ -253,7 +244,7 @@ def _with_room(out, end, needed):
     return longer
 
 
-@_compiled
+@compiled
 def _put_escape(base, last, out, end, gamma, negative, cdf, row):
     """The row's escape symbol, then zeros, digits and sign of `gamma`, each at probability 1/2."""
     at = row[0] + row[1]
@@ -270,7 +261,7 @@ def _put_escape(base, last, out, end, gamma, negative, cdf, row):
         high, bits = low + _1, _1
 
 
-@_compiled
+@compiled
 def _digits(gamma):
     digits = 0
     while gamma > 0:
@@ -279,7 +270,7 @@ def _digits(gamma):
     return digits
 
 
-@_compiled
+@compiled
 def _carry(out, end):
     # Never runs past the front: the interval began below 2^32 and only shrinks.
     at = end - 1
@@ -289,7 +280,7 @@ def _carry(out, end):
     out[at] += np.uint8(1)
 
 
-@_compiled
+@compiled
 def _finish(base, last, out, end):
     """Writes the roundest number of the interval, and says how many bytes are out."""
     if base > _FULL:
@@ -310,7 +301,7 @@ def _finish(base, last, out, end):
     return end
 
 
-@_compiled
+@compiled
 def _decode_loop(data, indexes, cdf, rows, lookup):
     symbols = np.empty(len(indexes), np.int32)
     base, last, at = _0, _FULL, 4
@@ -344,26 +335,26 @@ def _decode_loop(data, indexes, cdf, rows, lookup):
     return (_OK if _ends_well(base, last, word, at, len(data)) else _BAD_STREAM), symbols
 
 
-@_compiled
+@compiled
 def _two_bytes(data, at):
     # Trailing zeros are not written.
     word = np.uint64(data[at]) << _8 if at < len(data) else _0
     return word | np.uint64(data[at + 1]) if at + 1 < len(data) else word
 
 
-@_compiled
+@compiled
 def _target(within, last, precision):
     """The least c with size * c > within * 2^precision: the symbol's CDF reaches it."""
     return (((within + _1) << precision) + last) // (last + _1)
 
 
-@_compiled
+@compiled
 def _shift(base, last, within, at, data):
     within = (within << _16) | _two_bytes(data, at)
     return (base << _16) & _FULL, (last << _16) | _LOW, within, at + 2
 
 
-@_compiled
+@compiled
 def _take_escape(base, last, within, at, data):
     """The gamma and the sign of an escape, and the state; gamma is 0 in a damaged stream."""
     zeros, gamma, left = 0, 0, -1  # left: digits and sign still to come, once they are known
@@ -385,7 +376,7 @@ def _take_escape(base, last, within, at, data):
     return gamma >> 1, gamma & 1, base, last, within, at
 
 
-@_compiled
+@compiled
 def _ends_well(base, last, word, at, length):
     """The format's own end check: all bytes read, and the word is the one `_finish` chose."""
     if at < length:
