@@ -16,8 +16,8 @@ RNG = np.random.default_rng(0)
 def conv(x, kernel, stride=1, dilation=1):
     """Cross-correlation of [N, H, W, C] with zero padding, one output place at a time."""
     size = kernel.shape[0]
-    pad = dilation * (size // 2)
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    pad = dilation * ((size - 1) // 2), dilation * (size // 2)
+    x = np.pad(x, ((0, 0), pad, pad, (0, 0)))
     reach = dilation * (size - 1) + 1
     rows = range(0, x.shape[1] - reach + 1, stride)
     columns = range(0, x.shape[2] - reach + 1, stride)

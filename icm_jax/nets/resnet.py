@@ -53,7 +53,10 @@ def feature_channels(variant: str, width: int = 64) -> int:
 
 
 class Conv(nn.Module):
-    """k×k convolution without bias, zero padding dilation·(k // 2) a side, He initialisation."""
+    """k×k convolution without bias, He initialisation.
+
+    Zero padding is dilation·(k // 2) a side; of even k one less in front.
+    """
 
     features: int
     kernel: int
@@ -73,7 +76,7 @@ class Conv(nn.Module):
             x,
             kernel,
             (self.stride,) * 2,
-            [(self.dilation * (self.kernel // 2),) * 2] * 2,
+            [(self.dilation * ((self.kernel - 1) // 2), self.dilation * (self.kernel // 2))] * 2,
             rhs_dilation=(self.dilation,) * 2,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
@@ -123,6 +126,9 @@ class Block(nn.Module):
     Basic: 3×3, 3×3. Bottleneck: 1×1, 3×3, 1×1 to four times the features. The stride sits in the
     first 3×3, or in the first 1×1 with `stride_in_1x1` (He et al.'s original). The last gamma
     starts at zero, so that a new block is the identity (Goyal et al. 2017).
+
+    Attributes:
+      kernel: of the bottleneck's middle convolution. out: channels at the end, 0 for those above.
     """
 
     block: str
@@ -131,20 +137,22 @@ class Block(nn.Module):
     dilation: int = 1
     stride_in_1x1: bool = False
     dtype: Any = jnp.float32
+    kernel: int = 3
+    out: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         bottleneck = self.block == "bottleneck"
-        out = self.features * EXPANSION[self.block]
+        out = self.out or self.features * EXPANSION[self.block]
         first, second = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
         layers = (
-            [(self.features, 1, first), (self.features, 3, second), (out, 1, 1)]
+            [(self.features, 1, first), (self.features, self.kernel, second), (out, 1, 1)]
             if bottleneck
             else [(self.features, 3, self.stride), (out, 3, 1)]
         )
         y = x
         for i, (features, kernel, stride) in enumerate(layers):
-            dilation = self.dilation if kernel == 3 else 1
+            dilation = self.dilation if kernel > 1 else 1
             last = i == len(layers) - 1
             y = Conv(features, kernel, stride, dilation, self.dtype, name=f"conv{i + 1}")(y)
             y = BatchNorm(zero_scale=last, dtype=self.dtype, name=f"bn{i + 1}")(y, train)
