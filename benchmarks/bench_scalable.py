@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from icm_jax.codecs import bitstream, image_codec, scalable_codec
 from icm_jax.coding import container
+from icm_jax.cost import multiply_accumulates
 from icm_jax.tasks import build_task
 
 
@@ -73,7 +74,7 @@ def main():
     for name, own in times.items():
         median = float(np.median(own[1:]))  # the first round compiles
         frozen = codecs["single" if name == "single" else "scalable"]
-        count = decoding_macs(frozen, files[name], name) + macs(
+        count = decoding_macs(frozen, files[name], name) + multiply_accumulates(
             task.predict, detector, example(scalable, image, name)
         )
         first = first or (median, count)
@@ -102,36 +103,15 @@ def decoding_macs(frozen, data: bytes, name: str) -> int:
     decoded, header = bitstream.decode_latents(frozen, data, layers=layers)
     output = "feature" if name == "base" else "image"
     variables, shape = frozen.on_device, header.shape
-    total = macs(lambda v, d: frozen.codec.outputs[output](v, d, shape), variables, decoded)
+    total = multiply_accumulates(
+        lambda v, d: frozen.codec.outputs[output](v, d, shape), variables, decoded
+    )
     for segment in frozen.codec.segments:
         if layers is None or segment.layer < layers:
             own = (1, *segment.shape(*shape))
-            total += macs(lambda v, d, s=segment, o=own: s.prior(v, d, o).index, variables, decoded)
-    return total
-
-
-def macs(function, *arguments) -> int:
-    """Multiply-accumulates of the convolutions and matrix products of a function."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _count(jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
-            features = kernel[numbers.rhs_spec[0]]
-            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
-        elif equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += math.prod(equation.outvars[0].aval.shape) * math.prod(
-                left[axis] for axis in contracted
+            total += multiply_accumulates(
+                lambda v, d, s=segment, o=own: s.prior(v, d, o).index, variables, decoded
             )
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                total += _count(inner) if hasattr(inner, "eqns") else 0
     return total
 
 

@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "icm_jax"
 BASE = {"compiled", "errors", "files"}
 ALLOWED = {
     "compiled": set(),
+    "cost": set(),
     "errors": set(),
     "files": {"errors"},
     "ops": set(),

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icm_jax.cost import multiply_accumulates
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.deeplab import ASPP
@@ -237,3 +238,33 @@ def test_unknown_variants_and_strides_are_refused():
         resnet.feature_channels("51")
     with pytest.raises(IcmError, match="output_stride is 4"):
         resnet.Tail("18", 2, 4).init(jax.random.key(0), jnp.zeros((1, 4, 4, 2)), False)
+
+
+@pytest.mark.parametrize(
+    "variant, channels, macs",
+    [("50", 3, 3.858), ("71", 3, 5.387), ("c39", 8, 2.948), ("c51", 32, 3.833), ("c72", 8, 5.350)],
+)
+def test_multiply_accumulates_are_those_of_the_paper(variant, channels, macs):
+    """Torfason et al. 2018, with the stride in the first 1×1 and 1000 classes (papers.md 1.2)."""
+    tail, head = resnet.Tail(variant, stride_in_1x1=True), resnet.Head(variant)
+    side = 28 if variant[0] == "c" else 224
+
+    def network(x):
+        if variant[0] != "c":
+            x, _ = head.init_with_output(jax.random.key(0), x, train=False)
+        (_, _, c4), _ = tail.init_with_output(jax.random.key(0), x, train=False)
+        return resnet.global_pool(c4) @ jnp.zeros((2048, 1000))
+
+    x = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    assert multiply_accumulates(network, x) / 1e9 == pytest.approx(macs, abs=6e-4)
+
+
+@pytest.mark.parametrize("output_stride, sides", [(32, (6, 3, 2)), (8, (6, 6, 6))])
+def test_cresnets_begin_at_an_eighth(output_stride, sides):
+    """Dilated ones keep the code's own grid, as DeepLab on it does."""
+    tail = resnet.Tail("c39", 2, output_stride)
+    code = jax.ShapeDtypeStruct((1, 6, 6, 5), jnp.float32)
+    outputs, _ = jax.eval_shape(
+        lambda x: tail.init_with_output(jax.random.key(0), x, train=False), code
+    )
+    assert tuple(x.shape[1] for x in outputs) == sides

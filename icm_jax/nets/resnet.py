@@ -4,7 +4,8 @@
 
 f is what the information filter and the feature codec work on (Feng et al. 2022); c2, c3 and c4
 stand at H/8, H/16 and H/32, or finer where `output_stride` turns strides into dilation (DeepLab).
-Block counts: 18 and 34 basic, 50, 101 and 152 bottleneck, 71 after Torfason et al. 2018.
+Block counts: 18 and 34 basic, 50, 101 and 152 bottleneck, 71 after Torfason et al. 2018, whose
+cResNets (c39, c51, c72) have no head: their tail begins with a learned code at H/8.
 
 Fast forms, measured on XLA's CPU backend at 64 × 64 px, width 16: the gradient of the plain 7×7/2
 convolution takes 70 ms against 15 ms as space-to-depth; that of a windowed max 38 ms against 6 ms
@@ -22,7 +23,7 @@ from icm_jax.nets.layers import down_by_two
 
 
 class Stages(NamedTuple):
-    """block: "basic" or "bottleneck"; depths: blocks in layers 1 to 4."""
+    """block: "basic" or "bottleneck"; depths: blocks in layers 1 to 4, cResNets have no layer 1."""
 
     block: str
     depths: tuple[int, int, int, int]
@@ -35,6 +36,9 @@ STAGES = {
     "71": Stages("bottleneck", (3, 4, 13, 3)),
     "101": Stages("bottleneck", (3, 4, 23, 3)),
     "152": Stages("bottleneck", (3, 8, 36, 3)),
+    "c39": Stages("bottleneck", (0, 4, 6, 3)),
+    "c51": Stages("bottleneck", (0, 4, 10, 3)),
+    "c72": Stages("bottleneck", (0, 4, 17, 3)),
 }
 EXPANSION = {"basic": 1, "bottleneck": 4}
 _HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -218,7 +222,8 @@ class Tail(nn.Module):
     Attributes:
       variant, width, dtype: as of `Head`. output_stride: 32, or 16 or 8 where layer 4, or 3 and 4,
       keep their resolution and are dilated instead: the same parameters, and on the coarse grid the
-      same values (Chen et al. 2017). stride_in_1x1: see `Block`.
+      same values (Chen et al. 2017). stride_in_1x1: see `Block`. A cResNet's input is at H/8, where
+      layer 2 has no stride.
     """
 
     variant: str
@@ -229,17 +234,20 @@ class Tail(nn.Module):
 
     @nn.compact
     def __call__(self, f: jax.Array, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """float [N, H/4, W/4, C] -> dtype c2, c3, c4 with 2, 4 and 8 times C channels.
+        """float [N, H/4, W/4, C], of a cResNet [N, H/8, W/8, C] -> dtype c2, c3, c4 with 2, 4 and 8
+        times the channels of layer 1.
 
         Raises: IcmError if output_stride is not 8, 16 or 32.
         """
         block, depths = stages(self.variant)
         if self.output_stride not in (8, 16, 32):
             raise IcmError(f"output_stride is {self.output_stride}; choose 8, 16 or 32")
-        x, at, dilation, outputs = f, 4, 1, []
+        x, at, dilation, outputs = f, 4 if depths[0] else 8, 1, []
         for i in range(1, 4):
-            stride = 2 if at < self.output_stride else 1
-            before, at, dilation = dilation, at * stride, dilation * (2 // stride)
+            usual = 4 * 2**i  # the stride of the whole network after this layer, undilated
+            stride = 2 if at < min(usual, self.output_stride) else 1
+            before, at = dilation, at * stride
+            dilation = usual // at
             x = Layer(
                 block,
                 depths[i],

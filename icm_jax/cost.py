@@ -1,0 +1,34 @@
+"""What a function costs, counted on its program."""
+
+import math
+
+import jax
+
+
+def multiply_accumulates(function, *arguments) -> int:
+    """Multiply-accumulates of the convolutions and matrix products of a function.
+
+    Args:
+      arguments: arrays, or `jax.ShapeDtypeStruct`s: nothing is computed.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+            features = kernel[numbers.rhs_spec[0]]
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(
+                left[axis] for axis in contracted
+            )
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                total += _count(inner) if hasattr(inner, "eqns") else 0
+    return total
