@@ -19,12 +19,11 @@ LOOK = 10  # bits that the lookup tables see at once
 _LEFT_OVER = 16
 """Bytes after the last block of a scan that are passed over: some writers leave a few."""
 
-ZIGZAG = np.zeros(80, np.int64)
-"""Place in a block, by rows, of the k-th coefficient; the last 16 entries are never stored to."""
-ZIGZAG[:64] = sorted(
-    range(64),
-    key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8),
+ZIGZAG = np.array(
+    sorted(range(64), key=lambda i: (i // 8 + i % 8, i // 8 if (i // 8 + i % 8) % 2 else i % 8)),
+    np.uint64,
 )
+"""Place in a block, by rows, of the k-th coefficient."""
 
 
 _MIRRORED = np.array([(-1) ** (i % 8) for i in range(64)], np.int16)
@@ -138,10 +137,10 @@ def _read(data: bytes, pixels: int) -> Coefficients:
         raise _Damaged("is no JPEG file")
     buffer = np.frombuffer(data, np.uint8)
     quantisation: dict[int, np.ndarray] = {}
-    huffman: dict[int, tuple] = {}
+    huffman: dict[int, bytes] = {}
     latched: dict[int, np.ndarray] = {}  # table of a component when its first scan began
     frame, coefficients, restart, adobe, at = None, None, 0, -1, 2
-    progress: dict[int, np.ndarray] = {}
+    progress: dict[int, np.ndarray | None] = {}
     while True:
         at, marker = _next_marker(data, at)
         if marker == 0xD9:
@@ -157,13 +156,14 @@ def _read(data: bytes, pixels: int) -> Coefficients:
             raise _Damaged(f"ends inside the segment FF{marker:02X}; it is truncated or damaged")
         body, at = data[at + 2 : at + length], at + length
         if marker == 0xDB:
-            _quantisation_tables(body, quantisation)
+            quantisation |= _quantisation_tables(body)
         elif marker == 0xC4:
             _huffman_tables(body, huffman)
         elif marker in (0xC0, 0xC1, 0xC2):
             if frame:
                 raise _Damaged("has two frames")
-            frame = _frame(body, marker == 0xC2, pixels)
+            kind = body, marker == 0xC2, pixels
+            frame = _frame(*kind)
             coefficients = np.zeros(frame.size, np.int16)
         elif 0xC3 <= marker <= 0xCF and marker != 0xC8:
             raise _Damaged(
@@ -179,7 +179,7 @@ def _read(data: bytes, pixels: int) -> Coefficients:
         elif marker == 0xDA:
             if frame is None:
                 raise _Damaged("has a scan before its frame")
-            scan = _scan_header(body, frame)
+            scan = _scan_header(body, kind)
             for component in scan.components:
                 if component.number not in latched:
                     if component.table not in quantisation:
@@ -210,8 +210,9 @@ def _next_marker(data: bytes, at: int) -> tuple[int, int]:
     return at + 1, data[at] if at < len(data) else 0
 
 
-def _quantisation_tables(body: bytes, tables: dict[int, np.ndarray]) -> None:
-    at = 0
+@functools.lru_cache(256)
+def _quantisation_tables(body: bytes) -> dict[int, np.ndarray]:
+    at, tables = 0, {}
     while at < len(body):
         wide, number = body[at] >> 4, body[at] & 15
         size = 64 * (1 + wide)
@@ -219,11 +220,14 @@ def _quantisation_tables(body: bytes, tables: dict[int, np.ndarray]) -> None:
             raise _Damaged("has a damaged quantisation table")
         values = np.frombuffer(body, ">u2" if wide else np.uint8, 64, at + 1)
         tables[number] = np.zeros(64, np.int32)
-        tables[number][ZIGZAG[:64]] = values
+        tables[number][ZIGZAG] = values
+        tables[number].setflags(write=False)
         at += 1 + size
+    return tables
 
 
-def _huffman_tables(body: bytes, tables: dict[int, tuple]) -> None:
+def _huffman_tables(body: bytes, tables: dict[int, bytes]) -> None:
+    """Their counts and symbols; DC has the numbers 0 to 3, AC 16 to 19."""
     at = 0
     while at < len(body):
         counts = body[at + 1 : at + 17]
@@ -231,20 +235,30 @@ def _huffman_tables(body: bytes, tables: dict[int, tuple]) -> None:
         kind, number = body[at] >> 4, body[at] & 15
         if len(counts) < 16 or end > len(body) or kind > 1 or number > 3:
             raise _Damaged("has a damaged Huffman table")
-        tables[16 * kind + number] = _huffman_table(body[at + 1 : end], kind)
+        tables[16 * kind + number] = body[at + 1 : end]
+        _huffman_table(tables[16 * kind + number], kind)
         at = end
 
 
 @functools.lru_cache(64)
 def _huffman_table(body: bytes, kind: int) -> tuple[np.ndarray, np.ndarray]:
-    """(lookup, codes) for `_symbol`; counts of the 16 lengths and the symbols are `body`."""
+    """(lookup, codes), see `_fill`; the symbols follow the codes."""
     table = np.frombuffer(body, np.uint8)
     lookup, codes = np.zeros(1 << LOOK, np.int32), np.zeros((3, 17), np.int64)
     if not _fill(table, kind, lookup, codes) or (kind == 0 and (table[16:] > 15).any()):
         raise _Damaged("has a Huffman table whose codes do not fit together")
-    return lookup, np.concatenate([codes.ravel(), table[16:], np.zeros(256, np.int64)])
+    # Places of codes that are incomplete may lie behind the last symbol.
+    return lookup, np.concatenate([codes.ravel(), table[16:], np.zeros(512 - len(table[16:]), int)])
 
 
+@functools.lru_cache(64)
+def _stacked(bodies: tuple[bytes, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Tables of a scan's components, DC and AC in turn: all lookups end to end, codes [n, 563]."""
+    tables = [_huffman_table(body, i % 2) for i, body in enumerate(bodies)]
+    return np.concatenate([t[0] for t in tables]), np.stack([t[1] for t in tables])
+
+
+@functools.lru_cache(256)  # as the other headers: sets have few sizes, and one writer
 def _frame(body: bytes, progressive: bool, pixels: int) -> _Frame:
     if len(body) < 6 or len(body) != 6 + 3 * body[5]:
         raise _Damaged("has a damaged frame header")
@@ -287,9 +301,14 @@ class _Scan(NamedTuple):
     end: int
     high: int
     low: int
+    layout: np.ndarray  # int64 [n, 4]: offset, stride, blocks in an MCU's rows and columns
+    grid: tuple[int, int]  # rows, columns of MCUs
 
 
-def _scan_header(body: bytes, frame: _Frame) -> _Scan:
+@functools.lru_cache(256)
+def _scan_header(body: bytes, kind: tuple) -> _Scan:
+    """`kind`: arguments of `_frame`."""
+    frame = _frame(*kind)
     if not body or not 1 <= body[0] <= 4 or len(body) != 4 + 2 * body[0]:
         raise _Damaged("has a damaged scan header")
     components, tables = [], []
@@ -308,17 +327,24 @@ def _scan_header(body: bytes, frame: _Frame) -> _Scan:
         legal = legal and low <= 13 and high in (0, low + 1)
     if not legal or (len(components) > 1 and blocks > 10):
         raise _Damaged("has a scan header that its process does not allow")
-    return _Scan(tuple(components), tuple(tables), start, end, high, low)
+    alone = len(components) == 1
+    layout = [
+        (c.offset, c.stride, *((1, 1) if alone else (c.horizontal, c.vertical))) for c in components
+    ]
+    grid = (components[0].rows, components[0].columns) if alone else frame.mcus
+    fields = tuple(components), tuple(tables), start, end, high, low
+    return _Scan(*fields, np.array(layout, np.int64), grid)
 
 
-def _check_order(scan: _Scan, frame: _Frame, progress: dict[int, np.ndarray]) -> None:
+def _check_order(scan: _Scan, frame: _Frame, progress: dict[int, np.ndarray | None]) -> None:
     """Every bit of every coefficient comes once, the higher ones first."""
     for component in scan.components:
-        if not frame.progressive and component.number in progress:
-            raise _Damaged("codes a component twice")
-        known = progress.setdefault(component.number, np.full(64, -1))
         if not frame.progressive:
+            if component.number in progress:
+                raise _Damaged("codes a component twice")
+            progress[component.number] = None
             continue
+        known = progress.setdefault(component.number, np.full(64, -1))
         expected = -1 if scan.high == 0 else scan.high
         if (known[scan.start : scan.end + 1] != expected).any() or (scan.start and known[0] < 0):
             raise _Damaged("has progressive scans in an order that makes no sense")
@@ -337,29 +363,15 @@ ERRORS = {
 
 def _decode_scan(buffer, at, frame, scan, huffman, restart, coefficients) -> int:
     """Decodes a scan into `coefficients`; returns where its data end."""
-    needs_dc = scan.start == 0 and scan.high == 0
-    needs_ac = scan.end > 0
-    lookups = np.zeros((2 * len(scan.components), 1 << LOOK), np.int32)
-    codes = np.zeros((2 * len(scan.components), 3 * 17 + 512), np.int64)
-    for i, pair in enumerate(scan.tables):
-        for kind, needed in enumerate((needs_dc, needs_ac)):
-            if needed:
-                if pair[kind] not in huffman:
-                    raise _Damaged("lacks a Huffman table")
-                lookup, own = huffman[pair[kind]]
-                lookups[2 * i + kind] = lookup
-                codes[2 * i + kind, : len(own)] = own
-    alone = len(scan.components) == 1
-    layout = np.array(
-        [
-            (c.offset, c.stride, *((1, 1) if alone else (c.horizontal, c.vertical)))
-            for c in scan.components
-        ],
-        np.int64,
-    )
-    first = scan.components[0]
-    grid = (first.rows, first.columns) if alone else frame.mcus
-    count = grid[0] * grid[1]
+    needed = scan.start == 0 and scan.high == 0, scan.end > 0  # DC, AC
+    if any(
+        n and t not in huffman for pair in scan.tables for n, t in zip(needed, pair, strict=True)
+    ):
+        raise _Damaged("lacks a Huffman table")
+    unused = bytes(16)
+    bodies = [huffman.get(t, unused) for pair in scan.tables for t in pair]
+    lookups, codes = _stacked(tuple(bodies))
+    count = scan.grid[0] * scan.grid[1]
     intervals = _up(count, restart) if restart else 1
     clean = np.empty(len(buffer) - at + 8, np.uint8)
     ends = np.zeros(intervals, np.int64)
@@ -369,7 +381,7 @@ def _decode_scan(buffer, at, frame, scan, huffman, restart, coefficients) -> int
     if found > intervals:
         raise _Damaged(f"{ERRORS[4]}; it is damaged")
     clean = clean[: ends[-1] + 8]  # eight zeros at the end
-    options = (clean, ends, coefficients, layout, *grid, restart or count, lookups, codes)
+    options = (clean, ends, coefficients, scan.layout, *scan.grid, restart or count, lookups, codes)
     if frame.progressive:
         own = np.array([scan.start, scan.end, scan.high, scan.low], np.int64)
         problem = _progressive(*options, own, ZIGZAG)
@@ -381,7 +393,9 @@ def _decode_scan(buffer, at, frame, scan, huffman, restart, coefficients) -> int
 
 
 # Kernels. Bits lie left-aligned in a uint64; uint64 with int64 makes float64, hence the constants.
-_1, _8, _16, _24, _32, _54, _63, _64 = (np.uint64(n) for n in (1, 8, 16, 24, 32, 64 - LOOK, 63, 64))
+_1, _2, _3, _4, _8, _16, _24, _32, _54, _63, _64 = (
+    np.uint64(n) for n in (1, 2, 3, 4, 8, 16, 24, 32, 64 - LOOK, 63, 64)
+)
 
 
 @compiled
@@ -427,31 +441,26 @@ def _unstuff(data, at, clean, ends):
     """
     to, found = 0, 0
     while at < len(data):
-        byte = data[at]
-        if byte == 0xFF:
-            after = at + 1
-            while after < len(data) and data[after] == 0xFF:
-                after += 1
-            if after < len(data) and data[after] == 0:
-                if after > at + 1:  # fill bytes may precede markers alone
-                    break
-                clean[to] = 0xFF
-                to += 1
-                at += 2
-                continue
-            if after < len(data) and 0xD0 <= data[after] <= 0xD7:
-                if data[after] != 0xD0 + found % 8 or found + 1 >= len(ends):
-                    return at, len(ends) + 1
-                ends[found] = to
-                found += 1
-                at = after + 1
-                continue
+        stop = at
+        while stop < len(data) and data[stop] != 0xFF:
+            stop += 1
+        size = stop - at
+        clean[to : to + size] = data[at:stop]
+        to, at = to + size, stop
+        after = at + 1
+        while after < len(data) and data[after] == 0xFF:
+            after += 1
+        if after < len(data) and data[after] == 0 and after == at + 1:
+            clean[to] = 0xFF
+            to, at = to + 1, at + 2
+        elif after < len(data) and 0xD0 <= data[after] <= 0xD7:
+            if data[after] != 0xD0 + found % 8 or found + 1 >= len(ends):
+                return at, len(ends) + 1
+            ends[found] = to
+            found, at = found + 1, after + 1
+        else:
             break
-        clean[to] = byte
-        to += 1
-        at += 1
-    for i in range(8):
-        clean[to + i] = 0
+    clean[to : to + 8] = 0
     ends[found] = to
     return at, found + 1
 
@@ -469,20 +478,34 @@ def _long_symbol(bits, codes, table):
 
 
 @compiled
+def _four(clean, at):
+    """The next four bytes, left-aligned; `at` is unsigned, which spares tests for wrap-around."""
+    low = np.uint64(clean[at + _2]) << _8 | np.uint64(clean[at + _3])
+    return (np.uint64(clean[at]) << _24 | np.uint64(clean[at + _1]) << _16 | low) << _32
+
+
+@compiled
+def _value(bits, size):
+    """The signed number of T.81's tables F.1 and F.2 that the first `size` bits stand for."""
+    value = np.int64(bits >> np.uint64(64 - size))
+    return value if value >= 1 << (size - 1) else value + 1 - (1 << size)
+
+
+@compiled
 def _sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes, zigzag):
     """All blocks of a baseline scan; returns a key of ERRORS, or 0."""
     last = np.zeros(4, np.int64)
     bits, have = np.uint64(0), 0
-    at, interval, todo = 0, 0, restart
+    at, limit, interval, todo = np.uint64(0), np.uint64(len(clean)), 0, restart
     for row in range(rows):
         for column in range(columns):
             if todo == 0:
-                used = at - have // 8
+                used = np.int64(at) - have // 8
                 if used > ends[interval]:
                     return 3
                 if ends[interval] - used > _LEFT_OVER:
                     return 5
-                at, have, bits, todo = ends[interval], 0, np.uint64(0), restart
+                at, have, bits, todo = np.uint64(ends[interval]), 0, np.uint64(0), restart
                 interval += 1
                 last[:] = 0
             todo -= 1
@@ -491,66 +514,72 @@ def _sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes
                 for block in range(wide * high):
                     y = row * high + block // wide
                     x = column * wide + block % wide
-                    base = layout[c, 0] + 64 * (y * layout[c, 1] + x)
-                    k = 0
-                    while k < 64:
+                    base = np.uint64(layout[c, 0] + 64 * (y * layout[c, 1] + x))
+                    if have < 32:
+                        if at + _4 > limit:
+                            return 3
+                        bits, have, at = (
+                            bits | _four(clean, at) >> np.uint64(have),
+                            have + 32,
+                            at + _4,
+                        )
+                    entry = np.int64(lookups[np.uint64(2 * c << LOOK) | bits >> _54])
+                    length, size = entry & 31, (entry >> 9) & 15
+                    if entry == 0:
+                        length, size = _long_symbol(bits, codes, 2 * c)
+                        if length == 17:
+                            return 1
+                    bits <<= np.uint64(length)
+                    have -= length
+                    if size:
+                        last[c] += _value(bits, size)
+                        bits <<= np.uint64(size)
+                        have -= size
+                    out[base] = last[c]
+                    k, table = _1, np.uint64((2 * c + 1) << LOOK)
+                    while k < _64:
                         if have < 32:
-                            if at + 4 > len(clean):
+                            if at + _4 > limit:
                                 return 3
-                            four = np.uint64(clean[at]) << _24 | np.uint64(clean[at + 1]) << _16
-                            four |= np.uint64(clean[at + 2]) << _8 | np.uint64(clean[at + 3])
-                            bits |= four << np.uint64(32 - have)
-                            at += 4
+                            bits |= _four(clean, at) >> np.uint64(have)
+                            at += _4
                             have += 32
-                        table = 2 * c + (k > 0)
-                        entry = np.int64(lookups[table, np.int64(bits >> _54)])
+                        entry = np.int64(lookups[table | bits >> _54])
                         length = entry & 31
                         if entry & 8192:
-                            k += (entry >> 5) & 15
-                            if k > 63:
+                            k += np.uint64((entry >> 5) & 15)
+                            if k > _63:
                                 return 2
                             out[base + zigzag[k]] = entry >> 16
                             bits <<= np.uint64(length)
                             have -= length
-                            k += 1
+                            k += _1
                             continue
+                        run, size = (entry >> 5) & 15, (entry >> 9) & 15
                         if entry == 0:
-                            length, symbol = _long_symbol(bits, codes, table)
+                            length, symbol = _long_symbol(bits, codes, 2 * c + 1)
                             if length == 17:
                                 return 1
                             run, size = symbol >> 4, symbol & 15
-                        else:
-                            run, size = (entry >> 5) & 15, (entry >> 9) & 15
                         bits <<= np.uint64(length)
                         have -= length
                         if size == 0:
-                            if k == 0:
-                                out[base] = last[c]
-                                k = 1
-                            elif run == 15:
-                                k += 16
-                                if k > 63:
-                                    return 2
-                            else:
-                                if run:
-                                    return 6
+                            if run == 0:
                                 break
+                            if run < 15:
+                                return 6
+                            k += _16
+                            if k > _63:
+                                return 2
                             continue
-                        value = np.int64(bits >> np.uint64(64 - size))
-                        if value < 1 << (size - 1):
-                            value += 1 - (1 << size)
+                        k += np.uint64(run)
+                        if k > _63:
+                            return 2
+                        out[base + zigzag[k]] = _value(bits, size)
                         bits <<= np.uint64(size)
                         have -= size
-                        if k == 0:
-                            last[c] += value
-                            out[base] = last[c]
-                        else:
-                            k += run
-                            if k > 63:
-                                return 2
-                            out[base + zigzag[k]] = value
-                        k += 1
-    used = at - have // 8
+                        k += _1
+    used = np.int64(at) - have // 8
     if used > ends[interval]:
         return 3
     return 5 if ends[interval] - used > _LEFT_OVER else 0
@@ -621,9 +650,7 @@ def _progressive(clean, ends, out, layout, rows, columns, restart, lookups, code
                         bits <<= np.uint64(length)
                         have -= length
                         if size:
-                            value = np.int64(bits >> np.uint64(64 - size))
-                            if value < 1 << (size - 1):
-                                value += 1 - (1 << size)
+                            value = _value(bits, size)
                             bits <<= np.uint64(size)
                             have -= size
                             last[c] += value
@@ -647,9 +674,7 @@ def _progressive(clean, ends, out, layout, rows, columns, restart, lookups, code
                                 have -= run
                             break
                         if size and not refines:
-                            value = np.int64(bits >> np.uint64(64 - size))
-                            if value < 1 << (size - 1):
-                                value += 1 - (1 << size)
+                            value = _value(bits, size)
                             bits <<= np.uint64(size)
                             have -= size
                         elif size:
@@ -662,7 +687,7 @@ def _progressive(clean, ends, out, layout, rows, columns, restart, lookups, code
                             k += run + (size == 0)
                         else:  # pass over `run` coefficients that are zero yet, and refine others
                             while k <= end:
-                                place = base + zigzag[k]
+                                place = base + np.int64(zigzag[k])
                                 if out[place] == 0:
                                     if run == 0:
                                         break
@@ -677,13 +702,13 @@ def _progressive(clean, ends, out, layout, rows, columns, restart, lookups, code
                         if size:
                             if k > end:
                                 return 2
-                            out[base + zigzag[k]] = np.int16(value << low)
+                            out[base + np.int64(zigzag[k])] = np.int16(value << low)
                         elif k > end + (not refines):
                             return 2
                         k += size > 0 or refines
                     if run_of_ends:
                         while refines and k <= end:
-                            place = base + zigzag[k]
+                            place = base + np.int64(zigzag[k])
                             if out[place] != 0:
                                 bits, have, at = _more(clean, bits, have, at)
                                 if bits >> _63 and not out[place] & (1 << low):
