@@ -62,6 +62,42 @@ def mild(
     return jax.vmap(one, axes)(images, masks, _row_keys(key, len(images)))
 
 
+def coefficients(
+    luma: jax.Array, chroma: jax.Array, size: int, *, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Crop and flip of DCT coefficients: exactly those of the image so cropped and mirrored.
+
+    Args:
+      luma: [N, h, w, 64]. chroma: [N, h/2, w/2, 128]. size: sides of the view in pixels, a
+        multiple of 16, as the corners of the views are. key: None for the centre, not mirrored.
+    Returns: [N, size/8, size/8, 64] and [N, size/16, size/16, 128], same dtypes.
+    """
+    side = size // 16
+    room = [own - side for own in chroma.shape[1:3]]
+    if size % 16 or min(room) < 0:
+        raise IcmError(f"no view of {size} pixels in {chroma.shape[1]} × {chroma.shape[2]} × 16")
+    signs = jnp.asarray([(-1) ** (i % 8) for i in range(64)], luma.dtype).reshape(1, 1, -1)
+
+    def one(luma, chroma, key):
+        if key is None:
+            top, left = room[0] // 2, room[1] // 2
+        else:
+            keys = jax.random.split(key, 3)
+            draws = zip(keys[:2], room, strict=True)
+            top, left = (jax.random.randint(k, (), 0, own + 1) for k, own in draws)
+        luma = jax.lax.dynamic_slice(luma, (2 * top, 2 * left, 0), (2 * side, 2 * side, 64))
+        chroma = jax.lax.dynamic_slice(chroma, (top, left, 0), (side, side, 128))
+        if key is None:
+            return luma, chroma
+        mirrored = luma[:, ::-1] * signs, chroma[:, ::-1] * jnp.tile(signs, 2)
+        flip = jax.random.bernoulli(keys[2], FLIP_P)
+        return jnp.where(flip, mirrored[0], luma), jnp.where(flip, mirrored[1], chroma)
+
+    if key is None:
+        return jax.vmap(lambda y, c: one(y, c, None))(luma, chroma)
+    return jax.vmap(one)(luma, chroma, _row_keys(key, len(luma)))
+
+
 def boxed(
     images: jax.Array,
     boxes: jax.Array,

@@ -9,7 +9,7 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from icm_jax.data import geometry, pipeline
+from icm_jax.data import geometry, jpeg, pipeline
 from icm_jax.data.sources import Objects, Source
 from icm_jax.errors import IcmError
 
@@ -295,3 +295,59 @@ def test_letterboxed_pictures_touch_two_sides(height, width, down, across):
     assert (boxed[:, w:] == geometry.GREY).all()
     scale = min(canvas[0] / height, canvas[1] / width)
     assert abs(h - height * scale) < 1 and abs(w - width * scale) < 1
+
+
+def files(*contents):
+    """A source of these image files."""
+
+    def load(index):
+        return {"image": contents[index], "label": index, "name": f"file {index}"}
+
+    names = tuple(map(str, range(len(contents))))
+    return Source("files", len(contents), (), load, names)
+
+
+def noisy(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_coefficients_are_those_of_the_file_or_of_one_written_anew():
+    image = noisy(50, 70)
+    colour = stored(image, "JPEG", quality=90)
+    grey = stored(image[..., 0], "JPEG", quality=80)
+    options = dict(batch_size=2, seed=0, canvas=(32, 48), stop=1)
+    (batch,) = pipeline.batches(files(colour, grey), coefficients="file", **options)
+    assert "image" not in batch and batch["luma"].dtype == np.int16
+    rows = {int(label): row for row, label in enumerate(batch["label"])}
+    own = jpeg.read_coefficients(colour)
+    # The middle, at multiples of 16: nothing of 18 rows and 22 columns can be left above or beside.
+    np.testing.assert_array_equal(batch["luma"][rows[0]], own.planes[0][:4, :6])
+    np.testing.assert_array_equal(batch["chroma"][rows[0], ..., 64:], own.planes[2][:2, :3])
+    np.testing.assert_array_equal(batch["steps"][rows[0]], np.concatenate(own.tables))
+    assert not batch["chroma"][rows[1]].any() and batch["luma"][rows[1]].any()
+    (anew,) = pipeline.batches(files(colour, grey), coefficients="75", **options)
+    fitted = geometry.fit(geometry.decode_image(colour, ""), (32, 48))
+    again = jpeg.read_coefficients(simplejpeg.encode_jpeg(fitted, 75, "RGB", "420"))
+    np.testing.assert_array_equal(anew["luma"][rows[0]], again.planes[0])
+    (whole,) = pipeline.in_order(files(colour), batch_size=1, canvas=(32, 48), coefficients="75")
+    np.testing.assert_array_equal(whole["luma"][0], anew["luma"][rows[0]])
+
+
+@pytest.mark.parametrize(
+    "file, wanted, canvas, message",
+    [
+        (stored(noisy(20, 64), "JPEG"), "file", (32, 32), "fewer than the canvas"),
+        (
+            stored(noisy(64, 64), "JPEG", subsampling=0),
+            "file",
+            (32, 32),
+            "no YCbCr image with 4:2:0",
+        ),
+        (stored(noisy(64, 64), "PNG"), "file", (32, 32), "no JPEG"),
+        (stored(noisy(64, 64), "JPEG"), "file", (24, 32), "multiples of 16"),
+        (stored(noisy(64, 64), "JPEG"), "raw", (32, 32), '"file" or a quality'),
+    ],
+)
+def test_coefficients_that_cannot_be_had(file, wanted, canvas, message):
+    with pytest.raises(IcmError, match=message):
+        list(pipeline.in_order(files(file), batch_size=1, canvas=canvas, coefficients=wanted))

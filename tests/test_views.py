@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.fft
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icm_jax import views
@@ -170,3 +171,38 @@ def test_a_cut_is_a_window_of_the_very_pixels_or_its_mirror():
     assert len(places) > 3
     with pytest.raises(IcmError, match="holds no view of 8"):
         views.cut(jnp.asarray(images), 8, key=jax.random.key(1))
+
+
+def test_views_of_coefficients_are_those_of_the_pixels():
+    """Each is the inverse DCT of a crop at a multiple of 16, mirrored or not."""
+    rng = np.random.default_rng(0)
+    luma = rng.integers(-50, 50, (6, 8, 6, 64)).astype(np.int16)
+    chroma = rng.integers(-50, 50, (6, 4, 3, 128)).astype(np.int16)
+    given = jax.jit(lambda *planes, key: views.coefficients(*planes, 32, key=key))(
+        luma, chroma, key=jax.random.key(0)
+    )
+    assert given[0].shape == (6, 4, 4, 64) and given[1].shape == (6, 2, 2, 128)
+    found = set()
+    for row in range(6):
+        pixels, colours = samples(luma[row]), samples(chroma[row][..., 64:])
+        own = samples(np.asarray(given[0][row])), samples(np.asarray(given[1][row])[..., 64:])
+        for top in range(3):
+            for left in range(2):
+                part = pixels[16 * top :][:32, 16 * left :][:, :32]
+                colour = colours[8 * top :][:16, 8 * left :][:, :16]
+                for step in (1, -1):
+                    if np.allclose(own[0], part[:, ::step], atol=1e-3):
+                        np.testing.assert_allclose(own[1], colour[:, ::step], atol=1e-3)
+                        found.add((row, top, left, step))
+    assert len(found) == 6 and len({step for *_, step in found}) == 2
+    centre = views.coefficients(luma, chroma, 32)
+    np.testing.assert_array_equal(centre[0], luma[:, 2:6, 0:4])
+    with pytest.raises(IcmError, match="no view of 80 pixels"):
+        views.coefficients(luma, chroma, 80)
+
+
+def samples(plane):
+    """Pixels of int [h, w, 64] by SciPy's inverse DCT."""
+    rows, columns, _ = plane.shape
+    blocks = scipy.fft.idctn(plane.reshape(rows, columns, 8, 8).astype(float), axes=(2, 3))
+    return blocks.transpose(0, 2, 1, 3).reshape(8 * rows, 8 * columns)

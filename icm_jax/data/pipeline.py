@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+import simplejpeg
 from PIL import Image
 
-from icm_jax.data import geometry
+from icm_jax.data import geometry, jpeg
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
 
@@ -29,6 +30,7 @@ def batches(
     stop: int,
     features: np.ndarray | None = None,
     boxes: int = 0,
+    coefficients: str = "",
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -43,6 +45,9 @@ def batches(
       features: [source.length, ...], given in place of the images as "feature".
       boxes: above 0, images are letterboxed and come with their objects, at most so many, the
         largest.
+      coefficients: give images as the DCT coefficients of JPEG 4:2:0, for canvases that are
+        multiples of 16: a quality as "95", at which the image on its canvas is written and read
+        again; or "file", those of the file itself, whose middle is cut out at a multiple of 16.
       threads: decoding threads; default: all cores.
 
     Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
@@ -51,12 +56,15 @@ def batches(
       With `boxes`, {"image", "valid", "extent": int32 [b, 2], height and width of the picture in
       its canvas, "boxes": float32 [b, boxes, 4] as fractions of the canvas, "box_labels": int32
       [b, boxes], "box_valid" and "box_ignored": bool [b, boxes]}; no two of these are both set.
+      With `coefficients`, in place of "image": "luma" int16 [b, height / 8, width / 8, 64],
+      "chroma" int16 [b, height / 16, width / 16, 128], Cb and Cr, both quantised, and "steps"
+      int32 [b, 192], what to multiply the 64 + 128 of a place with.
 
     Raises: IcmError if B does not divide, the source is empty or has no objects where they are
-      asked for, or an image cannot be read.
+      asked for, or an image cannot be read or has not the coefficients asked for.
     """
     rows = _own_rows(batch_size, process, processes)
-    _check(source)
+    _check(source, coefficients, canvas)
     if seed < 0:
         raise IcmError(f"the seed must not be negative, not {seed}")
 
@@ -68,7 +76,8 @@ def batches(
         number = int(permutation(position // source.length)[position % source.length])
         if boxes:
             return _boxed_example(source, number, canvas, boxes)
-        return _example(source, number, canvas, None if features is None else features[number])
+        feature = None if features is None else features[number]
+        return _example(source, number, canvas, feature, coefficients)
 
     return _parallel(load, rows, batch_size, start, stop, threads)
 
@@ -87,6 +96,7 @@ def in_order(
     canvas: tuple[int, int],
     limit: int | None = None,
     boxes: int = 0,
+    coefficients: str = "",
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -97,13 +107,13 @@ def in_order(
     padding.
     """
     rows = _own_rows(batch_size, process, processes)
-    _check(source)
+    _check(source, coefficients, canvas)
     length = source.length if limit is None else min(limit, source.length)
 
     def whole(number):
         if boxes:
             return _boxed_example(source, number, canvas, boxes)
-        return _example(source, number, canvas)
+        return _example(source, number, canvas, coefficients=coefficients)
 
     def load(position):
         if position < length:
@@ -115,9 +125,16 @@ def in_order(
     return _parallel(load, rows, batch_size, 0, -(-length // batch_size), threads)
 
 
-def _check(source: Source) -> None:
+def _check(source: Source, coefficients: str, canvas: tuple[int, int]) -> None:
     if source.length < 1:
         raise IcmError(f"{source.name} has no examples")
+    known = coefficients in ("", "file") or (
+        coefficients.isdecimal() and 1 <= int(coefficients) <= 100
+    )
+    if not known:
+        raise IcmError(f'coefficients are "file" or a quality from 1 to 100, not {coefficients!r}')
+    if coefficients and (canvas[0] % 16 or canvas[1] % 16):
+        raise IcmError(f"coefficients need a canvas of multiples of 16, not {canvas}")
 
 
 def _own_rows(batch_size: int, process: int, processes: int) -> range:
@@ -148,12 +165,20 @@ def _stack(examples) -> dict[str, np.ndarray]:
 
 
 def _example(
-    source: Source, number: int, canvas: tuple[int, int], feature: np.ndarray | None = None
+    source: Source,
+    number: int,
+    canvas: tuple[int, int],
+    feature: np.ndarray | None = None,
+    coefficients: str = "",
 ) -> dict[str, np.ndarray]:
     """One row of a batch."""
     loaded = source.load(number)
     example = {"valid": np.bool_(True)}
-    if feature is None:
+    if coefficients:
+        if "mask" in loaded:
+            raise IcmError(f"{source.name} has masks, which do not go with coefficients")
+        example |= _coefficients(loaded["image"], loaded["name"], canvas, coefficients)
+    elif feature is None:
         image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
         example["image"] = geometry.fit(image, canvas)
     else:
@@ -167,6 +192,36 @@ def _example(
             geometry.check_aspect(image, mask, loaded["name"])
         example["mask"] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
     return example
+
+
+def _coefficients(data: bytes, name: str, canvas: tuple[int, int], source: str) -> dict:
+    """{"luma", "chroma", "steps"} of an image file, as in `batches`."""
+    if source != "file":
+        image = geometry.fit(geometry.decode_image(data, name, max(canvas)), canvas)
+        data = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(image), quality=int(source), colorsubsampling="420"
+        )
+    read = jpeg.read_coefficients(data, name)
+    grey = len(read.planes) == 1
+    if not grey and (read.sampling != ((2, 2), (1, 1), (1, 1)) or read.adobe == 0):
+        raise IcmError(f"{name} is no YCbCr image with 4:2:0 sampling; ask for a quality instead")
+    if min(read.height - canvas[0], read.width - canvas[1]) < 0:
+        raise IcmError(
+            f"{name} has {read.height} × {read.width} pixels, fewer than the canvas "
+            f"{canvas[0]} × {canvas[1]}; ask for a quality instead of its own coefficients"
+        )
+    corner = [
+        (side - own) // 32 * 16 for side, own in zip((read.height, read.width), canvas, strict=True)
+    ]
+    read = read.cropped(*corner, *canvas)
+    chroma = read.planes[1:]
+    if grey:
+        chroma = (np.zeros((canvas[0] // 16, canvas[1] // 16, 64), np.int16),) * 2
+    return {
+        "luma": read.planes[0],
+        "chroma": np.concatenate(chroma, axis=-1),
+        "steps": np.concatenate(read.tables * 3 if grey else read.tables),
+    }
 
 
 def _boxed_example(source: Source, number: int, canvas: tuple[int, int], rows: int) -> dict:
