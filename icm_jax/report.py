@@ -45,6 +45,7 @@ MEASURES = (
 )
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
 COLOURS |= {"disentangled": "#0072B2", "split": "#D55E00", "residual": "#E69F00"}
+COLOURS |= {"split-cheng2020": "#8B3A00", "single": "#000000", "heif": "#56B4E9", "vvc": "#7F7F7F"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
 
 

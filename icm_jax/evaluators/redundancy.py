@@ -61,36 +61,48 @@ def fibres(latent: np.ndarray) -> np.ndarray:
 def _cross_entropy(a, groups, count: int, half: int, steps: int) -> float:
     """Bits of a fibre of the second half, under priors (one a group) learnt on the first."""
     params = _fit(*_by_group(a[:half], groups[:half], count), steps)
-    return float(_bits(params, *_by_group(a[half:], groups[half:], count)))
+    return float(_bits(params, jnp.asarray(a[half:]), jnp.asarray(groups[half:])))
 
 
 def _by_group(a, groups, count: int):
-    """Fibres [n, C] as [K, m, C], m the size of the largest group, and which are there [K, m]."""
+    """Fibres [n, C] sorted by group, and where each group begins and how many it has, [K]."""
     sizes = np.bincount(groups, minlength=count)
-    there = np.arange(sizes.max()) < sizes[:, None]
-    sorted_in = np.zeros((*there.shape, a.shape[1]), np.float32)
-    sorted_in[there] = a[np.argsort(groups, kind="stable")]
-    return sorted_in, there.astype(np.float32)
+    return a[np.argsort(groups, kind="stable")], np.cumsum(sizes) - sizes, sizes
 
 
-def _bits(params, a, there):
-    """Mean bits of the fibres of all groups, each under the prior of its group."""
-    each = jax.vmap(lambda own, fibre: Factorised().apply({"params": own}, fibre).sum(-1))
-    return (each(params, a) * there).sum() / there.sum()
+@jax.jit
+def _bits(params, a, groups):
+    """Mean bits of fibres [n, C], each under the prior of its group [n]."""
+
+    def add(total, number):
+        own = jax.tree.map(lambda leaf: leaf[number], params)
+        bits = Factorised().apply({"params": own}, a).sum(-1)
+        return total + jnp.where(groups == number, bits, 0.0).sum(), None
+
+    count = len(jax.tree.leaves(params)[0])
+    return jax.lax.scan(add, jnp.float32(0), jnp.arange(count))[0] / len(a)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _fit(a, there, steps: int):
-    # One start for all: where a group has no fibres, its prior stays at it.
-    first = Factorised().init(jax.random.key(0), a[0, :1])["params"]
-    params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(a)), first)
+_BATCH = 1024  # fibres of a step, shared among the groups
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _fit(a, begins, sizes, steps: int):
+    # One start for all: where a group has no fibres, its prior stays near it.
+    first = Factorised().init(jax.random.key(0), a[:1])["params"]
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(sizes)), first)
     optimiser = optax.adam(optax.cosine_decay_schedule(0.1, steps))
+    rows = max(1, _BATCH // len(sizes))
+    one = jax.vmap(lambda own, fibres: Factorised().apply({"params": own}, fibres).sum(-1).mean())
 
-    def step(carry, _):
+    def step(carry, number):
         params, state = carry
-        gradient = jax.grad(_bits)(params, a, there)
+        turn = (number * rows + jnp.arange(rows)).reshape(1, -1)  # fibres in turn, group by group
+        places = begins.reshape(-1, 1) + turn % jnp.maximum(sizes, 1).reshape(-1, 1)
+        fibres = a[jnp.minimum(places, len(a) - 1)]
+        gradient = jax.grad(lambda p: one(p, fibres).sum())(params)
         updates, state = optimiser.update(gradient, state)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), length=steps)
+    (params, _), _ = jax.lax.scan(step, (params, optimiser.init(params)), jnp.arange(steps))
     return params
