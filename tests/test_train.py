@@ -17,7 +17,6 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
-from small import UNOPTIMISED
 
 from icm_jax import checkpoint, optim, sharding, train
 from icm_jax.codecs import bitstream, feature_codec
@@ -34,7 +33,7 @@ WORKER = pathlib.Path(__file__).parent / "train_worker.py"
 
 def worker(base, *, devices=1, fsdp=1, wait=True, extra=(), **overrides):
     """Runs a small stage 1 in a process of its own; returns the finished or running process."""
-    flags = f"--xla_force_host_platform_device_count={devices} {UNOPTIMISED}"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
     environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(base).parent / "compiled")
     given = json.dumps(dict(overrides, fsdp=fsdp))
