@@ -27,6 +27,7 @@ format: $(VENV)/.ready
 benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench_range_coder.py
 	$(BIN)/python benchmarks/bench_codec.py
+	$(BIN)/python benchmarks/bench_scalable.py
 
 # TensorFlow 2.14 has no wheels for Python 3.12 and newer.
 conformance:
