@@ -23,8 +23,8 @@ ERRORS = {
 }
 
 # Kernels. Bits lie left-aligned in a uint64; uint64 with int64 makes float64, hence the constants.
-_1, _2, _3, _4, _8, _16, _24, _32, _54, _63, _64 = (
-    np.uint64(n) for n in (1, 2, 3, 4, 8, 16, 24, 32, 64 - LOOK, 63, 64)
+_0, _1, _2, _3, _4, _8, _16, _24, _32, _54, _63, _64 = (
+    np.uint64(n) for n in (0, 1, 2, 3, 4, 8, 16, 24, 32, 64 - LOOK, 63, 64)
 )
 
 
@@ -69,30 +69,32 @@ def unstuff(data, at, clean, ends):
     Returns: (place of the marker after the scan, how many intervals; more than there are ends if
       their markers are out of order).
     """
-    to, found = 0, 0
-    while at < len(data):
-        stop = at
-        while stop < len(data) and data[stop] != 0xFF:
-            stop += 1
-        size = stop - at
-        clean[to : to + size] = data[at:stop]
-        to, at = to + size, stop
-        after = at + 1
-        while after < len(data) and data[after] == 0xFF:
-            after += 1
-        if after < len(data) and data[after] == 0 and after == at + 1:
-            clean[to] = 0xFF
-            to, at = to + 1, at + 2
-        elif after < len(data) and 0xD0 <= data[after] <= 0xD7:
+    start, to, length, found = np.uint64(at), _0, np.uint64(len(data)), 0
+    while start < length:
+        byte = data[start]
+        clean[to] = byte
+        start += _1
+        if byte != 0xFF:
+            to += _1
+            continue
+        after = start
+        while after < length and data[after] == 0xFF:
+            after += _1
+        if after < length and data[after] == 0 and after == start:
+            to += _1
+            start += _1
+        elif after < length and 0xD0 <= data[after] <= 0xD7:
             if data[after] != 0xD0 + found % 8 or found + 1 >= len(ends):
-                return at, len(ends) + 1
+                return np.int64(start) - 1, len(ends) + 1
             ends[found] = to
-            found, at = found + 1, after + 1
+            found += 1
+            start = after + _1
         else:
+            start -= _1
             break
-    clean[to : to + 8] = 0
+    clean[to : to + _8] = 0
     ends[found] = to
-    return at, found + 1
+    return np.int64(start), found + 1
 
 
 @compiled
