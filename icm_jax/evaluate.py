@@ -7,6 +7,7 @@ Each entry of `run.evaluate` gives records, one per point of a curve:
     "jpeg-q"     every image -> JPEG (or "webp-q", ...) file at quality q -> decoded pixels ->
                  prediction; formats that are not installed are left out and named
     "pixels"     the images as they are
+    "speed-b"    batches of b images from JPEG files to predictions, timed; see `throughput.measure`
     "detect"     the detector that `run.detector` names, on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
 
@@ -17,7 +18,8 @@ A record is a flat dict, kept in records.json of the run's folder: curve, arm, s
 images, bpp (measured), top1 / top5, miou, map50 / map, or psnr and ms_ssim_db (means over images,
 of MS-SSIM m as -10 log10(1 - m)); of JPEG and WebP also bpp_without_tables; of streams also
 bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed
-its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included).
+its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included); of "speed"
+what `throughput.measure` gives.
 """
 
 import concurrent.futures
@@ -32,7 +34,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from icm_jax import checkpoint, views
+from icm_jax import checkpoint, throughput, views
 from icm_jax.codecs import bitstream, model_file
 from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
@@ -81,6 +83,9 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
         if point == "detect":
             record |= {"curve": "detect", "kind": "stream"}
             record |= score_detection(frozen, run, base)
+        elif method == "speed":
+            record |= {"curve": "speed"}
+            record |= speed(task, variables, int(point.partition("-")[2]), source, run, config)
         elif of_images:
             record |= score_images(frozen, point, source, run.name)
         else:
@@ -120,10 +125,15 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
         batch_size=run.batch_size,
         canvas=(run.data.canvas,) * 2,
         boxes=run.data.get("boxes", 0),
+        coefficients=run.data.get("coefficients", ""),
     )
     total = -(-source.length // run.batch_size)
     for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {point}", unit="batch"):
         count = int(batch["valid"].sum())
+        if "luma" in batch:  # views are cut in the task
+            inputs = {key: batch[key] for key in ("luma", "chroma", "steps")}
+            tally.update(jax.device_get(predict(on_device, inputs)), batch)
+            continue
         images = np.asarray(views.centre(batch["image"], side))
         if "mask" in batch:
             batch["mask"] = np.asarray(views.centre(batch["mask"], side))
@@ -144,6 +154,17 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
     elif sizes:
         record |= _of_files(sizes)
     return record
+
+
+def speed(task, variables, count: int, source, run, config) -> dict:
+    """What `throughput.measure` says of one batch of validation images."""
+    canvas = (run.data.canvas,) * 2
+    batch = next(pipeline.in_order(source, batch_size=count, canvas=canvas))
+    images = np.asarray(views.centre(batch["image"], config.size))
+    own = run.data.get("coefficients", "")
+    quality = int(own) if own.isdecimal() else run.data.get("quality", 95)
+    path = throughput.jpeg_path(task.predict, variables, images, quality, bool(own))
+    return {**throughput.measure({"own": path})["own"], "images": count}
 
 
 def through_files(images: np.ndarray, point: str, extents, count: int):

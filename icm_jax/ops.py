@@ -51,6 +51,24 @@ def normalise(image: jax.Array, dtype=jnp.float32) -> jax.Array:
     return ((image.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 
+def ycbcr(image: jax.Array) -> jax.Array:
+    """RGB on 0...255 -> (Y - 128, Cb, Cr), all about zero (JFIF 1.02): float [N, H, W, 3], same."""
+    matrix = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+    planes = jnp.matmul(image, jnp.asarray(matrix, image.dtype).T, precision="highest")
+    return planes - jnp.asarray([128.0, 0.0, 0.0], image.dtype).reshape(1, 1, 1, 3)
+
+
+def ycbcr_420(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """RGB, float [N, H, W, 3], even sides -> Y - 128 [N, H, W], Cb and Cr [N, H/2, W/2].
+
+    Chroma is the mean of 2×2 pixels, as in JPEG files with 4:2:0 sampling.
+    """
+    planes = ycbcr(image)
+    n, h, w, _ = image.shape
+    small = planes[..., 1:].reshape(n, h // 2, 2, w // 2, 2, 2).mean(axis=(2, 4))
+    return planes[..., 0], small[..., 0], small[..., 1]
+
+
 def halved(size: int, times: int) -> int:
     """`size` after `times` halvings, each rounded up."""
     return -(-size // 2**times)

@@ -49,6 +49,13 @@ COLOURS |= {"split-cheng2020": "#8B3A00", "single": "#000000", "heif": "#56B4E9"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
 
 
+ARMS_NOTE = (
+    "Means and population standard deviations over the seeds; images per second are those of "
+    "inference, medians over the seeds; network: of arrays on the device; from files: read by all "
+    "cores, then the network. Counted on the program: G multiply-accumulates of an image."
+)
+
+
 def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     """Writes report.html, report.md and their PNG files into `workdir`; returns the HTML's path."""
     workdir = pathlib.Path(workdir)
@@ -67,7 +74,16 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
             seeds = len({record["seed"] for record in own})
             spread = "mean and population standard deviation over the seeds"
             parts += [("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}.")]
-            parts += [("table", _curve_table(own, measure)), ("table", _bd_table(own, measure))]
+            parts += [("table", _curve_table(own, measure))]
+            compared = _bd_table(own, measure)
+            parts += [("table", compared)] if len(compared) > 1 else []
+    arms = [record for record in records if record.get("curve") == "arms"]
+    if arms:
+        speeds = [record for record in records if record.get("curve") == "speed"]
+        parts.append(("h2", "Arms: accuracy, speed and cost"))
+        if speeds:
+            parts.append(("image", _draw_speed(arms, speeds, workdir / "speed.png")))
+        parts += [("table", _arms_table(arms, speeds)), ("p", ARMS_NOTE)]
     streams = [record for record in records if record["kind"].startswith("stream")]
     if streams:
         parts += [("h2", "Bitstreams"), ("table", _stream_table(streams))]
@@ -75,7 +91,7 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     if detectors:
         frozen = [run for run in runs if (workdir / run.name / "codec.icmc").is_file()]
         parts += pictures.detections(detectors[0], frozen, workdir)
-    if any(run.task.name != "detection" for run in runs):
+    if any(point.startswith("stream") for run in runs for point in run.evaluate):
         parts += pictures.decoded(config, runs, workdir)
     scalable = [run for run in runs if run.task.name == "scalable_compression"]
     scalable = [run for run in scalable if (workdir / run.name / "codec.icmc").is_file()]
@@ -165,6 +181,59 @@ def _curve_table(records, measure: Measure) -> list[list[str]]:
             point = f"λ = {point}"
         rows.append([title, point, str(r["seed"]), *rates, value, *last, str(r["images"])])
     return rows
+
+
+def _by_arm(records) -> dict[str, list[dict]]:
+    """Records of each arm, in order of appearance."""
+    return {
+        arm: [r for r in records if r["arm"] == arm]
+        for arm in dict.fromkeys(r["arm"] for r in records)
+    }
+
+
+def _arms_table(arms, speeds) -> list[list[str]]:
+    """One row an arm, as in the tables of Gueguen et al. 2018; factors are to the first arm."""
+    head = ["arm", "top-1 [%]", "top-5 [%]", "seeds", "network [images/s]", "from files [images/s]"]
+    rows = [[*head, "G multiply-accumulates", "M parameters"]]
+    speeds, first = _by_arm(speeds), {}
+    for arm, own in _by_arm(arms).items():
+        scores = []
+        for key in ("top1", "top5"):
+            values = 100 * np.array([r[key] for r in own])
+            spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
+            scores.append(f"{values.mean():.1f}{spread}")
+        cells = ["–"] * 4
+        if arm in speeds:
+            for place, key in enumerate(("network_images_per_second", "images_per_second")):
+                value = float(np.median([r[key] for r in speeds[arm]]))
+                first.setdefault(key, value)
+                cells[place] = f"{value:.0f} ({value / first[key]:.2f} ×)"
+            cells[2] = f"{speeds[arm][0]['multiply_accumulates'] / 1e9:.3f}"
+            cells[3] = f"{speeds[arm][0]['parameters'] / 1e6:.2f}"
+        rows.append([arm, *scores, str(len(own)), *cells])
+    return rows
+
+
+def _draw_speed(arms, speeds, path):
+    """Accuracy over images per second, of the network alone and from files."""
+    figure = Figure(figsize=(11, 4.8), dpi=110)
+    titles = {"network_images_per_second": "network alone", "images_per_second": "from files"}
+    speeds = _by_arm(speeds)
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for arm, own in _by_arm(arms).items():
+            if arm in speeds:
+                values = 100 * np.array([r["top1"] for r in own])
+                at = float(np.median([r[key] for r in speeds[arm]]))
+                marker = {"jpeg": "o", "rgb": "s", "ycbcr": "s"}.get(arm.partition("-")[0], "^")
+                axes.errorbar(at, values.mean(), values.std(), marker=marker, capsize=2, label=arm)
+                axes.annotate(arm, (at, values.mean()), (4, 4), textcoords="offset points", size=7)
+        axes.set_title(title)
+        axes.set_xlabel("images per second, inference")
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.2)
+    figure.axes[0].set_ylabel("top-1 accuracy [%]")
+    figure.tight_layout()
+    return save(figure, path)
 
 
 def _stream_table(records) -> list[list[str]]:

@@ -92,6 +92,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
             stop=run.steps,
             features=features,
             boxes=run.data.get("boxes", 0),
+            coefficients=run.data.get("coefficients", ""),
             process=jax.process_index(),
             processes=jax.process_count(),
         )

@@ -78,24 +78,48 @@ def coefficients(
         raise IcmError(f"no view of {size} pixels in {chroma.shape[1]} × {chroma.shape[2]} × 16")
     signs = jnp.asarray([(-1) ** (i % 8) for i in range(64)], luma.dtype).reshape(1, 1, -1)
 
-    def one(luma, chroma, key):
-        if key is None:
-            top, left = room[0] // 2, room[1] // 2
-        else:
-            keys = jax.random.split(key, 3)
-            draws = zip(keys[:2], room, strict=True)
-            top, left = (jax.random.randint(k, (), 0, own + 1) for k, own in draws)
+    def cut(luma, chroma, top, left):
         luma = jax.lax.dynamic_slice(luma, (2 * top, 2 * left, 0), (2 * side, 2 * side, 64))
-        chroma = jax.lax.dynamic_slice(chroma, (top, left, 0), (side, side, 128))
-        if key is None:
-            return luma, chroma
+        return luma, jax.lax.dynamic_slice(chroma, (top, left, 0), (side, side, 128))
+
+    def one(luma, chroma, key):
+        corner, flip = _aligned_window(key, room)
+        luma, chroma = cut(luma, chroma, *corner)
         mirrored = luma[:, ::-1] * signs, chroma[:, ::-1] * jnp.tile(signs, 2)
-        flip = jax.random.bernoulli(keys[2], FLIP_P)
         return jnp.where(flip, mirrored[0], luma), jnp.where(flip, mirrored[1], chroma)
 
     if key is None:
-        return jax.vmap(lambda y, c: one(y, c, None))(luma, chroma)
+        return jax.vmap(lambda y, c: cut(y, c, room[0] // 2, room[1] // 2))(luma, chroma)
     return jax.vmap(one)(luma, chroma, _row_keys(key, len(luma)))
+
+
+def aligned(images: jax.Array, size: int, *, key: jax.Array | None = None) -> jax.Array:
+    """The views of `coefficients`, of pixels: same key, same crops and flips.
+
+    Args:
+      images: [N, H, W, 3], sides multiples of 16. size, key: as of `coefficients`.
+    Returns: [N, size, size, 3], same dtype.
+    """
+    room = [(own - size) // 16 for own in images.shape[1:3]]
+    if size % 16 or min(room) < 0:
+        raise IcmError(f"no view of {size} pixels in {images.shape[1]} × {images.shape[2]}")
+
+    def one(image, key):
+        (top, left), flip = _aligned_window(key, room)
+        view = jax.lax.dynamic_slice(image, (16 * top, 16 * left, 0), (size, size, 3))
+        return jnp.where(flip, view[:, ::-1], view)
+
+    if key is None:
+        top, left = (16 * (own // 2) for own in room)
+        return images[:, top : top + size, left : left + size]
+    return jax.vmap(one)(images, _row_keys(key, len(images)))
+
+
+def _aligned_window(key, room):
+    """(top, left) in MCUs, and whether to mirror."""
+    keys = jax.random.split(key, 3)
+    corner = [jax.random.randint(k, (), 0, r + 1) for k, r in zip(keys[:2], room, strict=True)]
+    return corner, jax.random.bernoulli(keys[2], FLIP_P)
 
 
 def boxed(

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from test_resnet import block, norm
 
-from icm_jax.data import jpeg
+from icm_jax import ops, views
+from icm_jax.data import jpeg, pipeline
 from icm_jax.errors import IcmError
 from icm_jax.nets import dct
+from icm_jax.tasks import build_task
 
 RNG = np.random.default_rng(0)
 PLANES = [RNG.normal(0, 30, (2, *size, 64)).astype(np.float32) for size in ((7, 8), (4, 4), (4, 4))]
@@ -109,3 +112,62 @@ def test_unknown_wirings_and_bases_are_refused():
         dct.wiring("late")
     with pytest.raises(IcmError, match="unknown basis 'fourier'"):
         dct.BlockTransform("fourier").init(jax.random.key(0), jnp.zeros((1, 8, 8)))
+
+
+def task_of(**changes):
+    fields = dict(name="coefficient_classification", input="jpeg", network="late_concat_rfa")
+    fields |= dict(width=1 / 32, dtype="float32", classes=5, size=32)
+    return build_task(ConfigDict(fields | changes))
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_views_of_coefficients_are_those_of_pixels(seed):
+    """Crop and flip, then transform; or transform, then crop and flip: the same."""
+    key = None if seed is None else jax.random.key(seed)
+    images = jnp.asarray(RNG.uniform(0, 255, (6, 48, 80, 3)), jnp.float32)
+    network = dct.BlockTransform()
+    variables = network.init(jax.random.key(0), jnp.zeros((1, 8, 8)))
+
+    def transformed(images):
+        planes = [network.apply(variables, plane) for plane in ops.ycbcr_420(images)]
+        return planes[0], jnp.concatenate(planes[1:], axis=-1)
+
+    given = views.coefficients(*transformed(images), 32, key=key)
+    expected = transformed(views.aligned(images, 32, key=key))
+    for one, other in zip(given, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3)
+
+
+def test_coefficients_of_files_are_the_dct_of_their_pixels():
+    """Logits from files of quality 100 and from pixels through a frozen DCT, one network."""
+    small = RNG.uniform(0, 255, (4, 6, 8, 3)).astype(np.uint8)
+    images = [Image.fromarray(x).resize((64, 48), Image.Resampling.BICUBIC) for x in small]
+    images = np.stack([np.asarray(image) for image in images])
+    rows = [pipeline.read_planes(pipeline.write_jpeg(x, 100), "x", (48, 64)) for x in images]
+    read = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    tasks = [task_of(), task_of(input="dct_kept")]
+    shapes = jax.eval_shape(tasks[1].init, jax.random.key(0), {})
+    variables = filled(shapes)
+    for plane in ("luma", "blue", "red"):
+        variables["params"][plane] = {"kernel": jnp.asarray(dct.dct_filters())}
+    logits = [
+        jax.jit(task.predict)(variables, batch)["logits"]
+        for task, batch in zip(tasks, (read, {"image": images}), strict=True)
+    ]
+    spread = np.ptp(logits[0], axis=0).max()
+    assert spread > 0.05  # the images differ, and the network sees it
+    np.testing.assert_allclose(logits[0], logits[1], atol=0.1 * spread)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input": "yuv"}, "unknown input 'yuv'"),
+        ({"size": 40}, "multiples of 16, not 40"),
+        ({"network": "late"}, "no wiring 'late'"),
+        ({"input": "rgb", "network": "late_concat"}, "no ResNet variant 'late_concat'"),
+    ],
+)
+def test_bad_configs_of_coefficients_are_refused(change, message):
+    with pytest.raises(IcmError, match=message):
+        jax.eval_shape(task_of(**change).init, jax.random.key(0), {})

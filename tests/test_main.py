@@ -28,6 +28,7 @@ SCALES = {
     "hyperprior": ("demo", "sweep", "large", "boxed", "tiny"),
     "yolov3": ("photos",),
     "scalable": ("demo", "coco"),
+    "jpeg_dct": ("photos", "imagenet"),
 }
 
 
@@ -92,6 +93,21 @@ def test_image_codecs_end_with_a_report(tmp_path):
     assert "Image quality, PSNR" in text and "MS-SSIM" not in text
     for picture in ("rate_psnr.png", "images.png", "training.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_networks_on_coefficients_end_with_a_table(tmp_path):
+    arms = "('rgb-26','jpeg-late_concat_rfa_thinner')"
+    done = main(tmp_path, f"--config.arms={arms}", name="jpeg_dct")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for arm in ("rgb-26", "jpeg-late_concat_rfa_thinner"):
+        folder = tmp_path / "seed0" / arm
+        accuracy, speed = json.loads((folder / "records.json").read_text())
+        assert accuracy["images"] == 8 and accuracy["top1"] <= accuracy["top5"] <= 1
+        assert speed["curve"] == "speed" and speed["multiply_accumulates"] > 5e4
+        assert json.loads((folder / "done.json").read_text())["step"] == 4
+    text = (tmp_path / "report.md").read_text()
+    assert "| rgb-26 |" in text and "| jpeg-late_concat_rfa_thinner |" in text
+    assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_detector_and_a_scalable_codec_end_with_a_report(tmp_path):
@@ -200,7 +216,7 @@ def test_every_run_of_every_scale_builds(name, scale):
     kinds, fields = {}, set()
     Recorder.read.clear()
     for run in module.runs(config):
-        keys = ("name", "frontend", "mode", "pretrain_filter", "kind")
+        keys = ("name", "frontend", "mode", "pretrain_filter", "kind", "input", "network")
         kind = [run.task.get(key) for key in keys]
         kinds.setdefault(tuple(kind), run)
     for run in kinds.values():
@@ -213,6 +229,13 @@ def test_every_run_of_every_scale_builds(name, scale):
             "mask": jax.ShapeDtypeStruct((run.batch_size, side, side), np.uint8),
             "valid": jax.ShapeDtypeStruct((run.batch_size,), np.bool_),
         }
+        if run.data.get("coefficients"):
+            del batch["image"]
+            for name, size in (("luma", (side // 8, side // 8, 64)), ("steps", (192,))):
+                shape = (run.batch_size, *size)
+                batch[name] = jax.ShapeDtypeStruct(shape, np.int16 if size[1:] else np.int32)
+            shape = (run.batch_size, side // 16, side // 16, 128)
+            batch["chroma"] = jax.ShapeDtypeStruct(shape, np.int16)
         rows = (run.batch_size, run.data.get("boxes", 0))
         if rows[1]:
             batch["boxes"] = jax.ShapeDtypeStruct((*rows, 4), np.float32)

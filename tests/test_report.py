@@ -46,7 +46,9 @@ def experiment(tmp_path):
         {"name": "trial", "data": {"name": "folder"}, "rate": {"α": 0.5}}
     )
     runs = [
-        ml_collections.ConfigDict({"name": n, "task": {"name": "classification"}, "evaluate": ()})
+        ml_collections.ConfigDict(
+            {"name": n, "seed": 0, "task": {"name": "classification"}, "evaluate": ("stream",)}
+        )
         for n in ("finished", "absent")
     ]
     own = tmp_path / "finished"
@@ -119,6 +121,31 @@ def test_images_are_measured_in_decibels():
         "codec": ("12.5", "30.12"),
         "JPEG": ("7", "29.00"),
     }
+
+
+def arm(name, seed, top1, network, files):
+    """Records of one network: its accuracy and its speed."""
+    own = {"arm": name, "seed": seed, "point": "", "images": 10, "run": f"seed{seed}/{name}"}
+    speed = {"network_images_per_second": network, "images_per_second": files, "read_per_second": 9}
+    cost = {"multiply_accumulates": 3_858_000_000, "parameters": 25_500_000}
+    accuracy = {"curve": "arms", "kind": "pixels", "top1": top1, "top5": 0.9}
+    return [own | accuracy, own | speed | cost | {"curve": "speed", "kind": "speed-16"}]
+
+
+def test_arms_are_averaged_over_seeds_and_compared_with_the_first(experiment):
+    config, runs, workdir = experiment
+    own = [arm("rgb-50", 0, 0.5, 100.0, 80.0), arm("rgb-50", 1, 0.6, 120.0, 80.0)]
+    own += [arm("jpeg-downsampling", 0, 0.4, 220.0, 200.0), arm("rgb-26", 0, 0.3, 1.0, 1.0)[:1]]
+    records = [record for pair in own for record in pair]
+    (workdir / "finished" / "records.json").write_text(json.dumps(records))
+    text = report.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
+    for row in (
+        "| rgb-50 | 55.0 ± 5.0 | 90.0 ± 0.0 | 2 | 110 (1.00 ×) | 80 (1.00 ×) | 3.858 | 25.50 |",
+        "| jpeg-downsampling | 40.0 | 90.0 | 1 | 220 (2.00 ×) | 200 (2.50 ×) | 3.858 | 25.50 |",
+        "| rgb-26 | 30.0 | 90.0 | 1 | – | – | – | – |",
+    ):
+        assert row in text
+    assert (workdir / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_principal_colours_separate_what_differs_most():

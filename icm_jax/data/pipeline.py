@@ -58,7 +58,7 @@ def batches(
       [b, boxes], "box_valid" and "box_ignored": bool [b, boxes]}; no two of these are both set.
       With `coefficients`, in place of "image": "luma" int16 [b, height / 8, width / 8, 64],
       "chroma" int16 [b, height / 16, width / 16, 128], Cb and Cr, both quantised, and "steps"
-      int32 [b, 192], what to multiply the 64 + 128 of a place with.
+      int32 [b, 192], what to multiply the 64 + 128 of a place with; masks are left out.
 
     Raises: IcmError if B does not divide, the source is empty or has no objects where they are
       asked for, or an image cannot be read or has not the coefficients asked for.
@@ -175,8 +175,6 @@ def _example(
     loaded = source.load(number)
     example = {"valid": np.bool_(True)}
     if coefficients:
-        if "mask" in loaded:
-            raise IcmError(f"{source.name} has masks, which do not go with coefficients")
         example |= _coefficients(loaded["image"], loaded["name"], canvas, coefficients)
     elif feature is None:
         image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
@@ -186,7 +184,7 @@ def _example(
     if "label" in loaded:
         known = loaded["label"] is not None
         example |= {"label": np.int32(loaded["label"] if known else 0), "valid": np.bool_(known)}
-    if "mask" in loaded:
+    if "mask" in loaded and not coefficients:
         mask = geometry.decode_mask(loaded["mask"], loaded["name"], len(source.mask_classes))
         if feature is None:
             geometry.check_aspect(image, mask, loaded["name"])
@@ -195,12 +193,24 @@ def _example(
 
 
 def _coefficients(data: bytes, name: str, canvas: tuple[int, int], source: str) -> dict:
-    """{"luma", "chroma", "steps"} of an image file, as in `batches`."""
+    """Of `_example`: the file's own coefficients, or those of its canvas at a quality."""
     if source != "file":
         image = geometry.fit(geometry.decode_image(data, name, max(canvas)), canvas)
-        data = simplejpeg.encode_jpeg(
-            np.ascontiguousarray(image), quality=int(source), colorsubsampling="420"
-        )
+        data = write_jpeg(image, int(source))
+    return read_planes(data, name, canvas)
+
+
+def write_jpeg(image: np.ndarray, quality: int) -> bytes:
+    """uint8 [H, W, 3] as a JPEG file with 4:2:0 sampling."""
+    image = np.ascontiguousarray(image)
+    return simplejpeg.encode_jpeg(image, quality=quality, colorsubsampling="420")
+
+
+def read_planes(data: bytes, name: str, canvas: tuple[int, int]) -> dict[str, np.ndarray]:
+    """{"luma", "chroma", "steps"} of one JPEG file, as in `batches`; `name` is for errors.
+
+    Raises: IcmError if it is smaller than the canvas, no 4:2:0 and no grey image, or damaged.
+    """
     read = jpeg.read_coefficients(data, name)
     grey = len(read.planes) == 1
     if not grey and (read.sampling != ((2, 2), (1, 1), (1, 1)) or read.adobe == 0):

@@ -108,7 +108,8 @@ class CoefficientTrunk(nn.Module):
                 blue, red = (self._deconvolved(p, n, luma) for p, n in ((blue, "b"), (red, "r")))
             else:
                 blue, red = (_doubled(plane, luma) for plane in (blue, red))
-            x = jnp.concatenate([luma, blue, red], axis=-1)
+            planes = [plane.astype(jnp.float32) for plane in (luma, blue, red)]
+            x = jnp.concatenate(planes, axis=-1)
             x = BatchNorm(dtype=self.dtype, name="bn")(x, train)
         return self._blocks(x, row.rest, "rest", train)
 

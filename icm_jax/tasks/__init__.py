@@ -2,6 +2,7 @@
 
 from icm_jax.errors import IcmError
 from icm_jax.tasks.classification import classification
+from icm_jax.tasks.coefficients import coefficient_classification
 from icm_jax.tasks.compression import compression
 from icm_jax.tasks.contrastive import contrastive
 from icm_jax.tasks.detection import detection
@@ -15,6 +16,7 @@ TASKS = {
     "compression": compression,
     "image_compression": image_compression,
     "classification": classification,
+    "coefficient_classification": coefficient_classification,
     "segmentation": segmentation,
     "detection": detection,
     "scalable_compression": scalable_compression,

@@ -23,7 +23,13 @@ def classification(config) -> Task:
     classifier = nn.Dense(config.classes)
     tuned = config.mode == "finetune"
 
-    def logits_of(variables, images, feature, train):
+    def logits_of(variables, batch, key):
+        images, feature = None, batch.get("feature")
+        if feature is None and key is None:
+            images = views.centre(batch["image"], config.size)
+        elif feature is None:
+            images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
+        train = tuned and key is not None
         features, stats = trunk.features(variables, images, feature, train)
         pooled = global_pool(features[-1])
         return classifier.apply({"params": variables["params"]["classifier"]}, pooled), stats
@@ -36,23 +42,31 @@ def classification(config) -> Task:
         merge(variables, "classifier", classifier.init(keys[1], global_pool(features[-1])))
         return variables
 
+    def groups(name):
+        trained = ("head", "tail", "classifier") if trunk.codec is None else ("tail", "classifier")
+        return TRAIN if name == "classifier" or (tuned and name in trained) else FROZEN
+
+    return classifier_task(init, logits_of, groups, trunk.codec)
+
+
+def classifier_task(init, logits_of, groups, codec=None) -> Task:
+    """A task of cross-entropy.
+
+    Args:
+      init, groups, codec: as of `Task`.
+      logits_of: (variables, batch, key or None for evaluation) -> (float32 [N, classes], the new
+        batch_stats).
+    """
+
     def loss(variables, batch, key, step):
         del step
-        images, feature = None, batch.get("feature")
-        if feature is None:
-            images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
-        logits, stats = logits_of(variables, images, feature, tuned)
+        logits, stats = logits_of(variables, batch, key)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         total = mean_of(losses, batch["valid"])
         return total, Aux({"top1": mean_of(right, batch["valid"])}, {"batch_stats": stats})
 
     def predict(variables, batch):
-        images = views.centre(batch["image"], config.size) if "image" in batch else None
-        return {"logits": logits_of(variables, images, batch.get("feature"), False)[0]}
+        return {"logits": logits_of(variables, batch, None)[0]}
 
-    def groups(name):
-        trained = ("head", "tail", "classifier") if trunk.codec is None else ("tail", "classifier")
-        return TRAIN if name == "classifier" or (tuned and name in trained) else FROZEN
-
-    return Task(init, loss, predict, groups, trunk.codec)
+    return Task(init, loss, predict, groups, codec)

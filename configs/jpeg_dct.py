@@ -1,0 +1,152 @@
+"""ResNet-50 straight on the DCT coefficients of JPEG files (Gueguen et al., NeurIPS 2018).
+
+    python -m icm_jax.main --config=configs/jpeg_dct.py               # narrow, embedded data
+    python -m icm_jax.main --config=configs/jpeg_dct.py:photos --config.data.path=FOLDER
+                                                                      # narrow, a folder of classes
+    python -m icm_jax.main --config=configs/jpeg_dct.py:imagenet      # full width, ImageNet
+
+Arms are "input-network":
+
+    rgb, ycbcr    pixels; network 50, or thinned: 44 and 26 (fewer blocks), 50@0.75 (channels)
+    jpeg          coefficients; networks are the seven wirings of `icm_jax.nets.dct`
+    dct, random   8×8 transforms learned on pixels in YCbCr 4:2:0, from this start; dct_kept and
+                  random_kept stay there
+
+All see the same crops and flips. `data.coefficients` is the quality at which canvases are written
+as JPEG files and read again, or "file" for the coefficients of the data's own files.
+"""
+
+import ml_collections
+
+WIRINGS = (
+    "upsampling",
+    "upsampling_rfa",
+    "deconvolution_rfa",
+    "downsampling",
+    "late_concat",
+    "late_concat_rfa",
+    "late_concat_rfa_thinner",
+)
+PIXELS = ("rgb-50", "ycbcr-50")
+THINNED = ("rgb-44", "rgb-26", "rgb-50@0.75")
+LEARNED = tuple(f"{start}-upsampling" for start in ("dct", "dct_kept", "random", "random_kept"))
+
+
+def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
+    """Settings of one scale; every field can be overridden on the command line."""
+    scales = {"demo": demo, "photos": photos, "imagenet": imagenet, "tiny": tiny}
+    if arg not in scales:
+        raise ValueError(f"jpeg_dct.py has no scale {arg!r}; choose one of {', '.join(scales)}")
+    return ml_collections.ConfigDict(scales[arg]())
+
+
+def demo() -> dict:
+    """A quarter of the channels, 96 × 96 pixels, RGB, YCbCr and the seven wirings."""
+    return dict(
+        name="jpeg_dct",
+        seeds=(0,),
+        arms=PIXELS + tuple(f"jpeg-{wiring}" for wiring in WIRINGS),
+        data=dict(
+            name="scenes",
+            path="",
+            canvas=96,
+            coefficients="95",
+            # the rest is of scenes
+            size=96,
+            train=4500,
+            validation=600,
+            seed=0,
+            quality=95,
+        ),
+        model=dict(width=0.25, size=96, dtype="float32"),
+        train=dict(
+            steps=600,
+            batch_size=32,
+            learning_rate=3e-3,
+            optimiser="adamw",
+            weight_decay=1e-4,
+            warmup_steps=50,
+            clip_norm=1.0,
+            log_every=20,
+            save_every=200,
+            fsdp=1,
+            ema=0.0,
+        ),
+        speed=16,  # images of a batch when speed is measured; 0: it is not
+    )
+
+
+def photos() -> dict:
+    """A folder with a folder per class; 112 pixels of 128; all arms, three seeds."""
+    config = demo()
+    config["seeds"] = (0, 1, 2)
+    config["arms"] = PIXELS + THINNED + config["arms"][2:] + LEARNED
+    config["data"] = dict(name="folder", path="", canvas=128, coefficients="95")
+    config["model"].update(size=96)
+    config["train"].update(steps=1200)
+    return config
+
+
+def imagenet() -> dict:
+    """As the paper: 224 pixels; 90 epochs, the rest as papers.md 2.2."""
+    config = demo()
+    config["arms"] = PIXELS + THINNED + config["arms"][2:] + LEARNED
+    config["data"] = dict(name="imagenet2012", path="", canvas=256, coefficients="95")
+    config["model"].update(width=1.0, size=224, dtype="bfloat16")
+    config["train"].update(steps=450_000, batch_size=256, learning_rate=0.1, optimiser="sgd")
+    config["train"].update(weight_decay=5e-5, warmup_steps=25_000, save_every=5000)
+    return config
+
+
+def tiny() -> dict:
+    """A few steps of three arms, for tests."""
+    config = demo()
+    config["arms"] = ("rgb-26", "jpeg-late_concat_rfa_thinner", "dct_kept-upsampling")
+    config["data"].update(canvas=32, size=32, train=16, validation=8)
+    config["model"].update(width=1 / 32, size=32)
+    config["train"].update(steps=4, batch_size=4, warmup_steps=1, log_every=2, save_every=4)
+    config["speed"] = 2
+    return config
+
+
+def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+    """A network per seed and arm."""
+    return [make_run(config, seed, arm) for seed in config.seeds for arm in config.arms]
+
+
+def make_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
+    """One network; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
+    given, network = arm.split("-")
+    network, _, factor = network.partition("@")
+    task = dict(config.model, name="coefficient_classification", input=given, network=network)
+    task |= dict(width=config.model.width * float(factor or 1))
+    data = dict(config.data, coefficients=config.data.coefficients if given == "jpeg" else "")
+    speed = (f"speed-{config.speed}",) if config.speed else ()
+    train = config.train
+    return ml_collections.ConfigDict(
+        dict(
+            name=f"seed{seed}/{arm}",
+            seed=seed,
+            task=task,
+            data=data,
+            optim=dict(
+                name=train.optimiser,
+                learning_rate=train.learning_rate,
+                schedule="cosine",
+                warmup_steps=train.warmup_steps,
+                weight_decay=train.weight_decay,
+                clip_norm=train.clip_norm,
+            ),
+            batch_size=train.batch_size,
+            steps=train.steps,
+            log_every=train.log_every,
+            save_every=train.save_every,
+            fsdp=train.fsdp,
+            ema=train.ema,
+            start=(),
+            decode_once=False,
+            needs=("label",),
+            evaluate=("pixels", *speed),
+            labels=dict(curve="arms", arm=arm, point=""),
+        )
+    )

@@ -1,0 +1,97 @@
+"""Images per second: of a network on what lies on the device, and of the whole path from bytes."""
+
+import concurrent.futures
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import simplejpeg
+
+from icm_jax.cost import multiply_accumulates
+from icm_jax.data import pipeline
+
+
+class Path(NamedTuple):
+    """One way from files to predictions.
+
+    predict: (variables, inputs) -> anything; variables: its weights, on the device; files: of one
+    batch; read: one file -> its row of the inputs, {name: array}.
+    """
+
+    predict: Callable
+    variables: dict
+    files: list[bytes]
+    read: Callable
+
+
+def jpeg_path(predict, variables, images: np.ndarray, quality: int, coefficients: bool) -> Path:
+    """From JPEG files of the images, uint8 [N, H, W, 3], to predictions.
+
+    Args:
+      coefficients: read DCT coefficients (sides are multiples of 16); else decode to RGB.
+    """
+    files = [pipeline.write_jpeg(image, quality) for image in images]
+
+    def read(data: bytes) -> dict:
+        if coefficients:
+            return pipeline.read_planes(data, "a JPEG file", images.shape[1:3])
+        return {"image": simplejpeg.decode_jpeg(data)}
+
+    return Path(predict, jax.device_put(variables), files, read)
+
+
+def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
+    """Times paths in turns.
+
+    Returns: per path, medians over the rounds: network_images_per_second; images_per_second, files
+      read by as many threads as there are cores, a batch ahead of the device; read_per_second, the
+      reading alone; and, counted, multiply_accumulates of an image and parameters.
+    """
+    found, times = {}, {}
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        ready = {}
+        for name, path in paths.items():
+            inputs = _stacked(path, pool)
+            ready[name] = jax.jit(path.predict), inputs, jax.device_put(inputs)
+            macs = multiply_accumulates(path.predict, path.variables, inputs)
+            weights = jax.tree.leaves(path.variables["params"])
+            found[name] = {
+                "multiply_accumulates": macs // len(path.files),
+                "parameters": sum(leaf.size for leaf in weights),
+            }
+            times[name] = []
+            jax.block_until_ready(ready[name][0](path.variables, inputs))  # compiles
+        for _ in range(rounds):
+            for name, path in paths.items():
+                times[name].append(_once(path, *ready[name], pool))
+    for name, own in times.items():
+        network, whole, reading = (len(paths[name].files) / t for t in np.median(own, axis=0))
+        found[name] |= {
+            "network_images_per_second": float(network),
+            "images_per_second": float(whole),
+            "read_per_second": float(reading),
+        }
+    return found
+
+
+def _once(path: Path, predict, inputs, on_device, pool) -> tuple[float, float, float]:
+    """Seconds of a batch: the network alone, the whole path, reading."""
+    began = time.perf_counter()
+    jax.block_until_ready(predict(path.variables, on_device))
+    network = time.perf_counter() - began
+    began = time.perf_counter()
+    _stacked(path, pool)
+    reading = time.perf_counter() - began
+    began = time.perf_counter()
+    running = predict(path.variables, inputs)  # as a batch before would
+    following = _stacked(path, pool)
+    jax.block_until_ready((running, jax.device_put(following)))
+    return network, time.perf_counter() - began, reading
+
+
+def _stacked(path: Path, pool) -> dict[str, np.ndarray]:
+    rows = list(pool.map(path.read, path.files))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
