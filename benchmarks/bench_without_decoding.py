@@ -1,0 +1,103 @@
+"""Networks on DCT coefficients against ResNet-50 on decoded pixels, in turns, full width.
+
+    python benchmarks/bench_without_decoding.py FOLDER [--batch 16 64] [--size 224] [--rounds 5]
+
+Weights are random, which changes no shape. Images of a folder become JPEG files of the size; each
+arm of configs/jpeg_dct.py reads them and predicts. Prints images per second of inference, of the
+network alone and of the whole path, medians over the rounds, with ratios to ResNet-50 on RGB beside
+those of Gueguen et al. 2018 (papers.md 2.5; theirs on a GPU), and multiply-accumulates.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from icm_jax import throughput
+from icm_jax.nets.dct import WIRINGS
+from icm_jax.tasks import build_task
+
+PAPER = dict(
+    upsampling=396 / 208,
+    upsampling_rfa=266 / 208,
+    deconvolution_rfa=268 / 208,
+    downsampling=451 / 208,
+    late_concat=401 / 208,
+    late_concat_rfa=267 / 208,
+    late_concat_rfa_thinner=369 / 208,
+)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--quality", type=int, default=90)
+    parser.add_argument("--width", type=float, default=1.0, help="factor of all channels")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    paths = sorted(p for p in given.folder.rglob("*") if p.suffix in (".png", ".jpg"))
+    if not paths:
+        parser.error(f"no images in {given.folder}")
+    arms = {"rgb": "50", "ycbcr": "50"} | {name: name for name in WIRINGS}
+    tasks = {}
+    for arm, network in arms.items():
+        fields = dict(name="coefficient_classification", network=network, width=given.width)
+        fields |= dict(input=arm if network == "50" else "jpeg", size=given.size, classes=1000)
+        task = build_task(ConfigDict(fields | dict(dtype=given.dtype)))
+        tasks[arm] = task, drawn(task)
+    for batch in given.batch:
+        images = np.stack([opened(paths[i % len(paths)], given.size) for i in range(batch)])
+        measured = throughput.measure(
+            {
+                arm: throughput.jpeg_path(
+                    task.predict, variables, images, given.quality, arm in WIRINGS
+                )
+                for arm, (task, variables) in tasks.items()
+            },
+            given.rounds,
+        )
+        device = jax.devices()[0].device_kind
+        print(f"{given.size} × {given.size} pixels, batch {batch}, {given.dtype}, {device}")
+        print(
+            f"{'':24} {'network':>17} {'from files':>17} {'paper':>8} {'G MAC':>7} {'M weights':>9}"
+        )
+        for arm, own in measured.items():
+            cells = []
+            for key in ("network_images_per_second", "images_per_second"):
+                ratio = own[key] / measured["rgb"][key]
+                cells.append(f"{own[key]:8.1f} ({ratio:.2f} ×)")
+            paper = f"{PAPER[arm]:.2f} ×" if arm in PAPER else ""
+            costs = own["multiply_accumulates"] / 1e9, own["parameters"] / 1e6
+            print(
+                f"{arm:24} {cells[0]:>17} {cells[1]:>17} {paper:>8} {costs[0]:7.2f} {costs[1]:9.2f}"
+            )
+
+
+def opened(path, size: int) -> np.ndarray:
+    """uint8 [size, size, 3]."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+
+
+def drawn(task) -> dict:
+    """Random weights; compiling a task's own start would take longer than all else."""
+    rng = np.random.default_rng(0)
+
+    def leaf_of(path, leaf):
+        if path[-1].key == "kernel":
+            scale = np.prod(leaf.shape[:-1]) ** -0.5
+            return rng.normal(0, scale, leaf.shape).astype(np.float32)
+        return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
+
+    shapes = jax.eval_shape(task.init, jax.random.key(0), {})
+    return jax.tree_util.tree_map_with_path(leaf_of, shapes)
+
+
+if __name__ == "__main__":
+    main()
