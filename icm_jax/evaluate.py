@@ -7,7 +7,8 @@ Each entry of `run.evaluate` gives records, one per point of a curve:
     "jpeg-q"     every image -> JPEG (or "webp-q", ...) file at quality q -> decoded pixels ->
                  prediction; formats that are not installed are left out and named
     "pixels"     the images as they are
-    "speed-b"    batches of b images from JPEG files to predictions, timed; see `throughput.measure`
+    "picture"    every image -> bytes -> decoded image, of a codec that was trained with a task
+    "speed-b"    batches of b images from files to predictions, timed; see `throughput.measure`
     "detect"     the detector that `run.detector` names, on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
 
@@ -64,7 +65,7 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     task = build_task(config)
     variables = checkpoint.load_variables(folder)
     records, frozen = [], None
-    if any(point.startswith(("stream", "detect")) for point in run.evaluate):
+    if any(point.startswith(("stream", "detect", "picture")) for point in run.evaluate):
         frozen = freeze(task.codec, variables, run, config)
         if jax.process_index() == 0:
             own = run.get("codec_file", {})
@@ -72,7 +73,7 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
             if config.name == "scalable_compression":
                 about["detector"] = detector_facts(pathlib.Path(base) / run.detector)
             model_file.save(folder / "codec.icmc", frozen, **about)
-    of_images = task.codec is not None and "image" in task.codec.outputs
+    of_images = task.codec is not None and "image" in task.codec.outputs and not run.needs
     for point in run.evaluate:
         method = point.partition("-")[0]
         if method in classical.FORMATS and not classical.available(method):
@@ -85,7 +86,10 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
             record |= score_detection(frozen, run, base)
         elif method == "speed":
             record |= {"curve": "speed"}
-            record |= speed(task, variables, int(point.partition("-")[2]), source, run, config)
+            record |= speed(task, variables, frozen, point, source, run, config)
+        elif point == "picture":
+            record |= {"curve": "image", "kind": "stream"}
+            record |= score_images(frozen, "stream", source, run.name)
         elif of_images:
             record |= score_images(frozen, point, source, run.name)
         else:
@@ -117,7 +121,7 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
     tallies = {"mask": lambda: MeanIoU(config.mask_classes)}
     tallies["objects"] = lambda: AveragePrecision(config.classes)
     tally = next((make() for key, make in tallies.items() if key in run.needs), None) or Accuracy()
-    side = config.size
+    side, output = config.size, output_for(config)
     on_device = jax.device_put(variables, jax.devices()[0])
     sizes, parts = [], []
     batches = pipeline.evaluation_batches(
@@ -138,9 +142,9 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
         if "mask" in batch:
             batch["mask"] = np.asarray(views.centre(batch["mask"], side))
         if point == "stream":
-            features, own = through_stream(frozen, images[:count])
+            given, own = through_stream(frozen, images[:count], output)
             parts += own
-            inputs = {"feature": _padded(features, len(images))}
+            inputs = {output: _padded(given, len(images))}
         elif point == "pixels":
             inputs = {"image": images}
         else:
@@ -156,14 +160,22 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
     return record
 
 
-def speed(task, variables, count: int, source, run, config) -> dict:
+def output_for(config) -> str:
+    """Which output of its codec a recognition task reads."""
+    return "image" if config.get("frontend") == "decoded" else "feature"
+
+
+def speed(task, variables, frozen, point: str, source, run, config) -> dict:
     """What `throughput.measure` says of one batch of validation images."""
-    canvas = (run.data.canvas,) * 2
+    count, canvas = int(point.partition("-")[2]), (run.data.canvas,) * 2
     batch = next(pipeline.in_order(source, batch_size=count, canvas=canvas))
     images = np.asarray(views.centre(batch["image"], config.size))
-    own = run.data.get("coefficients", "")
-    quality = int(own) if own.isdecimal() else run.data.get("quality", 95)
-    path = throughput.jpeg_path(task.predict, variables, images, quality, bool(own))
+    if frozen is not None:
+        path = throughput.stream_path(task.predict, variables, images, frozen, output_for(config))
+    else:
+        own = run.data.get("coefficients", "")
+        quality = int(own) if own.isdecimal() else run.data.get("quality", 95)
+        path = throughput.jpeg_path(task.predict, variables, images, quality, bool(own))
     return {**throughput.measure({"own": path})["own"], "images": count}
 
 

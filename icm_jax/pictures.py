@@ -38,16 +38,22 @@ NAMES |= {
 """Titles of the curves."""
 
 
+def title_of(point: str) -> str:
+    """A point's label: numbers alone are λ."""
+    return f"λ = {point}" if point.replace(".", "").replace("e-", "").isdigit() else point
+
+
 def decoded(config, runs, workdir) -> list[tuple[str, object]]:
     """Images beside what is decoded: images, or features (principal components as colours)."""
     columns: dict[str, tuple] = {}
-    for run in runs:
+    bare = [run for run in runs if "stream" in run.evaluate and not run.needs]
+    for run in bare or runs:  # codecs themselves, or those that tasks stand on
         path = workdir / run.name / "codec.icmc"
         for point in run.evaluate:
             method, _, quality = point.partition("-")
             if method == "stream" and run.seed == runs[0].seed and path.is_file():
                 title = f"{run.labels.arm}\n" + (
-                    f"quality {quality}" if quality else f"λ = {run.labels.point}"
+                    f"quality {quality}" if quality else title_of(run.labels.point)
                 )
                 columns.setdefault(title, (path, float(quality) if quality else None))
     if not columns:

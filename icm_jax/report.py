@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from icm_jax import pictures
 from icm_jax.evaluators.metrics import bd_rate
 from icm_jax.files import write_whole
-from icm_jax.pictures import NAMES, save
+from icm_jax.pictures import NAMES, save, title_of
 
 
 class Measure(NamedTuple):
@@ -178,7 +178,7 @@ def _curve_table(records, measure: Measure) -> list[list[str]]:
         if measure.curve == "image":
             title = NAMES.get(name, name)
         elif stream:
-            point = f"λ = {point}"
+            point = title_of(point)
         rows.append([title, point, str(r["seed"]), *rates, value, *last, str(r["images"])])
     return rows
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import simplejpeg
 
+from icm_jax.codecs import bitstream
 from icm_jax.cost import multiply_accumulates
 from icm_jax.data import pipeline
 
@@ -18,13 +19,15 @@ class Path(NamedTuple):
     """One way from files to predictions.
 
     predict: (variables, inputs) -> anything; variables: its weights, on the device; files: of one
-    batch; read: one file -> its row of the inputs, {name: array}.
+    batch; read: one file -> its row of the inputs, {name: array}; decoding: multiply-accumulates
+    of networks in `read`.
     """
 
     predict: Callable
     variables: dict
     files: list[bytes]
     read: Callable
+    decoding: int = 0
 
 
 def jpeg_path(predict, variables, images: np.ndarray, quality: int, coefficients: bool) -> Path:
@@ -43,12 +46,27 @@ def jpeg_path(predict, variables, images: np.ndarray, quality: int, coefficients
     return Path(predict, jax.device_put(variables), files, read)
 
 
+def stream_path(predict, variables, images: np.ndarray, frozen, output: str) -> Path:
+    """From .icm files of the images to predictions on the output of their codec."""
+    files = bitstream.encode(frozen, images)
+
+    def read(data: bytes) -> dict:
+        return {output: bitstream.decode(frozen, [data], output)[0]}
+
+    decoded, header = bitstream.decode_latents(frozen, files[0])
+    decoding = multiply_accumulates(
+        lambda v, d: frozen.codec.outputs[output](v, d, header.shape), frozen.on_device, decoded
+    )
+    return Path(predict, jax.device_put(variables), files, read, decoding)
+
+
 def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
     """Times paths in turns.
 
     Returns: per path, medians over the rounds: network_images_per_second; images_per_second, files
       read by as many threads as there are cores, a batch ahead of the device; read_per_second, the
-      reading alone; and, counted, multiply_accumulates of an image and parameters.
+      reading alone; and, counted, multiply_accumulates of an image, decoding included, and
+      parameters of all networks.
     """
     found, times = {}, {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -59,7 +77,7 @@ def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
             macs = multiply_accumulates(path.predict, path.variables, inputs)
             weights = jax.tree.leaves(path.variables["params"])
             found[name] = {
-                "multiply_accumulates": macs // len(path.files),
+                "multiply_accumulates": macs // len(path.files) + path.decoding,
                 "parameters": sum(leaf.size for leaf in weights),
             }
             times[name] = []

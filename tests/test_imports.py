@@ -19,7 +19,7 @@ ALLOWED = {
     "boxes": set(),
     "coding": BASE,
     "data": BASE,
-    "throughput": BASE | {"cost", "data"},
+    "throughput": BASE | {"codecs", "cost", "data"},
     "nets": BASE | {"ops"},
     "entropy": BASE | {"ops", "coding"},
     "codecs": BASE | {"nets", "entropy", "coding", "ops"},

@@ -1,5 +1,6 @@
 """Codecs: nets and priors wired into segments."""
 
+from icm_jax.codecs.autoencoder import autoencoder_codec
 from icm_jax.codecs.feature import feature_codec, filter_codec
 from icm_jax.codecs.hyperprior import image_codec
 from icm_jax.codecs.scalable import scalable_codec
@@ -8,6 +9,7 @@ CODECS = {
     "omni_filter": filter_codec,
     "omni_feature": feature_codec,
     "image": image_codec,
+    "autoencoder": autoencoder_codec,
     "scalable": scalable_codec,
 }
 """Name -> builder; a builder called twice with equal arguments returns the same Codec."""

@@ -1,6 +1,7 @@
 """What is optimised: losses, predictions, parameter groups."""
 
 from icm_jax.errors import IcmError
+from icm_jax.tasks.autoencoder import autoencoder_compression, joint_classification
 from icm_jax.tasks.classification import classification
 from icm_jax.tasks.coefficients import coefficient_classification
 from icm_jax.tasks.compression import compression
@@ -15,6 +16,8 @@ TASKS = {
     "contrastive": contrastive,
     "compression": compression,
     "image_compression": image_compression,
+    "autoencoder_compression": autoencoder_compression,
+    "joint_classification": joint_classification,
     "classification": classification,
     "coefficient_classification": coefficient_classification,
     "segmentation": segmentation,

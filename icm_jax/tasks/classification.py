@@ -12,7 +12,7 @@ from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, mean_of, m
 
 
 def classification(config) -> Task:
-    """The task; fields: the model's, classes, frontend ("pixels", "feature"), mode.
+    """The task; fields: the model's, classes, frontend (see `build_trunk`), mode.
 
     mode "finetune" trains the tail and the classifier (from pixels the head, too); "linear" trains
     the classifier alone, on BatchNorm's running statistics.
@@ -43,8 +43,7 @@ def classification(config) -> Task:
         return variables
 
     def groups(name):
-        trained = ("head", "tail", "classifier") if trunk.codec is None else ("tail", "classifier")
-        return TRAIN if name == "classifier" or (tuned and name in trained) else FROZEN
+        return TRAIN if name == "classifier" or (tuned and name in trunk.parts) else FROZEN
 
     return classifier_task(init, logits_of, groups, trunk.codec)
 

@@ -59,7 +59,6 @@ def segmentation(config) -> Task:
         return {"segments": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
 
     def groups(name):
-        trained = ("tail", "segmenter") if trunk.codec else ("head", "tail", "segmenter")
-        return TRAIN if name in trained else FROZEN
+        return TRAIN if name == "segmenter" or name in trunk.parts else FROZEN
 
     return Task(init, loss, predict, groups, trunk.codec)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax import ops
+from icm_jax.codecs.autoencoder import autoencoder_codec
 from icm_jax.codecs.codec import Codec, forward
 from icm_jax.codecs.feature import feature_codec
 from icm_jax.errors import IcmError
@@ -64,56 +65,88 @@ def build_feature_codec(config) -> Codec:
     )
 
 
+def autoencoder_of(config) -> Codec:
+    """The autoencoder of a task's fields code_width, code_channels, code_centres, code_learned,
+    code_blocks; see `autoencoder_codec`."""
+    return autoencoder_codec(
+        config.code_width,
+        config.code_channels,
+        config.code_centres,
+        config.code_learned,
+        config.code_blocks,
+    )
+
+
 class Trunk(NamedTuple):
-    """Frontend and tail of a recognition task (pixels, or features decoded from the codec).
+    """Frontend and tail of a recognition task.
 
     Attributes:
       init: (key, images uint8 [N, H, W, 3]) -> variables.
       features: (variables, images or None, feature or None, train) -> (tail features, new stats).
-      codec: the feature codec, or None for pixels.
+      codec: what the frontend decodes, or None for pixels.
+      parts: names of the parameters that are not the codec's.
     """
 
     init: Callable
     features: Callable
     codec: Codec | None
+    parts: tuple[str, ...]
+
+
+FRONTENDS = {
+    "pixels": None,
+    "feature": build_feature_codec,
+    "code": autoencoder_of,
+    "decoded": autoencoder_of,
+}
+"""What a trunk reads -> builder of the codec that it comes from."""
 
 
 def build_trunk(config, output_stride: int = 32) -> Trunk:
-    """Head and tail with the frontend `config.frontend`: "pixels" or "feature".
+    """Head and tail with the frontend `config.frontend`.
 
-    From "feature", f_hat is what decoding would give, and no gradient flows into it.
+    "pixels": the image; "feature": f_hat of the stage-2 codec; "code": the autoencoder's code, for
+    cResNets; "decoded": the image that the autoencoder decodes. Codecs give what decoding would
+    give, and no gradient flows into them.
     """
-    if config.frontend not in ("pixels", "feature"):
-        raise IcmError(f"unknown frontend {config.frontend!r}; choose pixels or feature")
+    if config.frontend not in FRONTENDS:
+        raise IcmError(
+            f"unknown frontend {config.frontend!r}; choose one of {', '.join(FRONTENDS)}"
+        )
     dtype = jnp.dtype(config.dtype)
     head = resnet.Head(config.variant, config.width, dtype)
     tail = resnet.Tail(config.variant, config.width, output_stride, dtype)
-    codec = build_feature_codec(config) if config.frontend == "feature" else None
+    build = FRONTENDS[config.frontend]
+    codec = build(config) if build else None
+    sees_pixels = config.frontend in ("pixels", "decoded")
 
     def init(key, images):
         keys = jax.random.split(key)
-        if codec is None:
+        variables = codec.init(keys[0], images[:1]) if codec else {}
+        if sees_pixels:
             f, own = head.init_with_output(keys[0], ops.normalise(images[:1]), train=False)
-            variables = {name: {"head": tree} for name, tree in own.items()}
+            merge(variables, "head", own)
         else:
-            variables = codec.init(keys[0], images[:1])
-            side = -(-images.shape[1] // 4), -(-images.shape[2] // 4)
-            f = jnp.zeros((1, *side, resnet.feature_channels(config.variant, config.width)))
+            f = jax.eval_shape(lambda v: decoded(v, images[:1]), variables)
+            f = jnp.zeros(f.shape, f.dtype)
         merge(variables, "tail", tail.init(keys[1], f, train=False))
         return variables
 
+    def decoded(variables, images):
+        result = forward(codec, variables, {"image": images}, images.shape[1:3])
+        return jax.lax.stop_gradient(result.outputs["image" if sees_pixels else "feature"])
+
     def features(variables, images, feature, train):
         stats = dict(variables["batch_stats"])
-        if feature is None and codec is None:
+        if sees_pixels:  # in evaluation files are decoded before
+            images = decoded(variables, images).clip(0, 255) if codec and train else images
             feature, stats["head"] = apply(head, variables, "head", ops.normalise(images), train)
         elif feature is None:
-            shape = images.shape[1:3]
-            result = forward(codec, variables, {"image": images}, shape)
-            feature = jax.lax.stop_gradient(result.outputs["feature"])
+            feature = decoded(variables, images)
         outputs, stats["tail"] = apply(tail, variables, "tail", feature, train)
         return outputs, stats
 
-    return Trunk(init, features, codec)
+    return Trunk(init, features, codec, ("head", "tail") if sees_pixels else ("tail",))
 
 
 def apply(module, variables, name: str, x, train: bool):

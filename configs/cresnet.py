@@ -1,0 +1,240 @@
+"""Classes and segments from a learned code, without decoding it (Torfason et al., ICLR 2018).
+
+    python -m icm_jax.main --config=configs/cresnet.py               # narrow, embedded data
+    python -m icm_jax.main --config=configs/cresnet.py:photos --config.data.path=FOLDER
+                                                                     # narrow, a folder of classes
+    python -m icm_jax.main --config=configs/cresnet.py:streets --config.data.path=FOLDER
+                                                                     # narrow, a folder of masks
+    python -m icm_jax.main --config=configs/cresnet.py:imagenet      # published widths
+    python -m icm_jax.main --config=configs/cresnet.py:voc           # the same, boxes' classes
+
+Runs, for every seed, at each operating point (bits per pixel):
+
+    codec-bpp            the compressive autoencoder
+    r50-, r71-bpp        ResNets on what it decodes
+    c39-, c51-, c72-bpp  cResNets on its code
+    ...-d-bpp            DeepLab on the same two inputs, where the data have masks
+    joint-bpp            the autoencoder and the first cResNet trained on, together
+    alone-bpp            that cResNet trained on, its autoencoder frozen: what more steps alone give
+    anew-bpp, again-bpp  the fair comparison: a cResNet from scratch on the joint autoencoder,
+                         frozen, then trained on for as many steps as "joint"
+"""
+
+import ml_collections
+
+from icm_jax.data import DATASETS
+
+CODEC = ("params/autoencoder", "batch_stats/autoencoder")
+NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")
+TRUNK = ("params/head", "batch_stats/head", "params/tail", "batch_stats/tail")
+VARIANTS = {"r50": "50", "r71": "71", "c39": "c39", "c51": "c51", "c72": "c72"}
+
+
+def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
+    """Settings of one scale; every field can be overridden on the command line."""
+    scales = dict(demo=demo, photos=photos, streets=streets, imagenet=imagenet, voc=voc, tiny=tiny)
+    if arg not in scales:
+        raise ValueError(f"cresnet.py has no scale {arg!r}; choose one of {', '.join(scales)}")
+    return ml_collections.ConfigDict(scales[arg]())
+
+
+def demo() -> dict:
+    """A quarter of the channels, 96 × 96 pixels, two operating points."""
+    return dict(
+        name="cresnet",
+        seeds=(0,),
+        points=(0.33, 0.63),  # bits per pixel
+        channels=(16, 32),  # C of the code at each
+        arms=("r50", "c39", "c51"),
+        data=dict(
+            name="scenes",
+            path="",
+            canvas=96,
+            # the rest is of scenes
+            size=96,
+            train=4500,
+            validation=600,
+            seed=0,
+            quality=95,
+        ),
+        model=dict(width=16, size=96, crop=(0.5, 1.0), dtype="float32"),
+        code=dict(width=32, centres=6, learned=True, blocks=3, beta=300.0, size=64),
+        train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
+        codec=dict(steps=600, learning_rate=1e-3, optimiser="adamw", warmup_steps=50),
+        classify=dict(steps=500, learning_rate=3e-3, optimiser="adamw", warmup_steps=50),
+        segment=dict(
+            steps=0,  # 0: left out
+            learning_rate=3e-3,
+            optimiser="adamw",
+            warmup_steps=50,
+            aspp_rates=(1, 2, 3, 4),
+            output_stride=8,
+        ),
+        joint=dict(steps=200, learning_rate=3e-4, optimiser="adamw", warmup_steps=20, gamma=0.001),
+        files=tuple(f"{f}-{q}" for f, qs in FILES.items() for q in qs),
+        speed=16,  # images of a batch when speed is measured; 0: it is not
+    )
+
+
+FILES = {"jpeg": (5, 10, 20, 40, 70), "jpeg2000": (20, 24, 28, 32, 36)}
+
+
+def photos() -> dict:
+    """A folder with a folder per class; three points, all networks, three seeds."""
+    config = demo()
+    config.update(seeds=(0, 1, 2), points=(0.1, 0.33, 0.63), channels=(8, 16, 32))
+    config.update(arms=tuple(VARIANTS))
+    config["data"] = dict(name="folder", path="", canvas=128)
+    config["model"].update(size=112)
+    return config
+
+
+def streets() -> dict:
+    """Photographs with masks; DeepLab from scratch."""
+    config = photos()
+    config.update(arms=("r50", "c39", "c51"))
+    config["data"] = dict(name="mask_folder", path="", canvas=256, images="images")
+    config["model"].update(size=256)
+    config["segment"].update(steps=500)
+    return config
+
+
+def imagenet() -> dict:
+    """Published widths at 224 pixels; schedules after papers.md 1.5."""
+    config = photos()
+    config.update(seeds=(0,))
+    config["data"] = dict(name="imagenet2012", path="", canvas=256)
+    config["model"].update(width=64, size=224, dtype="bfloat16")
+    config["code"].update(width=128, size=160)
+    config["train"].update(batch_size=64, log_every=100, save_every=5000)
+    sgd = dict(optimiser="sgd", learning_rate=0.025, warmup_steps=1000)
+    config["codec"].update(steps=200_000, learning_rate=1e-4, warmup_steps=1000)
+    config["classify"].update(sgd, steps=560_000)  # 28 epochs
+    config["joint"].update(sgd, steps=180_000, learning_rate=2.5e-3)
+    config["segment"].update(sgd, aspp_rates=(6, 12, 18, 24))
+    return config
+
+
+def voc() -> dict:
+    """Published widths on VOC 2012, whose images have the class of their largest object."""
+    config = imagenet()
+    config["data"] = dict(name="voc/2012", path="", canvas=256)
+    return config
+
+
+def tiny() -> dict:
+    """A few steps of everything, for tests."""
+    config = demo()
+    config.update(points=(0.5,), channels=(4,), arms=("r50", "c39"), files=("jpeg-20",), speed=2)
+    config["data"].update(canvas=32, size=32, train=16, validation=8)
+    config["model"].update(width=2, size=32)
+    config["code"].update(width=4, blocks=1, size=32)
+    config["train"].update(batch_size=4, log_every=2, save_every=4)
+    for stage in ("codec", "classify", "segment", "joint"):
+        config[stage].update(steps=4, warmup_steps=1)
+    return config
+
+
+def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+    """All runs, in the order in which they depend on each other."""
+    keys = DATASETS[config.data.name].keys if config.data.name in DATASETS else ("label",)
+    listed = []
+    for seed in config.seeds:
+        for point, channels in zip(config.points, config.channels, strict=True):
+            listed += point_runs(config, keys, seed, point, channels)
+    return listed
+
+
+def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
+    """One seed at one operating point."""
+    code = dict(code_channels=channels)
+    code |= {f"code_{k}": config.code[k] for k in ("width", "centres", "learned", "blocks")}
+    rate = dict(target_bpp=point, beta=config.code.beta)
+    speed = (f"speed-{config.speed}",) if config.speed else ()
+
+    def named(arm):
+        return f"seed{seed}/{arm}-{point:g}"
+
+    def run(arm, curve, stage, task, start, evaluate, needs=()):
+        made = make_run(config, seed, named(arm), task, config[stage], start)
+        made.evaluate, made.needs = evaluate, needs
+        made.labels = dict(curve=curve, arm=arm, point=f"{point:g} bpp")
+        return made
+
+    task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)
+    files = tuple(config.files) if point == config.points[0] and seed == config.seeds[0] else ()
+    listed = [run("codec", "image", "codec", task, [], ("stream", *files))]
+    coded = [(named("codec"), CODEC)]
+    cnets = [arm for arm in config.arms if arm.startswith("c")]
+    if "label" in keys:
+        for arm in config.arms:
+            task = network_task(config, code, arm, "classification")
+            own = ("stream", *speed), ("label",)
+            listed.append(run(arm, "classify", "classify", task, coded, *own))
+        if config.joint.steps and cnets:
+            listed += joint_runs(config, code, rate, cnets[0], named, run)
+    if "mask" in keys and config.segment.steps:
+        for arm in config.arms:
+            task = network_task(config, code, arm, "segmentation")
+            # Of a classifier on the same data, where there is one: as published.
+            start = [*coded, *([(named(arm), TRUNK)] if "label" in keys else [])]
+            own = ("stream",), ("mask",)
+            listed.append(run(f"{arm}-d", "segment", "segment", task, start, *own))
+    return listed
+
+
+def joint_runs(config, code, rate, arm, named, run) -> list:
+    """Torfason et al. 2018, section 5: joint training and what it is compared with."""
+    task = dict(config.model, **code, **rate, name="joint_classification")
+    task |= dict(variant=VARIANTS[arm], gamma=config.joint.gamma)
+    start = [(named("codec"), CODEC), (named(arm), NETWORK)]
+    own = ("stream", "picture"), ("label",)
+    listed = [run("joint", "classify", "joint", task, start, *own)]
+    task = network_task(config, code, arm, "classification")
+    own = ("stream",), ("label",)
+    listed.append(run("alone", "classify", "joint", task, start, *own))
+    joint = (named("joint"), CODEC)
+    listed.append(run("anew", "classify", "classify", task, [joint], *own))
+    start = [joint, (named("anew"), NETWORK)]
+    listed.append(run("again", "classify", "joint", task, start, *own))
+    return listed
+
+
+def network_task(config, code, arm: str, name: str) -> dict:
+    """A network on the code (c...) or on what is decoded (r...)."""
+    task = dict(config.model, **code, name=name, variant=VARIANTS[arm])
+    task |= dict(frontend="code" if arm.startswith("c") else "decoded")
+    if name == "segmentation":
+        return task | {k: config.segment[k] for k in ("aspp_rates", "output_stride")}
+    return task | dict(mode="finetune")
+
+
+def make_run(config, seed: int, name: str, task: dict, stage, start) -> ml_collections.ConfigDict:
+    """One entry of the list; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
+    return ml_collections.ConfigDict(
+        dict(
+            name=name,
+            seed=seed,
+            task=task,
+            data=config.data.to_dict(),
+            optim=dict(
+                name=stage.optimiser,
+                learning_rate=stage.learning_rate,
+                schedule="cosine",
+                warmup_steps=stage.warmup_steps,
+                weight_decay=1e-4,
+                clip_norm=config.train.clip_norm,
+            ),
+            batch_size=config.train.batch_size,
+            steps=stage.steps,
+            log_every=config.train.log_every,
+            save_every=config.train.save_every,
+            fsdp=config.train.fsdp,
+            ema=config.train.ema,
+            start=tuple(start),
+            decode_once=False,
+            needs=(),
+            evaluate=(),
+            labels={},
+        )
+    )

@@ -1,0 +1,156 @@
+"""The compressive autoencoder with a code of few values (Theis et al. 2017, Torfason et al. 2018).
+
+    x -> analysis -> y -> nearest centre -> symbols -> range coder
+                                               +-> values q -> synthesis -> x_hat
+
+The code q is an output of its own, "feature": networks may read it in place of the image. A symbol
+costs what its share in its channel says (`statistics`, running means of training); the tables of
+the range coder are these shares. Parameters lie under `autoencoder`.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icm_jax import ops
+from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
+from icm_jax.coding import tables
+from icm_jax.errors import IcmError
+from icm_jax.nets.autoencoder import Centres, CodeAnalysis, CodeSynthesis
+
+PART = "autoencoder"
+_MOMENTUM = 0.99  # of the running histogram
+_LEAST = 2.0**-16  # share of a symbol: what the coder's tables can express
+
+
+class Autoencoder(nn.Module):
+    """All networks of the codec; attributes as of `autoencoder_codec`."""
+
+    width: int
+    channels: int
+    centres: int
+    learned: bool
+    blocks: int
+    dtype: str
+
+    def setup(self):
+        dtype = jnp.dtype(self.dtype)
+        self.analysis = CodeAnalysis(self.channels, self.width, self.blocks, dtype)
+        self.synthesis = CodeSynthesis(self.width, self.blocks, dtype)
+        self.quantiser = Centres(self.centres, self.learned)
+        uniform = lambda: jnp.full((self.channels, self.centres), 1.0 / self.centres)  # noqa: E731
+        self.statistics = self.variable("batch_stats", "histogram", uniform)
+
+    def __call__(self, x):
+        """(x_hat, q, bits of a symbol, mean over channels) with gradients; updates statistics."""
+        found = self.quantiser(self.analysis(x))
+        if not self.is_initializing():
+            new = (1.0 - _MOMENTUM) * jax.lax.stop_gradient(found.histogram)
+            self.statistics.value = _MOMENTUM * self.statistics.value + new
+        shares = jnp.maximum(found.histogram, 1e-9)
+        bits = -(shares * jnp.log2(shares)).sum(-1).mean()
+        return self.synthesis(found.q), found.q, bits
+
+    def symbols(self, x):
+        return self.quantiser.nearest(self.analysis(x))
+
+    def code(self, symbols):
+        return self.quantiser.take(symbols)
+
+    def decode(self, symbols):
+        return self.synthesis(self.code(symbols))
+
+    def bits(self, symbols):
+        shares = jnp.maximum(self.statistics.value, _LEAST)
+        rows = jnp.arange(self.channels).reshape(1, 1, 1, -1)
+        known = jnp.clip(symbols.astype(jnp.int32), 0, self.centres - 1)
+        return -jnp.log2(shares[rows, known])
+
+
+@functools.cache
+def autoencoder_codec(
+    width: int, channels: int, centres: int, learned: bool, blocks: int, dtype: str = "float32"
+) -> Codec:
+    """The codec; outputs "image", float32 on 0...255, and "feature", the code [N, H/8, W/8, C].
+
+    Args:
+      width: N, 128 in the papers. channels: C, of the code. centres: L, values that it may have.
+      learned: whether they are trained; else they are integers. blocks: residual blocks each way.
+      dtype: of the networks.
+
+    Raises: IcmError for numbers below 1, or a single centre.
+    """
+    if min(width, channels, blocks + 1) < 1 or not 2 <= centres <= 256:
+        raise IcmError(
+            f"no autoencoder of width {width}, channels {channels}, centres {centres}, blocks "
+            f"{blocks}: they are at least 1, 1, 2 (and at most 256) and 0"
+        )
+    module = Autoencoder(width, channels, centres, learned, blocks, dtype)
+
+    def run(variables, *args, method):
+        return module.apply(own_part(variables), *args, method=method)
+
+    def analyse(variables, inputs):
+        return {"y": run(variables, _padded(inputs["image"]), method="symbols")}
+
+    def prior(variables, decoded, shape):
+        del decoded
+        return Prior(lambda y: run(variables, y, method="bits"), channel_index(shape))
+
+    def freeze(variables, _):
+        shares = np.asarray(variables["batch_stats"][PART]["histogram"], np.float64)
+        shares = np.maximum(shares, _LEAST)
+        shares /= shares.sum(axis=1, keepdims=True) * (1 + 1e-9)
+        return tables.from_pmfs(list(shares), np.zeros(channels, np.int32)), None
+
+    def init(key, image):
+        del image
+        own = module.init(key, jnp.zeros((1, 16, 16, 3)))
+        return {name: {PART: tree} for name, tree in own.items()}
+
+    def code_shape(height, width):
+        return ops.halved(height, 3), ops.halved(width, 3), channels
+
+    fields = dict(width=width, channels=channels, centres=centres, learned=learned)
+    return Codec(
+        config=("autoencoder", tuple((fields | dict(blocks=blocks, dtype=dtype)).items())),
+        parts=(PART,),
+        init=init,
+        analyse=analyse,
+        segments=(
+            Segment(
+                "y", lambda h, w: (ops.halved(h, 3), ops.halved(w, 3), channels), prior, freeze
+            ),
+        ),
+        outputs=Outputs(
+            image=lambda variables, decoded, shape: ops.crop_to(
+                run(variables, decoded["y"], method="decode"), *shape
+            ),
+            feature=lambda variables, decoded, shape: run(variables, decoded["y"], method="code"),
+        ),
+    )
+
+
+def relaxed(codec: Codec, variables, image: jax.Array):
+    """What training sees of an `autoencoder_codec`, with gradients through the quantiser.
+
+    Args: image: [N, H, W, 3] on 0...255, sides multiples of 8.
+    Returns: (x_hat float32 [N, H, W, 3], q float32 [N, H/8, W/8, C], H(q): bits of a symbol by the
+      batch's histograms, the new statistics).
+    """
+    module = Autoencoder(**dict(codec.config[1]))
+    outputs, updated = module.apply(own_part(variables), image, mutable=["batch_stats"])
+    return *outputs, updated["batch_stats"]
+
+
+def own_part(variables) -> dict:
+    return {name: variables[name][PART] for name in ("params", "batch_stats")}
+
+
+def _padded(image):
+    """Repeats the last row and column until 8 divides the sides."""
+    pads = [(0, -side % 8) for side in image.shape[1:3]]
+    return jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge").astype(jnp.float32)

@@ -1,0 +1,120 @@
+"""Training of the compressive autoencoder, alone or with a classifier on its code.
+
+    L_codec = MSE + β · max(H(q) - H_t, 0)                    (Torfason et al. 2018, papers.md 1.1)
+    L_joint = γ · L_codec + cross-entropy                     (papers.md 1.4)
+
+MSE is on 0...255; H(q) is the entropy of a symbol in bits, from the batch's histograms (one per
+channel, as the range coder has tables per channel), and H_t what a target in bits per pixel leaves
+to each.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from icm_jax import views
+from icm_jax.codecs.autoencoder import PART, relaxed
+from icm_jax.codecs.codec import Codec, forward
+from icm_jax.errors import IcmError
+from icm_jax.nets import resnet
+from icm_jax.tasks.task import TRAIN, Aux, Task, apply, autoencoder_of, mean_of, merge
+
+_CENTRES_WEIGHT = 0.1
+"""Of the mean square of learned centres (Mentzer et al. 2018)."""
+
+
+def autoencoder_compression(config) -> Task:
+    """The codec alone.
+
+    Fields: those of `autoencoder_of`; target_bpp; beta (β); size (sides of the training views, a
+    multiple of 8).
+    """
+    codec = autoencoder_of(config)
+
+    def loss(variables, batch, key, step):
+        del step
+        x = views.cut(batch["image"], config.size, key=key).astype(jnp.float32)
+        total, _, metrics, stats = codec_loss(codec, variables, x)
+        return total, Aux(metrics, {"batch_stats": {PART: stats}})
+
+    def predict(variables, batch):
+        result = forward(codec, variables, batch, batch["image"].shape[1:3])
+        return {"image": result.outputs["image"]}
+
+    def init(key, batch):
+        return codec.init(key, batch["image"])
+
+    return Task(init, loss, predict, lambda name: TRAIN, codec, codec_constants(config))
+
+
+def joint_classification(config) -> Task:
+    """The codec and a cResNet on its code.
+
+    Fields: those of `autoencoder_compression`; variant and width_of_tail of the cResNet; dtype;
+    classes; crop (see `views.mild`); gamma (γ).
+    """
+    codec = autoencoder_of(config)
+    tail = resnet.Tail(config.variant, config.width, dtype=jnp.dtype(config.dtype))
+    classifier = nn.Dense(config.classes)
+
+    def logits_of(variables, q, train):
+        outputs, stats = apply(tail, variables, "tail", q, train)
+        own = {"params": variables["params"]["classifier"]}
+        return classifier.apply(own, resnet.global_pool(outputs[-1])), stats
+
+    def init(key, batch):
+        keys = jax.random.split(key, 3)
+        variables = codec.init(keys[0], batch["image"])
+        q = jnp.zeros((1, config.size // 8, config.size // 8, config.code_channels))
+        outputs, own = tail.init_with_output(keys[1], q, train=False)
+        merge(variables, "tail", own)
+        pooled = resnet.global_pool(outputs[-1])
+        merge(variables, "classifier", classifier.init(keys[2], pooled))
+        return variables
+
+    def loss(variables, batch, key, step):
+        del step
+        x, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
+        own, q, metrics, coded = codec_loss(codec, variables, x)
+        logits, stats = logits_of(variables, q, True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
+        metrics["top1"] = mean_of(right, batch["valid"])
+        total = variables["constants"]["gamma"] * own + mean_of(losses, batch["valid"])
+        return total, Aux(metrics, {"batch_stats": {PART: coded, "tail": stats}})
+
+    def predict(variables, batch):
+        q = batch.get("feature")
+        if q is None:
+            images = views.centre(batch["image"], config.size)
+            q = forward(codec, variables, {"image": images}, images.shape[1:3]).outputs["feature"]
+        return {"logits": logits_of(variables, q, False)[0]}
+
+    constants = codec_constants(config) | {"gamma": jnp.float32(config.gamma)}
+    return Task(init, loss, predict, lambda name: TRAIN, codec, constants)
+
+
+def codec_constants(config) -> dict:
+    """H_t and β for the collection `constants`. Raises: IcmError if they make no sense."""
+    if config.size % 8 or config.target_bpp <= 0:
+        raise IcmError(
+            f"size {config.size} and target_bpp {config.target_bpp}: the size of a view is a "
+            "multiple of 8, the target above 0"
+        )
+    bits = config.target_bpp * 64 / config.code_channels
+    return {"target": jnp.float32(bits), "beta": jnp.float32(config.beta)}
+
+
+def codec_loss(codec: Codec, variables, x):
+    """(L_codec, q, metrics, new statistics) of x, float32 [N, H, W, 3] on 0...255."""
+    constants = variables["constants"]
+    x_hat, q, bits, stats = relaxed(codec, variables, x)
+    mse = jnp.square(x - x_hat).mean()
+    total = mse + constants["beta"] * jnp.maximum(bits - constants["target"], 0.0)
+    fields = dict(codec.config[1])
+    if fields["learned"]:
+        values = variables["params"][PART]["quantiser"]["values"]
+        total += _CENTRES_WEIGHT * jnp.square(values).mean()
+    metrics = {"mse": mse, "bpp": bits * fields["channels"] / 64}
+    return total, q, metrics, stats
