@@ -10,7 +10,7 @@
 
 Runs, for every seed, at each operating point (bits per pixel):
 
-    codec-bpp            the compressive autoencoder
+    autoencoder-bpp      the compressive autoencoder
     r50-, r71-bpp        ResNets on what it decodes
     c39-, c51-, c72-bpp  cResNets on its code
     ...-d-bpp            DeepLab on the same two inputs, where the data have masks
@@ -163,8 +163,8 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
 
     task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)
     files = tuple(config.files) if point == config.points[0] and seed == config.seeds[0] else ()
-    listed = [run("codec", "image", "codec", task, [], ("stream", *files))]
-    coded = [(named("codec"), CODEC)]
+    listed = [run("autoencoder", "image", "codec", task, [], ("stream", *files))]
+    coded = [(named("autoencoder"), CODEC)]
     cnets = [arm for arm in config.arms if arm.startswith("c")]
     if "label" in keys:
         for arm in config.arms:
@@ -187,7 +187,7 @@ def joint_runs(config, code, rate, arm, named, run) -> list:
     """Torfason et al. 2018, section 5: joint training and what it is compared with."""
     task = dict(config.model, **code, **rate, name="joint_classification")
     task |= dict(variant=VARIANTS[arm], gamma=config.joint.gamma)
-    start = [(named("codec"), CODEC), (named(arm), NETWORK)]
+    start = [(named("autoencoder"), CODEC), (named(arm), NETWORK)]
     own = ("stream", "picture"), ("label",)
     listed = [run("joint", "classify", "joint", task, start, *own)]
     task = network_task(config, code, arm, "classification")

@@ -16,11 +16,11 @@ For codecs of images, all points but "detect" hold decoded images at their full 
 originals.
 
 A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
-images, bpp (measured), top1 / top5, miou, map50 / map, or psnr and ms_ssim_db (means over images,
-of MS-SSIM m as -10 log10(1 - m)); of JPEG and WebP also bpp_without_tables; of streams also
-bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed
-its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included); of "speed"
-what `throughput.measure` gives.
+images, bpp (measured), top1 / top5, miou, map50 / map, or psnr, ssim_db and ms_ssim_db (means over
+images, of a similarity s as -10 log10(1 - s)); of JPEG and WebP also bpp_without_tables; of streams
+also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes
+exceed its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included); of
+"speed" what `throughput.measure` gives.
 """
 
 import concurrent.futures
@@ -262,12 +262,12 @@ def _of_parts(parts: list[dict]) -> dict:
 def score_images(frozen, point: str, source, name: str) -> dict:
     """Rate and distortion of one point over the validation split, images at their full size.
 
-    MS-SSIM is left out where an image is too small for it.
+    SSIM and MS-SSIM are left out where an image is too small for them.
     """
     method, _, quality = point.partition("-")
 
     def code(number: int) -> tuple:
-        """(sizes, PSNR, MS-SSIM in dB or None) of an image."""
+        """(sizes, {metric: value or None}) of an image."""
         loaded = source.load(number)
         image = geometry.decode_image(loaded["image"], loaded["name"])
         if method == "stream":
@@ -277,19 +277,25 @@ def score_images(frozen, point: str, source, name: str) -> dict:
         else:
             file = classical.encode(image, method, int(quality))
             given, size = classical.decode(file), _file_sizes(file, method, *image.shape[:2])
-        small = min(image.shape[:2]) < metrics.SMALLEST
-        similar = None if small else metrics.decibels(metrics.ms_ssim(image, given))
-        return size, metrics.psnr(image, given), similar
+        scores = {"psnr": metrics.psnr(image, given)}
+        for name, similarity, least in (
+            ("ssim_db", metrics.ssim, metrics.WINDOW),
+            ("ms_ssim_db", metrics.ms_ssim, metrics.SMALLEST),
+        ):
+            if min(image.shape[:2]) >= least:
+                scores[name] = metrics.decibels(similarity(image, given))
+        return size, scores
 
     # Coding times are measured: one stream at a time.
     workers = 1 if method == "stream" else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         results = pool.map(code, range(source.length))
         options = dict(total=source.length, desc=f"{name} {point}", unit="image")
-        sizes, scores, similar = zip(*tqdm.tqdm(results, **options), strict=True)
-    record = {"images": source.length, "psnr": float(np.mean(scores))}
-    similar = [decibels for decibels in similar if decibels is not None]
-    record |= {"ms_ssim_db": float(np.mean(similar))} if similar else {}
+        sizes, scores = zip(*tqdm.tqdm(results, **options), strict=True)
+    record: dict = {"images": source.length}
+    for key in ("psnr", "ssim_db", "ms_ssim_db"):
+        values = [own[key] for own in scores if key in own]
+        record |= {key: float(np.mean(values))} if values else {}
     return record | (_of_parts(sizes) if method == "stream" else _of_files(sizes))
 
 

@@ -34,6 +34,19 @@ NAMES |= {
     "split-cheng2020": "split latents (the original's transforms)",
     "residual": "feature, then residual (SSSIC)",
     "single": "one layer (hyperprior)",
+    "r50": "ResNet-50 on decoded RGB",
+    "r71": "ResNet-71 on decoded RGB",
+    "c39": "cResNet-39 on the code",
+    "c51": "cResNet-51 on the code",
+    "c72": "cResNet-72 on the code",
+    "r50-d": "ResNet-50-d on decoded RGB",
+    "c39-d": "cResNet-39-d on the code",
+    "c51-d": "cResNet-51-d on the code",
+    "joint": "trained jointly",
+    "alone": "trained on, codec frozen",
+    "anew": "joint codec frozen, network anew",
+    "again": "joint codec frozen, network anew and trained on",
+    "jpeg2000": "JPEG 2000",
 }
 """Titles of the curves."""
 

@@ -41,6 +41,7 @@ MEASURES = (
     Measure("detect", "map50", "Detection, mAP at IoU 0.5", "mAP@0.5 [%]", 100),
     Measure("detect", "map", "Detection, mAP at IoU 0.5 to 0.95", "mAP@[0.5:0.95] [%]", 100),
     Measure("image", "psnr", "Image quality, PSNR", "PSNR [dB]"),
+    Measure("image", "ssim_db", "Image quality, SSIM", "SSIM [dB]"),
     Measure("image", "ms_ssim_db", "Image quality, MS-SSIM", "MS-SSIM [dB]"),
 )
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
@@ -52,7 +53,8 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tenso
 ARMS_NOTE = (
     "Means and population standard deviations over the seeds; images per second are those of "
     "inference, medians over the seeds; network: of arrays on the device; from files: read by all "
-    "cores, then the network. Counted on the program: G multiply-accumulates of an image."
+    "cores, then the network. Multiply-accumulates of an image are counted on the program, with "
+    "those of a codec's decoder."
 )
 
 
@@ -77,9 +79,11 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
             parts += [("table", _curve_table(own, measure))]
             compared = _bd_table(own, measure)
             parts += [("table", compared)] if len(compared) > 1 else []
-    arms = [record for record in records if record.get("curve") == "arms"]
+    speeds = [record for record in records if record.get("curve") == "speed"]
+    timed = {_arm(record) for record in speeds}
+    arms = [r for r in records if r.get("curve") in ("arms", "classify")]
+    arms = [r for r in arms if r["curve"] == "arms" or _arm(r) in timed]
     if arms:
-        speeds = [record for record in records if record.get("curve") == "speed"]
         parts.append(("h2", "Arms: accuracy, speed and cost"))
         if speeds:
             parts.append(("image", _draw_speed(arms, speeds, workdir / "speed.png")))
@@ -183,12 +187,17 @@ def _curve_table(records, measure: Measure) -> list[list[str]]:
     return rows
 
 
+def _arm(record: dict) -> str:
+    """A network, at its operating point if it has one."""
+    return f"{record['arm']} {record['point']}".strip()
+
+
 def _by_arm(records) -> dict[str, list[dict]]:
     """Records of each arm, in order of appearance."""
-    return {
-        arm: [r for r in records if r["arm"] == arm]
-        for arm in dict.fromkeys(r["arm"] for r in records)
-    }
+    found: dict[str, list] = {}
+    for record in records:
+        found.setdefault(_arm(record), []).append(record)
+    return found
 
 
 def _arms_table(arms, speeds) -> list[list[str]]:
@@ -224,7 +233,8 @@ def _draw_speed(arms, speeds, path):
             if arm in speeds:
                 values = 100 * np.array([r["top1"] for r in own])
                 at = float(np.median([r[key] for r in speeds[arm]]))
-                marker = {"jpeg": "o", "rgb": "s", "ycbcr": "s"}.get(arm.partition("-")[0], "^")
+                reads_pixels = arm.startswith(("rgb", "ycbcr", "r50", "r71"))
+                marker = "s" if reads_pixels else "o" if arm.startswith(("jpeg", "c")) else "^"
                 axes.errorbar(at, values.mean(), values.std(), marker=marker, capsize=2, label=arm)
                 axes.annotate(arm, (at, values.mean()), (4, 4), textcoords="offset points", size=7)
         axes.set_title(title)
@@ -276,7 +286,8 @@ def _bd_table(records, measure: Measure) -> list[list[str]]:
     A curve that does not depend on the seed (one file format on one network) stands against all.
     """
     arms = [r["arm"] for r in records if r["kind"].startswith("stream")]
-    ours = next((arm for arm in ("omni", "disentangled") if arm in arms), next(iter(arms), None))
+    known = ("omni", "disentangled", "c51", "c51-d")
+    ours = next((arm for arm in known if arm in arms), next(iter(arms), None))
     rows = [[f"BD-rate of {NAMES.get(ours, ours)} against", "bits at equal quality"]]
     seeds = sorted({record["seed"] for record in records})
     each = [curves_of([r for r in records if r["seed"] == s], measure.key) for s in seeds]

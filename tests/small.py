@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icm_jax.codecs import bitstream, feature_codec, filter_codec, image_codec, scalable_codec
+from icm_jax.codecs import (
+    autoencoder_codec,
+    bitstream,
+    feature_codec,
+    filter_codec,
+    image_codec,
+    scalable_codec,
+)
 
 UNOPTIMISED = "--xla_backend_optimization_level=0"
 """For XLA_FLAGS: compiling takes less than half the time."""
@@ -29,6 +36,7 @@ FEATURE = dict(
 BUILT = {
     "omni_feature": lambda: feature_codec(**FEATURE),
     "omni_filter": lambda: filter_codec("18", 8, 6, (4, 8, 8)),
+    "autoencoder": lambda: autoencoder_codec(6, 3, 6, True, 1),
     "factorised": lambda: image_codec("factorised", 6, 8),
     "scale_hyperprior": lambda: image_codec("scale_hyperprior", 6, 8),
     "mean_scale_hyperprior": lambda: image_codec(

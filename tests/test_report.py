@@ -47,7 +47,7 @@ def experiment(tmp_path):
     )
     runs = [
         ml_collections.ConfigDict(
-            {"name": n, "seed": 0, "task": {"name": "classification"}, "evaluate": ("stream",)}
+            {"name": n, "seed": 0, "task": {"name": "trial"}, "evaluate": ("stream",), "needs": ()}
         )
         for n in ("finished", "absent")
     ]
