@@ -13,7 +13,9 @@ Arms are "input-network":
                   random_kept stay there
 
 All see the same crops and flips. `data.coefficients` is the quality at which canvases are written
-as JPEG files and read again, or "file" for the coefficients of the data's own files.
+as JPEG files and read again, or "file" for the coefficients of the data's own files. Views are
+exact crops and flips of coefficients; `data.crop=(0.35,1.0)` with `model.size` equal to
+`data.canvas` augments pixels instead, by random windows, before they are written.
 """
 
 import ml_collections
@@ -51,6 +53,7 @@ def demo() -> dict:
             path="",
             canvas=96,
             coefficients="95",
+            crop=(1.0, 1.0),
             # the rest is of scenes
             size=96,
             train=4500,
@@ -77,11 +80,11 @@ def demo() -> dict:
 
 
 def photos() -> dict:
-    """A folder with a folder per class; 112 pixels of 128; all arms, three seeds."""
+    """A folder with a folder per class; 96 pixels of 128; all arms, three seeds."""
     config = demo()
     config["seeds"] = (0, 1, 2)
     config["arms"] = PIXELS + THINNED + config["arms"][2:] + LEARNED
-    config["data"] = dict(name="folder", path="", canvas=128, coefficients="95")
+    config["data"] = dict(name="folder", path="", canvas=128, coefficients="95", crop=(1.0, 1.0))
     config["model"].update(size=96)
     config["train"].update(steps=1200)
     return config
@@ -91,7 +94,9 @@ def imagenet() -> dict:
     """As the paper: 224 pixels; 90 epochs, the rest as papers.md 2.2."""
     config = demo()
     config["arms"] = PIXELS + THINNED + config["arms"][2:] + LEARNED
-    config["data"] = dict(name="imagenet2012", path="", canvas=256, coefficients="95")
+    config["data"] = dict(
+        name="imagenet2012", path="", canvas=256, coefficients="95", crop=(0.35, 1.0)
+    )
     config["model"].update(width=1.0, size=224, dtype="bfloat16")
     config["train"].update(steps=450_000, batch_size=256, learning_rate=0.1, optimiser="sgd")
     config["train"].update(weight_decay=5e-5, warmup_steps=25_000, save_every=5000)

@@ -93,6 +93,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
             features=features,
             boxes=run.data.get("boxes", 0),
             coefficients=run.data.get("coefficients", ""),
+            crop=run.data.get("crop", pipeline.WHOLE),
             process=jax.process_index(),
             processes=jax.process_count(),
         )

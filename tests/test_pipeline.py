@@ -351,3 +351,48 @@ def test_coefficients_are_those_of_the_file_or_of_one_written_anew():
 def test_coefficients_that_cannot_be_had(file, wanted, canvas, message):
     with pytest.raises(IcmError, match=message):
         list(pipeline.in_order(files(file), batch_size=1, canvas=canvas, coefficients=wanted))
+
+
+@pytest.mark.parametrize("canvas", [(32, 48), (64, 32)])
+def test_random_windows_show_a_part_of_the_image(canvas):
+    """Of an image whose colours say their place: where a view begins, ends, and what it covers."""
+    height, width = 90, 120
+    place = np.zeros((height, width, 3), np.uint8)
+    place[..., 0], place[..., 1] = np.arange(height)[:, None], np.arange(width)[None]
+    mirrored, shares = 0, []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        view = geometry.random_view(place, canvas, (0.25, 0.5), rng).astype(float)
+        assert view.shape == (*canvas, 3)
+        flip = view[0, 0, 1] > view[0, -1, 1]
+        mirrored += flip
+        view = view[:, ::-1] if flip else view
+        sides = [
+            np.ptp(view[:, 0, 0]) * canvas[0] / (canvas[0] - 1),
+            np.ptp(view[0, :, 1]) * canvas[1] / (canvas[1] - 1),
+        ]
+        scale = min(height / canvas[0], width / canvas[1])
+        shares.append(np.prod(sides) / np.prod(canvas) / scale**2)
+        aspect = sides[0] / sides[1] * canvas[1] / canvas[0]
+        assert 0.7 < aspect < 1.4
+    assert 8 < mirrored < 32
+    assert 0.2 < min(shares) and max(shares) < 0.56 and np.ptp(shares) > 0.1
+
+
+def test_windows_are_cut_before_an_image_is_written():
+    """The same window as pixels and as coefficients; another in the next epoch."""
+    image = stored(noisy(64, 64), "PNG")
+    options = dict(batch_size=1, seed=3, canvas=(32, 32), stop=2, crop=(0.3, 0.6))
+    pixels = list(pipeline.batches(files(image), **options))
+    planes = list(pipeline.batches(files(image), coefficients="90", **options))
+    for one, other in zip(pixels, planes, strict=True):
+        written = pipeline.write_jpeg(one["image"][0], 90)
+        own = pipeline.read_planes(written, "", (32, 32))
+        np.testing.assert_array_equal(own["luma"], other["luma"][0])
+    assert (pixels[0]["image"] != pixels[1]["image"]).any()
+    (late,) = pipeline.batches(files(image), start=1, **options)
+    np.testing.assert_array_equal(late["image"], pixels[1]["image"])
+    with pytest.raises(IcmError, match="coefficients at a quality alone"):
+        pipeline.batches(files(image), coefficients="file", **options)
+    with pytest.raises(IcmError, match="share of the area"):
+        pipeline.batches(files(image), **(options | dict(crop=(0.0, 1.0))))

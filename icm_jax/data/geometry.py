@@ -86,6 +86,28 @@ def fit(array: np.ndarray, canvas: tuple[int, int], resample=Image.Resampling.BI
     return array[top : top + canvas[0], left : left + canvas[1]]
 
 
+def random_view(
+    image: np.ndarray, canvas: tuple[int, int], share: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
+    """A random window, scaled to the canvas and mirrored or not, as Inception's crops.
+
+    Args:
+      image: uint8 [H, W, 3]. canvas: (height, width). share: least and largest part of the area of
+        the largest window with the canvas' aspect; the aspect varies by 3/4 to 4/3.
+    Returns: uint8 [*canvas, 3].
+    """
+    height, width = image.shape[:2]
+    scale = min(height / canvas[0], width / canvas[1])
+    part = np.sqrt(rng.uniform(*share))
+    squeeze = np.exp(rng.uniform(-1, 1) * np.log(4 / 3) / 2)
+    sides = part * scale * np.array(canvas) * (squeeze, 1 / squeeze)
+    sides = np.minimum(sides, (height, width))
+    top, left = rng.uniform(size=2) * ((height, width) - sides)
+    box = (left, top, left + sides[1], top + sides[0])
+    view = Image.fromarray(image).resize(canvas[::-1], Image.Resampling.BILINEAR, box)
+    return np.asarray(view)[:, :: -1 if rng.uniform() < 0.5 else 1]
+
+
 def letterbox(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
     """Scales so that the whole image just fits; it lies top left, the rest of the canvas is grey.
 

@@ -7,6 +7,7 @@ library and Pillow's resizing both let other threads run.
 """
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 
@@ -18,6 +19,9 @@ from PIL import Image
 from icm_jax.data import geometry, jpeg
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
+
+WHOLE = (1.0, 1.0)
+"""The crop that is none."""
 
 
 def batches(
@@ -31,6 +35,7 @@ def batches(
     features: np.ndarray | None = None,
     boxes: int = 0,
     coefficients: str = "",
+    crop: tuple[float, float] = WHOLE,
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -48,6 +53,8 @@ def batches(
       coefficients: give images as the DCT coefficients of JPEG 4:2:0, for canvases that are
         multiples of 16: a quality as "95", at which the image on its canvas is written and read
         again; or "file", those of the file itself, whose middle is cut out at a multiple of 16.
+      crop: other than (1, 1), the canvas shows a random window of so much of the area, mirrored or
+        not (`geometry.random_view`): augmentation before an image is written at a quality.
       threads: decoding threads; default: all cores.
 
     Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
@@ -61,10 +68,16 @@ def batches(
       int32 [b, 192], what to multiply the 64 + 128 of a place with; masks are left out.
 
     Raises: IcmError if B does not divide, the source is empty or has no objects where they are
-      asked for, or an image cannot be read or has not the coefficients asked for.
+      asked for, an image cannot be read or has not the coefficients asked for, or a crop is asked
+      for where none is made: of boxes, decoded features, masks or a file's own coefficients.
     """
     rows = _own_rows(batch_size, process, processes)
     _check(source, coefficients, canvas)
+    crop = tuple(crop)
+    if crop != WHOLE and (boxes or features is not None or coefficients == "file"):
+        raise IcmError("data.crop goes with images and with coefficients at a quality alone")
+    if not 0 < crop[0] <= crop[1] <= 1:
+        raise IcmError(f"data.crop is a least and a largest share of the area, not {crop}")
     if seed < 0:
         raise IcmError(f"the seed must not be negative, not {seed}")
 
@@ -77,7 +90,8 @@ def batches(
         if boxes:
             return _boxed_example(source, number, canvas, boxes)
         feature = None if features is None else features[number]
-        return _example(source, number, canvas, feature, coefficients)
+        rng = None if crop == WHOLE else np.random.default_rng([seed, 1, position])
+        return _example(source, number, canvas, feature, coefficients, crop, rng)
 
     return _parallel(load, rows, batch_size, start, stop, threads)
 
@@ -170,17 +184,29 @@ def _example(
     canvas: tuple[int, int],
     feature: np.ndarray | None = None,
     coefficients: str = "",
+    crop: tuple[float, float] = WHOLE,
+    rng: np.random.Generator | None = None,
 ) -> dict[str, np.ndarray]:
-    """One row of a batch."""
+    """One row of a batch; with `rng`, a random window."""
     loaded = source.load(number)
     example = {"valid": np.bool_(True)}
-    if coefficients:
-        example |= _coefficients(loaded["image"], loaded["name"], canvas, coefficients)
-    elif feature is None:
-        image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
-        example["image"] = geometry.fit(image, canvas)
-    else:
+    if coefficients == "file":
+        example |= read_planes(loaded["image"], loaded["name"], canvas)
+    elif feature is not None:
         example["feature"] = feature
+    else:
+        least = math.ceil(max(canvas) / math.sqrt(crop[0]))
+        image = geometry.decode_image(loaded["image"], loaded["name"], least)
+        if rng is None:
+            view = geometry.fit(image, canvas)
+        elif "mask" in loaded and not coefficients:
+            raise IcmError(f"{source.name} has masks, which data.crop would leave behind")
+        else:
+            view = geometry.random_view(image, canvas, crop, rng)
+        if coefficients:
+            example |= read_planes(write_jpeg(view, int(coefficients)), loaded["name"], canvas)
+        else:
+            example["image"] = view
     if "label" in loaded:
         known = loaded["label"] is not None
         example |= {"label": np.int32(loaded["label"] if known else 0), "valid": np.bool_(known)}
@@ -190,14 +216,6 @@ def _example(
             geometry.check_aspect(image, mask, loaded["name"])
         example["mask"] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
     return example
-
-
-def _coefficients(data: bytes, name: str, canvas: tuple[int, int], source: str) -> dict:
-    """Of `_example`: the file's own coefficients, or those of its canvas at a quality."""
-    if source != "file":
-        image = geometry.fit(geometry.decode_image(data, name, max(canvas)), canvas)
-        data = write_jpeg(image, int(source))
-    return read_planes(data, name, canvas)
 
 
 def write_jpeg(image: np.ndarray, quality: int) -> bytes:
