@@ -95,7 +95,7 @@ def imagenet() -> dict:
     config = demo()
     config["arms"] = PIXELS + THINNED + config["arms"][2:] + LEARNED
     config["data"] = dict(
-        name="imagenet2012", path="", canvas=256, coefficients="95", crop=(0.35, 1.0)
+        name="imagenet2012", path="", canvas=256, coefficients="95", crop=(1.0, 1.0)
     )
     config["model"].update(width=1.0, size=224, dtype="bfloat16")
     config["train"].update(steps=450_000, batch_size=256, learning_rate=0.1, optimiser="sgd")
