@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m icm_jax.main --config=configs/omni_icm.py $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -28,6 +28,7 @@ benchmark: $(VENV)/.ready
 	$(BIN)/python benchmarks/bench_range_coder.py
 	$(BIN)/python benchmarks/bench_codec.py
 	$(BIN)/python benchmarks/bench_scalable.py
+	$(BIN)/python benchmarks/bench_without_decoding.py
 
 # TensorFlow 2.14 has no wheels for Python 3.12 and newer.
 conformance:

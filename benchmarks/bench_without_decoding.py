@@ -1,8 +1,9 @@
 """Networks on DCT coefficients against ResNet-50 on decoded pixels, in turns, full width.
 
-    python benchmarks/bench_without_decoding.py FOLDER [--batch 16 64] [--size 224] [--rounds 5]
+    python benchmarks/bench_without_decoding.py [FOLDER] [--batch 16 64] [--size 224] [--rounds 5]
 
-Weights are random, which changes no shape. Images of a folder become JPEG files of the size; each
+Weights are random, which changes no shape. Images of a folder, or else smooth random ones, become
+JPEG files of the size; each
 arm of configs/jpeg_dct.py reads them and predicts. Prints images per second of inference, of the
 network alone and of the whole path, medians over the rounds, with ratios to ResNet-50 on RGB beside
 those of Gueguen et al. 2018 (papers.md 2.5; theirs on a GPU), and multiply-accumulates.
@@ -33,7 +34,7 @@ PAPER = dict(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("folder", type=pathlib.Path, nargs="?")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--quality", type=int, default=90)
@@ -41,9 +42,11 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    paths = sorted(p for p in given.folder.rglob("*") if p.suffix in (".png", ".jpg"))
-    if not paths:
-        parser.error(f"no images in {given.folder}")
+    paths = []
+    if given.folder:
+        paths = sorted(p for p in given.folder.rglob("*") if p.suffix in (".png", ".jpg"))
+        if not paths:
+            parser.error(f"no images in {given.folder}")
     arms = {"rgb": "50", "ycbcr": "50"} | {name: name for name in WIRINGS}
     tasks = {}
     for arm, network in arms.items():
@@ -52,7 +55,7 @@ def main():
         task = build_task(ConfigDict(fields | dict(dtype=given.dtype)))
         tasks[arm] = task, drawn(task)
     for batch in given.batch:
-        images = np.stack([opened(paths[i % len(paths)], given.size) for i in range(batch)])
+        images = pictures(paths, batch, given.size)
         measured = throughput.measure(
             {
                 arm: throughput.jpeg_path(
@@ -79,10 +82,16 @@ def main():
             )
 
 
-def opened(path, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+def pictures(paths, count: int, size: int) -> np.ndarray:
+    """uint8 [count, size, size, 3]."""
+    rng, found = np.random.default_rng(0), []
+    for number in range(count):
+        if paths:
+            image = Image.open(paths[number % len(paths)]).convert("RGB")
+        else:
+            image = Image.fromarray(rng.integers(0, 256, (size // 8, size // 8, 3), np.uint8))
+        found.append(np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)))
+    return np.stack(found)
 
 
 def drawn(task) -> dict:
