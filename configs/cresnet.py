@@ -6,7 +6,8 @@
     python -m icm_jax.main --config=configs/cresnet.py:streets --config.data.path=FOLDER
                                                                      # narrow, a folder of masks
     python -m icm_jax.main --config=configs/cresnet.py:imagenet      # published widths
-    python -m icm_jax.main --config=configs/cresnet.py:voc           # the same, boxes' classes
+    python -m icm_jax.main --config=configs/cresnet.py:voc --config.data.path=VOCdevkit/VOC2012
+                                                                     # the same, masks
 
 Runs, for every seed, at each operating point (bits per pixel):
 
@@ -116,9 +117,16 @@ def imagenet() -> dict:
 
 
 def voc() -> dict:
-    """Published widths on VOC 2012, whose images have the class of their largest object."""
+    """DeepLab with published widths on VOC 2012 in its own folder.
+
+    As published with `data.list=trainaug` and `data.masks=SegmentationClassAug`. Networks start
+    from scratch; the paper's were pre-trained on ImageNet.
+    """
     config = imagenet()
-    config["data"] = dict(name="voc/2012", path="", canvas=256)
+    config.update(arms=("r50", "c39", "c51"))
+    config["data"] = dict(name="voc_masks", path="", canvas=256, list="train")
+    config["data"].update(masks="SegmentationClass")
+    config["segment"].update(steps=20_000, learning_rate=2.5e-3)
     return config
 
 

@@ -419,3 +419,28 @@ def test_masks_fit_their_image_and_classes(tmp_path, mask, message):
     else:
         with pytest.raises(IcmError, match=message):
             next(batches)
+
+
+def test_the_folder_of_pascal_voc(tmp_path):
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for name, stems in (("train", "a\n"), ("trainaug", "a\nb\n"), ("val", "b\n")):
+        (lists / f"{name}.txt").write_text(stems)
+    for number, stem in enumerate("ab"):
+        save(tmp_path / "JPEGImages" / f"{stem}.jpg")
+        for folder in ("SegmentationClass", "SegmentationClassAug"):
+            mask = Image.fromarray(np.full((8, 8), 19 + number, np.uint8))
+            mask.putpalette([5] * 768)  # ids are places in a palette
+            (tmp_path / folder).mkdir(exist_ok=True)
+            mask.save(tmp_path / folder / f"{stem}.png")
+    config = ConfigDict(dict(name="voc_masks", path=str(tmp_path)))
+    train, validation = (open_source(config, split) for split in ("train", "validation"))
+    assert (train.length, validation.length, len(train.mask_classes)) == (1, 1, 21)
+    assert train.mask_classes[20] == "tvmonitor"
+    (batch,) = pipeline.in_order(validation, batch_size=1, canvas=(8, 8))
+    assert np.all(batch["mask"] == 20)
+    more = ConfigDict(dict(config, list="trainaug", masks="SegmentationClassAug"))
+    assert open_source(more, "train").length == 2
+    (tmp_path / "JPEGImages" / "b.jpg").unlink()
+    with pytest.raises(IcmError, match="no image 'b'"):
+        open_source(config, "validation")

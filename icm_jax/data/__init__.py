@@ -20,6 +20,7 @@ DATASETS = {
     "photos": Dataset((), sources.photos),
     "coco_json": Dataset(("label", "objects"), sources.coco_json),
     "mask_folder": Dataset(("mask",), sources.mask_folder),
+    "voc_masks": Dataset(("mask",), sources.voc_masks),
     "imagenet2012": Dataset(("label",), sources.tfds_source("imagenet2012")),
     "coco/2014": Dataset(("label", "objects"), sources.tfds_source("coco/2014")),
     "coco/2017": Dataset(("label", "objects"), sources.tfds_source("coco/2017")),

@@ -166,22 +166,45 @@ def mask_folder(config, split: str) -> Source:
     """
     root = _existing(config)
     stems = _lines(root / {"train": "train.txt", "validation": "val.txt"}[split])
-    folder_of_images = root / config.get("images", "images")
-    paths = {path.stem: path for path in _images(folder_of_images)}
+    folders = root / config.get("images", "images"), root / "masks"
+    hint = "; data.images names another folder"
+    return _with_masks(str(root), stems, *folders, tuple(_lines(root / "classes.txt")), hint)
+
+
+VOC_CLASSES = (
+    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+    "motorbike person pottedplant sheep sofa train tvmonitor"
+)
+
+
+def voc_masks(config, split: str) -> Source:
+    """PASCAL VOC's own folder, as `VOCdevkit/VOC2012`: JPEGImages, SegmentationClass, ImageSets.
+
+    For the 10,582 images with the masks of Hariharan et al. 2011, `data.masks` names their folder
+    ("SegmentationClassAug") and `data.list` their list ("trainaug").
+    """
+    root = _existing(config)
+    own = config.get("list", "train") if split == "train" else "val"
+    stems = _lines(root / "ImageSets" / "Segmentation" / f"{own}.txt")
+    folders = root / "JPEGImages", root / config.get("masks", "SegmentationClass")
+    return _with_masks(str(root), stems, *folders, tuple(VOC_CLASSES.split()))
+
+
+def _with_masks(name: str, stems, images, masks, classes: tuple[str, ...], hint="") -> Source:
+    """Images and masks of these stems in two folders."""
+    paths = {path.stem: path for path in _images(images)}
     missing = [stem for stem in stems if stem not in paths]
     if missing:
         raise IcmError(
-            f"{folder_of_images} has no image {missing[0]!r} ({len(missing)} of {len(stems)} are "
-            "missing); data.images names another folder"
+            f"{images} has no image {missing[0]!r} ({len(missing)} of {len(stems)} are missing){hint}"
         )
-    names = tuple(_lines(root / "classes.txt"))
 
     def load(index):
         stem = stems[index]
-        mask = _read(root / "masks" / f"{stem}.png")
+        mask = _read(masks / f"{stem}.png")
         return {"image": _read(paths[stem]), "mask": mask, "name": str(paths[stem])}
 
-    return Source(str(root), len(stems), (), load, names)
+    return Source(name, len(stems), (), load, classes)
 
 
 def tfds_source(name: str) -> Callable:
