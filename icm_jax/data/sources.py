@@ -195,9 +195,8 @@ def _with_masks(name: str, stems, images, masks, classes: tuple[str, ...], hint=
     paths = {path.stem: path for path in _images(images)}
     missing = [stem for stem in stems if stem not in paths]
     if missing:
-        raise IcmError(
-            f"{images} has no image {missing[0]!r} ({len(missing)} of {len(stems)} are missing){hint}"
-        )
+        share = f"{len(missing)} of {len(stems)} are missing"
+        raise IcmError(f"{images} has no image {missing[0]!r} ({share}){hint}")
 
     def load(index):
         stem = stems[index]
