@@ -143,6 +143,7 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
             batch["mask"] = np.asarray(views.centre(batch["mask"], side))
         if point == "stream":
             given, own = through_stream(frozen, images[:count], output)
+            given = given.clip(0, 255) if output == "image" else given
             parts += own
             inputs = {output: _padded(given, len(images))}
         elif point == "pixels":
