@@ -44,8 +44,7 @@ def demo() -> dict:
     return dict(
         name="cresnet",
         seeds=(0,),
-        points=(0.33, 0.63),  # bits per pixel
-        channels=(16, 32),  # C of the code at each
+        points=((0.33, 16), (0.63, 32)),  # bits per pixel, C of the code
         arms=("r50", "c39", "c51"),
         data=dict(
             name="scenes",
@@ -83,7 +82,7 @@ FILES = {"jpeg": (5, 10, 20, 40, 70), "jpeg2000": (20, 24, 28, 32, 36)}
 def photos() -> dict:
     """A folder with a folder per class; three points, all networks, three seeds."""
     config = demo()
-    config.update(seeds=(0, 1, 2), points=(0.1, 0.33, 0.63), channels=(8, 16, 32))
+    config.update(seeds=(0, 1, 2), points=((0.1, 8), (0.33, 16), (0.63, 32)))
     config.update(arms=tuple(VARIANTS))
     config["data"] = dict(name="folder", path="", canvas=128)
     config["model"].update(size=112)
@@ -133,7 +132,7 @@ def voc() -> dict:
 def tiny() -> dict:
     """A few steps of everything, for tests."""
     config = demo()
-    config.update(points=(0.5,), channels=(4,), arms=("r50", "c39"), files=("jpeg-20",), speed=2)
+    config.update(points=((0.5, 4),), arms=("r50", "c39"), files=("jpeg-20",), speed=2)
     config["data"].update(canvas=32, size=32, train=16, validation=8)
     config["model"].update(width=2, size=32)
     config["code"].update(width=4, blocks=1, size=32)
@@ -148,7 +147,7 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     keys = DATASETS[config.data.name].keys if config.data.name in DATASETS else ("label",)
     listed = []
     for seed in config.seeds:
-        for point, channels in zip(config.points, config.channels, strict=True):
+        for point, channels in config.points:
             listed += point_runs(config, keys, seed, point, channels)
     return listed
 
@@ -170,7 +169,7 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
         return made
 
     task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)
-    files = tuple(config.files) if point == config.points[0] and seed == config.seeds[0] else ()
+    files = tuple(config.files) if point == config.points[0][0] and seed == config.seeds[0] else ()
     listed = [run("autoencoder", "image", "codec", task, [], ("stream", *files))]
     coded = [(named("autoencoder"), CODEC)]
     cnets = [arm for arm in config.arms if arm.startswith("c")]
