@@ -227,7 +227,7 @@ def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
     point = runs[0].labels.point
     chosen = [run for run in runs if run.labels.point == point and run.seed == runs[0].seed]
     figure = Figure(figsize=(10, 3.4), dpi=110)
-    axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2, sharey=True)
     for run in tqdm.tqdm(chosen, "redundancy in training", unit="codec"):
         folder = workdir / run.name
         codec = build_task(complete(run.task, open_source(run.data, "validation"))).codec
@@ -246,7 +246,7 @@ def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
     for axis, title in zip(axes, ("of y_b, y_e tells", "of y_e, y_b tells"), strict=True):
         axis.set_xlabel("step")
         axis.set_title(f"{title}, λ = {point}", fontsize=9)
-        axis.set_ylim(-0.02, 1.02)
+        axis.set_ylim(bottom=0)
         axis.legend(fontsize=7)
     figure.tight_layout()
     return [("image", save(figure, workdir / "redundancy.png"))]
