@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from small import BUILT, UNOPTIMISED, small_codec
+from small import BUILT, RNG, SEEDED, UNOPTIMISED, small_codec
 
 for flag in ("--xla_force_host_platform_device_count=2", UNOPTIMISED):
     given = os.environ.get("XLA_FLAGS", "")
@@ -21,6 +21,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The same draws in any order of the tests."""
+    del item
+    RNG.bit_generator.state = SEEDED
 
 
 @pytest.fixture(scope="session")

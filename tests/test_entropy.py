@@ -106,7 +106,8 @@ def test_frozen_prior_holds_the_masses_of_the_float_prior(prior):
         counts = np.diff(frozen.cdf[start + 1 : start + 2 + length])[:-1]
         values = frozen.offsets[channel] + np.arange(length - 1)
         mass = cdf(params, values + 0.5, channel) - cdf(params, values - 0.5, channel)
-        assert np.abs(counts / 2**16 - mass).max() < 2**-15
+        raised = np.maximum(2.0**-16 - mass, 0).sum()  # to one count each; others pay for it
+        assert np.abs(counts / 2**16 - mass).max() < 2**-15 + raised
         assert 1 - mass.sum() < 2 * tables.TAIL_MASS
     broken = dict(params, bias_0=params["bias_0"] * np.nan)
     with pytest.raises(IcmError, match="not finite"):
