@@ -80,19 +80,21 @@ FILES = {"jpeg": (5, 10, 20, 40, 70), "jpeg2000": (20, 24, 28, 32, 36)}
 
 
 def photos() -> dict:
-    """A folder with a folder per class; three points, all networks, three seeds."""
+    """A folder with a folder per class; 64 pixels; three points, three seeds."""
     config = demo()
-    config.update(seeds=(0, 1, 2), points=((0.1, 8), (0.33, 16), (0.63, 32)))
-    config.update(arms=tuple(VARIANTS))
-    config["data"] = dict(name="folder", path="", canvas=128)
-    config["model"].update(size=112)
+    config.update(seeds=(0, 1, 2), points=((0.1, 8), (0.33, 16), (0.63, 32)), arms=("r50", "c51"))
+    config["data"] = dict(name="folder", path="", canvas=72)
+    config["model"].update(size=64)
+    config["train"].update(batch_size=32)
+    config["codec"].update(steps=500)
+    config["classify"].update(steps=400)
+    config["joint"].update(steps=100)
     return config
 
 
 def streets() -> dict:
     """Photographs with masks; DeepLab from scratch."""
     config = photos()
-    config.update(arms=("r50", "c39", "c51"))
     config["data"] = dict(name="mask_folder", path="", canvas=256, images="images")
     config["model"].update(size=256)
     config["segment"].update(steps=500)
@@ -102,7 +104,7 @@ def streets() -> dict:
 def imagenet() -> dict:
     """Published widths at 224 pixels; schedules after papers.md 1.5."""
     config = photos()
-    config.update(seeds=(0,))
+    config.update(seeds=(0,), arms=tuple(VARIANTS))
     config["data"] = dict(name="imagenet2012", path="", canvas=256)
     config["model"].update(width=64, size=224, dtype="bfloat16")
     config["code"].update(width=128, size=160)
@@ -241,6 +243,7 @@ def make_run(config, seed: int, name: str, task: dict, stage, start) -> ml_colle
             start=tuple(start),
             decode_once=False,
             needs=(),
+            side=config.model.size,  # of the squares that codecs are scored on
             evaluate=(),
             labels={},
         )

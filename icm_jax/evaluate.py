@@ -12,8 +12,8 @@ Each entry of `run.evaluate` gives records, one per point of a curve:
     "detect"     the detector that `run.detector` names, on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
 
-For codecs of images, all points but "detect" hold decoded images at their full size against the
-originals.
+For codecs of images, all points but "detect" hold decoded images against the originals: at their
+full size or, where the run has a `side`, the squares of that many pixels that networks see.
 
 A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
 images, bpp (measured), top1 / top5, miou, map50 / map, or psnr, ssim_db and ms_ssim_db (means over
@@ -89,9 +89,9 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
             record |= speed(task, variables, frozen, point, source, run, config)
         elif point == "picture":
             record |= {"curve": "image", "kind": "stream"}
-            record |= score_images(frozen, "stream", source, run.name)
+            record |= score_images(frozen, "stream", source, run)
         elif of_images:
-            record |= score_images(frozen, point, source, run.name)
+            record |= score_images(frozen, point, source, run)
         else:
             record |= score(task, variables, frozen, point, source, run, config)
         records.append(record)
@@ -260,17 +260,22 @@ def _of_parts(parts: list[dict]) -> dict:
     return record | {"worst_gap_bytes": max(gaps)}
 
 
-def score_images(frozen, point: str, source, name: str) -> dict:
-    """Rate and distortion of one point over the validation split, images at their full size.
+def score_images(frozen, point: str, source, run) -> dict:
+    """Rate and distortion of one point over the validation split.
 
-    SSIM and MS-SSIM are left out where an image is too small for them.
+    Images have their full size; with `run.side`, they are fitted to the canvas and their middle is
+    cut out, as for a network, so one compiled program serves all. SSIM and MS-SSIM are left out
+    where an image is too small for them.
     """
     method, _, quality = point.partition("-")
+    side, canvas = run.get("side", 0), (run.data.canvas,) * 2
 
     def code(number: int) -> tuple:
         """(sizes, {metric: value or None}) of an image."""
         loaded = source.load(number)
         image = geometry.decode_image(loaded["image"], loaded["name"])
+        if side:
+            image = np.asarray(views.centre(geometry.fit(image, canvas)[None], side))[0]
         if method == "stream":
             own = float(quality) if quality else None
             given, (size,) = through_stream(frozen, image[None], "image", own)
@@ -291,7 +296,7 @@ def score_images(frozen, point: str, source, name: str) -> dict:
     workers = 1 if method == "stream" else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         results = pool.map(code, range(source.length))
-        options = dict(total=source.length, desc=f"{name} {point}", unit="image")
+        options = dict(total=source.length, desc=f"{run.name} {point}", unit="image")
         sizes, scores = zip(*tqdm.tqdm(results, **options), strict=True)
     record: dict = {"images": source.length}
     for key in ("psnr", "ssim_db", "ms_ssim_db"):
