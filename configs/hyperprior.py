@@ -62,6 +62,7 @@ def demo() -> dict:
             log_every=20,
             save_every=500,
             fsdp=1,
+            remat="none",
             ema=0.0,
         ),
         before=dict(model=dict(), train=dict()),  # a first run with these changes, if there are any
@@ -190,6 +191,7 @@ def make_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.Con
             log_every=train.log_every,
             save_every=train.save_every,
             fsdp=train.fsdp,
+            remat=train.remat,
             ema=train.ema,
             start=(),
             decode_once=False,

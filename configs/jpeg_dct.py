@@ -73,6 +73,7 @@ def demo() -> dict:
             log_every=20,
             save_every=200,
             fsdp=1,
+            remat="none",
             ema=0.0,
         ),
         speed=16,  # images of a batch when speed is measured; 0: it is not
@@ -147,6 +148,7 @@ def make_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
             log_every=train.log_every,
             save_every=train.save_every,
             fsdp=train.fsdp,
+            remat=train.remat,
             ema=train.ema,
             start=(),
             decode_once=False,

@@ -66,7 +66,15 @@ def demo() -> dict:
             projector_hidden=128,
             embedding=64,
         ),
-        train=dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0, fsdp=1, ema=0.0),
+        train=dict(
+            batch_size=16,
+            log_every=20,
+            save_every=200,
+            clip_norm=1.0,
+            fsdp=1,
+            remat="none",
+            ema=0.0,
+        ),
         pretrain=dict(  # steps=0: the arms share the filter alone
             steps=300,
             batch_size=64,  # contrast wants many images at once
@@ -314,6 +322,7 @@ def make_run(config, seed, name, task, stage, steps=0, start=()) -> ml_collectio
             log_every=config.train.log_every,
             save_every=config.train.save_every,
             fsdp=config.train.fsdp,
+            remat=config.train.remat,
             ema=config.train.ema,
             start=tuple(start),
             decode_once=False,

@@ -83,6 +83,7 @@ def demo() -> dict:
             save_every=500,
             keep_every=500,  # for the redundancy during training; a multiple of save_every
             fsdp=1,
+            remat="none",
             ema=0.0,
         ),
     )
@@ -203,6 +204,7 @@ def make_run(config, found, arm, lmbda, task, start, steps) -> ml_collections.Co
             save_every=train.save_every,
             keep_every=train.keep_every,
             fsdp=train.fsdp,
+            remat=train.remat,
             ema=train.ema,
             start=start,
             decode_once=False,

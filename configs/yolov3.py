@@ -59,6 +59,7 @@ def demo() -> dict:
             log_every=20,
             save_every=500,
             fsdp=1,
+            remat="none",
             ema=0.0,
         ),
         weights="",  # a Darknet file to start from; with train.steps=0 it is taken as it is
@@ -125,6 +126,7 @@ def make_run(config, seed: int) -> ml_collections.ConfigDict:
             log_every=train.log_every,
             save_every=train.save_every,
             fsdp=train.fsdp,
+            remat=train.remat,
             ema=train.ema,
             start=(),
             weights=config.weights,

@@ -35,7 +35,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from icm_jax import checkpoint, throughput, views
+from icm_jax import checkpoint, sharding, throughput, views
 from icm_jax.codecs import bitstream, model_file
 from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
@@ -56,7 +56,7 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     """
     folder = pathlib.Path(base) / run.name
     kept = folder / "records.json"
-    if kept.is_file():
+    if sharding.as_first(kept.is_file()):
         return json.loads(kept.read_text())
     if not run.evaluate:
         return []

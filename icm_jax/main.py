@@ -9,6 +9,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import traceback
 import warnings
 
 from absl import app, flags, logging
@@ -17,9 +18,37 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/omni_icm.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/<name>.")
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "report"], "train: everything; report: redo the report alone."
+    "mode",
+    "train",
+    ["train", "report", "plan"],
+    "train: everything; report: redo the report alone; plan: compile the training steps for "
+    "--topology and say what they need, without running them.",
 )
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Start jax.distributed before all else.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "local",
+    "With --mode=plan: v5e:16x16, v5p:4x4x8, v6e:16x16 (a TPU slice by its chips; needs libtpu, "
+    "no TPU), cpu:8 (virtual devices), or local, the devices that are present.",
+)
+ONLY = flags.DEFINE_string("only", "*", "With --mode=plan: runs whose names match, as '*/stage1'.")
+COMPARE = flags.DEFINE_bool(
+    "compare",
+    False,
+    "With --mode=plan: also with remat, with sharded parameters, and the largest "
+    "batch that fits; several programs more, of a minute or more each.",
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Start jax.distributed first; on SLURM, TPU slices and GKE it finds the others by itself.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0 where nothing tells; implies --distributed."
+)
+PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.")
+PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: the number of this one.")
+HEARTBEAT = 30  # seconds after which processes give up on one that does not answer
+REPORTING = 3600  # seconds that the others wait at the end, while process 0 writes the report
 
 
 def main(argv: list[str]) -> None:
@@ -30,19 +59,84 @@ def main(argv: list[str]) -> None:
 
     from icm_jax.errors import IcmError
 
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     experiment = load_experiment(path.partition(".py:")[0].removesuffix(".py") + ".py")
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name).absolute()
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     try:
+        if MODE.value == "plan":
+            plan_experiment(experiment, config, workdir)
+            return
+        if DISTRIBUTED.value or COORDINATOR.value:
+            start_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         run_experiment(experiment, config, workdir, train=MODE.value == "train")
     except IcmError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _leave(2)
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> None:
+    """Exits, and if there are other processes at once: JAX would wait for them for minutes, while
+    they wait for this one in a collective operation."""
+    import jax
+
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def start_distributed(coordinator=None, processes=None, process=None) -> None:
+    """jax.distributed, with peers that are missed after seconds instead of minutes.
+
+    Raises: IcmError if the others cannot be reached.
+    """
+    import inspect
+
+    import jax
+
+    from icm_jax.errors import IcmError
+
+    options = {"coordinator_address": coordinator, "num_processes": processes}
+    options |= {"process_id": process}
+    own = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": REPORTING}
+    known = inspect.signature(jax.distributed.initialize).parameters  # JAX 0.5.3 has none of them
+    options |= {name: value for name, value in own.items() if name in known}
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(**options)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise IcmError(
+            f"jax.distributed did not start: {reason}. Start all processes together, with the same "
+            "--coordinator and --processes, or on a cluster that JAX knows"
+        ) from error
+
+
+def plan_experiment(experiment, config, workdir: pathlib.Path) -> list[dict]:
+    """Compiles the step of every run for --topology; prints a table and writes plan.json."""
+    from icm_jax import plan
+    from icm_jax.checkpoint import write_json
+
+    plan.prepare_host(TOPOLOGY.value)
+    target = plan.open_target(TOPOLOGY.value)
+    records = []
+    for run in plan.distinct(experiment.runs(config), ONLY.value):
+        print(f"compiling {run.name} for {target.name} ...", file=sys.stderr, flush=True)
+        records += plan.compare(run, target) if COMPARE.value else [plan.plan(run, target)]
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "plan.json", records)
+    print(plan.describe(target, records))
+    print(f"the same as JSON: {workdir / 'plan.json'}")
+    return records
 
 
 def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True) -> pathlib.Path:

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icm_jax.errors import IcmError
@@ -12,15 +13,16 @@ AXES = ("data", "fsdp")
 _SMALL = 2**12  # elements below which sharding a parameter costs more than it saves
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices as (data, fsdp); parameters are sharded over `fsdp` devices, batches over all.
+def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
+    """Devices, or all, as (data, fsdp); parameters are sharded over `fsdp`, batches over all.
 
     Raises: IcmError if `fsdp` does not divide the number of devices.
     """
-    count = jax.device_count()
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    count = devices.size
     if fsdp < 1 or count % fsdp:
         raise IcmError(f"train.fsdp is {fsdp}, which does not divide the {count} devices")
-    return Mesh(np.asarray(jax.devices()).reshape(count // fsdp, fsdp), AXES)
+    return Mesh(devices.reshape(count // fsdp, fsdp), AXES)
 
 
 def state_shardings(mesh: Mesh, shapes):
@@ -64,3 +66,10 @@ def global_batch(mesh: Mesh, batch: dict) -> dict:
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()
     }
+
+
+def as_first(value: bool) -> bool:
+    """What process 0 says, on every process: files that it alone writes appear to all at once."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))

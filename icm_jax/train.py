@@ -7,12 +7,14 @@ bits, and the same code runs on one device and on many processes.
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -22,18 +24,20 @@ import ml_collections
 import numpy as np
 import optax
 import tqdm
+from jax.experimental import multihost_utils
 
 from icm_jax import checkpoint, optim, sharding, views
 from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
 from icm_jax.nets import darknet, yolo
+from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task
 from icm_jax.tasks.task import TRAIN
 
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
-HARMLESS = ("log_every", "save_every", "keep_every", "fsdp")
+HARMLESS = ("log_every", "save_every", "keep_every", "fsdp", "remat")
 """Fields that may differ when a run is resumed: they do not change what is computed."""
 
 
@@ -66,7 +70,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     folder = pathlib.Path(base) / run.name
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, run)
-    if (folder / "done.json").is_file():
+    if sharding.as_first((folder / "done.json").is_file()):
         return json.loads((folder / "done.json").read_text())["metrics"]
     mesh = sharding.make_mesh(run.fsdp)
     sharding.check_batch(mesh, run.batch_size)
@@ -100,6 +104,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
         metrics = steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
     if jax.process_index() == 0:
         checkpoint.write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
+    sharding.as_first(True)  # nobody goes on before that is written
     return metrics
 
 
@@ -144,28 +149,12 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
 
     Restoring goes: own checkpoint; else `task.init`, then parts of earlier runs named in `start`.
     """
-    side = run.data.canvas
-    image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), jnp.uint8)
-
-    def init(key, constants):
-        variables = task.init(key, {"image": jnp.zeros(image.shape, image.dtype)})
-        variables |= {"constants": constants} if constants else {}
-        trained = trained_part(task, variables["params"])
-        ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
-        return TrainState(jnp.zeros((), jnp.int32), variables, optimiser.init(trained), ema)
-
-    arguments = jax.random.key(run.seed), dict(task.constants)
-    shapes = jax.eval_shape(init, *arguments)
-    shardings = sharding.state_shardings(mesh, shapes)
-    abstract = jax.tree.map(
-        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-        shapes,
-        shardings,
-    )
+    init, abstract = initial(task, optimiser, run, mesh)
     saved, step = checkpoint.restore_newest(checkpoints, abstract)
     if saved is not None:
         return saved, step
-    state = jax.jit(init, out_shardings=shardings)(*arguments)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed), dict(task.constants))
     variables = state.variables
     for earlier, prefixes in start:
         variables = copy_parts(variables, earlier, prefixes)
@@ -175,6 +164,27 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
         state = state.replace(variables=variables, ema=ema)
         state = jax.jit(lambda s: s, out_shardings=shardings)(state)
     return state, 0
+
+
+def initial(task: Task, optimiser, run, mesh):
+    """((key, constants) -> a fresh state, that state's shapes and places on the mesh)."""
+    shape = (run.batch_size, run.data.canvas, run.data.canvas, 3)
+
+    def init(key, constants):
+        variables = task.init(key, {"image": jnp.zeros(shape, jnp.uint8)})
+        variables |= {"constants": constants} if constants else {}
+        trained = trained_part(task, variables["params"])
+        ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), variables, optimiser.init(trained), ema)
+
+    shapes = jax.eval_shape(init, jax.random.key(0), dict(task.constants))
+    shardings = sharding.state_shardings(mesh, shapes)
+    abstract = jax.tree.map(
+        lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+        shapes,
+        shardings,
+    )
+    return init, abstract
 
 
 def detector_weights(run, source) -> dict:
@@ -220,9 +230,24 @@ def trained_part(task: Task, params: dict) -> dict:
     return {name: tree for name, tree in params.items() if task.groups(name) == TRAIN}
 
 
-def make_step(task: Task, optimiser, ema: float):
-    """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient."""
+REMAT = {
+    "none": None,
+    "convolutions": jax.checkpoint_policies.dots_saveable,
+    "blocks": jax.checkpoint_policies.save_only_these_names(BLOCK),
+}
+"""What the forward pass leaves for the backward pass: all it needs, the results of convolutions and
+matrix products, or those of whole blocks; the rest is computed again."""
+
+
+def make_step(task: Task, optimiser, run):
+    """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient.
+
+    Raises: IcmError for an unknown `run.remat`.
+    """
     optimiser = optax.with_extra_args_support(optimiser)
+    remat = run.get("remat", "none")
+    if remat not in REMAT:
+        raise IcmError(f"unknown remat {remat!r}; choose one of {', '.join(REMAT)}")
 
     def step(state: TrainState, batch, key):
         params = state.variables["params"]
@@ -232,12 +257,14 @@ def make_step(task: Task, optimiser, ema: float):
             variables = {**state.variables, "params": {**params, **trained}}
             return task.loss(variables, batch, jax.random.fold_in(key, state.step), state.step)
 
+        if REMAT[remat]:
+            loss_of = jax.checkpoint(loss_of, policy=REMAT[remat])
         (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
         updates, opt_state = optimiser.update(gradients, state.opt_state, trained, value=loss)
         trained = optax.apply_updates(trained, updates)
         averaged = state.ema
-        if ema:
-            averaged = optax.incremental_update(trained, averaged, 1 - ema)
+        if run.ema:
+            averaged = optax.incremental_update(trained, averaged, 1 - run.ema)
         variables = {**state.variables, **aux.collections, "params": {**params, **trained}}
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
         state = TrainState(state.step + 1, variables, opt_state, averaged)
@@ -246,17 +273,21 @@ def make_step(task: Task, optimiser, ema: float):
     return step
 
 
+def compiled_step(task, optimiser, run, mesh, state):
+    """`make_step` under jit; `state` gives the places of its own result, and is donated."""
+    return jax.jit(
+        make_step(task, optimiser, run),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+    )
+
+
 def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder) -> dict:
     """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_of = jax.jit(
-        make_step(task, optimiser, run.ema),
-        donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
+    step_of = compiled_step(task, optimiser, run, mesh, state)
     key = jax.jit(lambda: jax.random.key(run.seed), out_shardings=sharding.replicated(mesh))()
     log = Log(folder, first, run.batch_size)
-    stop = _stop_signal()
+    stopping = _stop_request()
     bar = tqdm.tqdm(
         total=run.steps,
         initial=first,
@@ -271,14 +302,14 @@ def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder
             state, measured = step_of(state, sharding.global_batch(mesh, batch), key)
             log.add(number + 1, measured)
             bar.update()
-            last = number + 1 == run.steps
-            saves = last or (number + 1) % run.save_every == 0 or stop.is_set()
+            last, stop = number + 1 == run.steps, stopping()
+            saves = last or (number + 1) % run.save_every == 0 or stop
             if saves or (number + 1) % run.log_every == 0:
                 metrics = log.write()
                 bar.set_postfix_str(_short(metrics))
             if saves:
                 checkpoint.save(checkpoints, number + 1, state)
-            if stop.is_set() and not last:
+            if stop and not last:
                 checkpoints.wait_until_finished()
                 bar.close()
                 raise SystemExit(f"stopped at step {number + 1} of {run.name}; state is saved")
@@ -347,12 +378,28 @@ def _short(metrics: dict) -> str:
 
 
 @functools.cache
-def _stop_signal() -> threading.Event:
-    """Set once SIGTERM arrives: pods get it before they are taken away."""
+def _stop_request() -> Callable[[], bool]:
+    """() -> whether to save and stop after this step, because of a SIGTERM: pods get it before they
+    are taken away. To be asked once a step.
+
+    Of several processes, any may get it; JAX's coordinator, which handles the signal then, lets all
+    know at the same step. Saving is collective: who saved alone would wait for ever.
+    """
     event = threading.Event()
+    if jax.process_count() > 1:
+        calls = itertools.count(
+            1
+        )  # over all runs: the coordinator takes the largest for the latest
+
+        def asked():
+            if not event.is_set() and multihost_utils.reached_preemption_sync_point(next(calls)):
+                event.set()
+            return event.is_set()
+
+        return asked
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
+    return event.is_set
 
 
 def _claim(folder: pathlib.Path, run: ml_collections.ConfigDict) -> None:

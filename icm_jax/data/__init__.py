@@ -8,23 +8,28 @@ from icm_jax.errors import IcmError
 
 
 class Dataset(NamedTuple):
-    """keys: what examples have beside the image (label, mask, objects); open: (config, split)."""
+    """keys: what examples have beside the image (label, mask, objects); open: (config, split).
+
+    classes, mask_classes: how many there are, where that does not depend on the files.
+    """
 
     keys: tuple[str, ...]
     open: Callable[..., sources.Source]
+    classes: int | None = None
+    mask_classes: int = 0
 
 
 DATASETS = {
-    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source),
+    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, 12, 13),
     "folder": Dataset(("label",), sources.folder),
     "photos": Dataset((), sources.photos),
     "coco_json": Dataset(("label", "objects"), sources.coco_json),
     "mask_folder": Dataset(("mask",), sources.mask_folder),
-    "voc_masks": Dataset(("mask",), sources.voc_masks),
-    "imagenet2012": Dataset(("label",), sources.tfds_source("imagenet2012")),
-    "coco/2014": Dataset(("label", "objects"), sources.tfds_source("coco/2014")),
-    "coco/2017": Dataset(("label", "objects"), sources.tfds_source("coco/2017")),
-    "voc/2012": Dataset(("label", "objects"), sources.tfds_source("voc/2012")),
+    "voc_masks": Dataset(("mask",), sources.voc_masks, 0, 21),
+    "imagenet2012": Dataset(("label",), sources.tfds_source("imagenet2012"), 1000),
+    "coco/2014": Dataset(("label", "objects"), sources.tfds_source("coco/2014"), 80),
+    "coco/2017": Dataset(("label", "objects"), sources.tfds_source("coco/2017"), 80),
+    "voc/2012": Dataset(("label", "objects"), sources.tfds_source("voc/2012"), 20),
 }
 
 

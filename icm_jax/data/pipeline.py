@@ -96,6 +96,39 @@ def batches(
     return _parallel(load, rows, batch_size, start, stop, threads)
 
 
+def layout(
+    keys: tuple[str, ...],
+    batch_size: int,
+    canvas: tuple[int, int],
+    boxes: int = 0,
+    coefficients: str = "",
+) -> dict[str, tuple[tuple[int, ...], type]]:
+    """{name: (shape, dtype)} of a batch of `batches` with these arguments, of a data set whose
+    examples have these `keys`; nothing is read."""
+    (height, width), rows = canvas, (batch_size,)
+    image = {"valid": (rows, np.bool_), "image": ((*rows, height, width, 3), np.uint8)}
+    if boxes:
+        flags = ((*rows, boxes), np.bool_)
+        return image | {
+            "extent": ((*rows, 2), np.int32),
+            "boxes": ((*rows, boxes, 4), np.float32),
+            "box_labels": ((*rows, boxes), np.int32),
+            "box_valid": flags,
+            "box_ignored": flags,
+        }
+    found = dict(image)
+    if coefficients:
+        del found["image"]
+        found["luma"] = (*rows, height // 8, width // 8, 64), np.int16
+        found["chroma"] = (*rows, height // 16, width // 16, 128), np.int16
+        found["steps"] = (*rows, 192), np.int32
+    if "label" in keys:
+        found["label"] = rows, np.int32
+    if "mask" in keys and not coefficients:
+        found["mask"] = (*rows, height, width), np.uint8
+    return found
+
+
 def evaluation_batches(source: Source, **options) -> Iterator[dict[str, np.ndarray]]:
     """Batches of `in_order`, which takes the options; within each the "valid" rows come first."""
     for batch in in_order(source, **options):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax.nets.integer import depth_to_space
-from icm_jax.nets.layers import down_by_two
+from icm_jax.nets.layers import down_by_two, end_of_block
 
 MEAN = (121.854, 113.589, 100.637)
 VARIANCE = (4746.38, 4454.14, 4812.23)
@@ -61,7 +61,7 @@ class MirrorBlock(nn.Module):
         channels = x.shape[-1]
         y = nn.leaky_relu(MirrorConv(channels, 3, dtype=self.dtype, name="conv1")(x))
         zeros = nn.initializers.zeros
-        return x + MirrorConv(channels, 3, 1, self.dtype, zeros, name="conv2")(y)
+        return end_of_block(x + MirrorConv(channels, 3, 1, self.dtype, zeros, name="conv2")(y))
 
 
 class CodeAnalysis(nn.Module):

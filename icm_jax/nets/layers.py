@@ -7,10 +7,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from icm_jax import ops
 
+BLOCK = "block"
+"""The name of what `end_of_block` marks, for `icm_jax.train.REMAT`."""
 _PEDESTAL = 2.0**-36
+
+
+def end_of_block(x: jax.Array) -> jax.Array:
+    """x itself, marked as what a backward pass may start its own forward pass from."""
+    return checkpoint_name(x, BLOCK)
 
 
 class GDN(nn.Module):
@@ -36,8 +44,8 @@ class GDN(nn.Module):
         norm = jnp.matmul(pool, gamma.astype(self.dtype))
         norm = norm + beta.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         if self.simplified:
-            return x * norm if self.inverse else x / norm
-        return x * jnp.sqrt(norm) if self.inverse else x * jax.lax.rsqrt(norm)
+            return end_of_block(x * norm if self.inverse else x / norm)
+        return end_of_block(x * (jnp.sqrt(norm) if self.inverse else jax.lax.rsqrt(norm)))
 
     def _bounded(self, name: str, initial: jax.Array, minimum: float) -> jax.Array:
         stored = self.param(name, lambda _: jnp.sqrt(jnp.maximum(initial + _PEDESTAL, _PEDESTAL)))
@@ -112,9 +120,14 @@ def _down_forward(x, kernel):
 
 
 def _down_backward(saved, gradient):
-    on_cpu = jax.default_backend() == "cpu" and saved[1].shape[0] > 1
-    form = _down_by_blocks if on_cpu else _down_by_stride
-    return jax.vjp(form, *saved)[1](gradient)
+    def by(form):
+        return lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
+
+    if saved[1].shape[0] == 1:
+        return by(_down_by_stride)(*saved, gradient)
+    # By the platform that the program is for, which a plan's is not the one it is made on.
+    forms = dict(cpu=by(_down_by_blocks), default=by(_down_by_stride))
+    return jax.lax.platform_dependent(*saved, gradient, **forms)
 
 
 down_by_two.defvjp(_down_forward, _down_backward)
@@ -258,7 +271,7 @@ class ResidualBlock(nn.Module):
         y = nn.Conv(self.features, (3, 3), dtype=self.dtype)(nn.relu(x))
         zeros = nn.initializers.zeros
         y = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros)(nn.relu(y))
-        return x + y
+        return end_of_block(x + y)
 
 
 class Projector(nn.Module):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax.errors import IcmError
-from icm_jax.nets.layers import down_by_two
+from icm_jax.nets.layers import down_by_two, end_of_block
 
 
 class Stages(NamedTuple):
@@ -166,7 +166,7 @@ class Block(nn.Module):
         if self.stride != 1 or x.shape[-1] != out:
             x = Conv(out, 1, self.stride, dtype=self.dtype, name="shortcut_conv")(x)
             x = BatchNorm(dtype=self.dtype, name="shortcut_bn")(x, train)
-        return nn.relu(x.astype(self.dtype) + y)
+        return end_of_block(nn.relu(x.astype(self.dtype) + y))
 
 
 class Layer(nn.Module):

@@ -29,6 +29,7 @@ from icm_jax.nets.layers import (
     TransposedUp,
     Up,
     around,
+    end_of_block,
     haar_cascade,
     orthogonal_window,
 )
@@ -158,7 +159,7 @@ class _Residual(nn.Module):
             y = nn.Conv(self.features, (3, 3))(x)
         y = nn.Conv(self.features, (3, 3))(nn.leaky_relu(y))
         resampled = self.up or self.down
-        return x + (GDN(inverse=self.up)(y) if resampled else nn.leaky_relu(y))
+        return end_of_block(x + (GDN(inverse=self.up)(y) if resampled else nn.leaky_relu(y)))
 
 
 class ResidualAnalysis(nn.Module):

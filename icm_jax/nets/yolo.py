@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax.errors import IcmError
+from icm_jax.nets.layers import end_of_block
 from icm_jax.nets.resnet import BatchNorm, Conv
 
 ANCHORS = (
@@ -146,7 +147,7 @@ class Part(nn.Module):
             elif layer.kind == "linear":
                 x = nn.Conv(layer.features, (1, 1), dtype=self.dtype, name=f"layer{number}")(x)
             elif layer.kind == "shortcut":
-                x = x + done[layer.inputs[0]]
+                x = end_of_block(x + done[layer.inputs[0]])
             elif layer.kind == "upsample":
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
             elif layer.kind == "route":
