@@ -122,7 +122,7 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
     tallies["objects"] = lambda: AveragePrecision(config.classes)
     tally = next((make() for key, make in tallies.items() if key in run.needs), None) or Accuracy()
     side, output = config.size, output_for(config)
-    on_device = jax.device_put(variables, jax.devices()[0])
+    on_device = jax.device_put(variables, jax.local_devices()[0])
     sizes, parts = [], []
     batches = pipeline.evaluation_batches(
         source,
@@ -227,7 +227,7 @@ def score_detection(frozen, run, base) -> dict:
     source = open_source(own.data, "validation")
     config = complete(own.task, source)
     predict = jax.jit(build_task(config).predict)
-    variables = jax.device_put(checkpoint.load_variables(folder), jax.devices()[0])
+    variables = jax.device_put(checkpoint.load_variables(folder), jax.local_devices()[0])
     output = "feature" if "feature" in frozen.codec.outputs else "image"
     tally, parts = AveragePrecision(config.classes), []
     options = dict(batch_size=run.batch_size, canvas=(own.data.canvas,) * 2, boxes=own.data.boxes)

@@ -159,9 +159,10 @@ def plan(run, target: Target) -> dict:
       parameters, optimiser, others (statistics, averages, queue), batch_bytes, temporary
       (activations, gradients and whatever else lives within a step) and peak; "memory" that there
       is; flops and bytes_accessed of a device in a step; "sent": {kind of collective: bytes that a
-      device sends}; seconds of "compute", "traffic" and "network", of which "seconds" is the
-      largest and "bound" its name; images_per_second; and "excess", the bytes by which a program
-      is too large, in which case the rest of what is measured is left out.
+      device sends} and "largest": {kind: bytes of the largest result}; seconds of "compute",
+      "traffic" and "network", of which "seconds" is the largest and "bound" its name;
+      images_per_second; and "excess", the bytes by which a program is too large, in which case the
+      rest of what is measured is left out.
 
     Raises: IcmError for a config that cannot be trained.
     """
@@ -205,7 +206,10 @@ def plan(run, target: Target) -> dict:
     cost = compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     record |= {"flops": cost["flops"], "bytes_accessed": cost["bytes accessed"]}
-    record["sent"] = sent(compiled.as_text())
+    program = compiled.as_text()
+    record["sent"], record["largest"] = sent(program), {}
+    for own in collectives(program):
+        record["largest"][own.kind] = max(own.size, record["largest"].get(own.kind, 0))
     if chip:
         seconds = {
             "compute": record["flops"] / chip.flops,

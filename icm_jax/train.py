@@ -387,9 +387,7 @@ def _stop_request() -> Callable[[], bool]:
     """
     event = threading.Event()
     if jax.process_count() > 1:
-        calls = itertools.count(
-            1
-        )  # over all runs: the coordinator takes the largest for the latest
+        calls = itertools.count(1)  # of all runs: the coordinator stops after the largest
 
         def asked():
             if not event.is_set() and multihost_utils.reached_preemption_sync_point(next(calls)):

@@ -52,7 +52,7 @@ class FrozenCodec:
     @functools.cached_property
     def on_device(self):
         """The variables as arrays of the default device."""
-        return jax.device_put(self.variables, jax.devices()[0])
+        return jax.device_put(self.variables, jax.local_devices()[0])
 
     def compress(self, image: np.ndarray, quality: float | None = None) -> bytes:
         """The .icm file of an image, uint8 [H, W, 3] or [H, W].

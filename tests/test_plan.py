@@ -1,0 +1,199 @@
+"""Plans against hand-counted programs, real batches and real states."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+from test_main import ROOT, main
+
+from icm_jax import optim, plan, sharding, train
+from icm_jax.data import DATASETS, open_source, pipeline
+from icm_jax.errors import IcmError
+from icm_jax.main import load_experiment
+from icm_jax.nets.layers import GDN
+from icm_jax.tasks import build_task
+from icm_jax.tasks.task import Aux, Task
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # orbax's and optax's own
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def tiny_run(experiment, name, tmp_path, **changes):
+    module = load_experiment(str(ROOT / "configs" / f"{experiment}.py"))
+    config = module.get_config("tiny")
+    config.data.path = str(tmp_path)
+    run = next(run for run in module.runs(config) if run.name == name)
+    run.update(changes)
+    return run
+
+
+PROGRAM = """
+HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %r = f32[8,4]{1,0} all-reduce(%g), replica_groups=[2,4]<=[8], to_apply=%sum
+}
+
+%fused (p: bf16[4]) -> bf16[4] {
+  %q = bf16[10]{0} all-gather(%p), replica_groups={{0,1,2,3,4}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %w = (s32[], f32[8,4]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %t2 = (f32[100]{0}, f32[50,2]{1,0:T(8,128)}) all-reduce(%a, %b), replica_groups=[1,8]<=[8]
+  %f = bf16[10] fusion(%x), kind=kLoop, calls=%fused
+  %st = (f32[16]{0}, f32[128]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  %dn = f32[128]{0} all-gather-done(%st)
+  %rs = f32[16]{0} reduce-scatter(%x), replica_groups=[1,8]<=[8], to_apply=%sum
+  ROOT %cp = f32[7]{0} collective-permute(%x), source_target_pairs={{0,1}}
+}
+"""
+
+
+def test_collectives_are_counted_as_by_hand():
+    found = list(plan.collectives(PROGRAM))
+    assert found == [
+        ("all-reduce", 128, 4, 3),
+        ("all-reduce", 800, 8, 1),
+        ("all-gather", 20, 5, 1),
+        ("all-gather", 512, 8, 1),
+        ("reduce-scatter", 64, 8, 1),
+        ("collective-permute", 28, 2, 1),
+    ]
+    assert plan.sent(PROGRAM) == pytest.approx(
+        {
+            "all-reduce": 3 * 2 * 128 * 3 / 4 + 2 * 800 * 7 / 8,
+            "all-gather": 20 * 4 / 5 + 512 * 7 / 8,
+            "reduce-scatter": 64 * 7,
+            "collective-permute": 28,
+        }
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"boxes": 3}, {"coefficients": "90"}])
+def test_layout_is_that_of_real_batches(tmp_path, options):
+    run = tiny_run("omni_icm", "seed0/omni/stage1", tmp_path)
+    source = open_source(run.data, "train")
+    batches = pipeline.batches(source, batch_size=4, seed=0, canvas=(32, 32), stop=1, **options)
+    real = {name: (value.shape, value.dtype) for name, value in next(batches).items()}
+    assert real == pipeline.layout(DATASETS["scenes"].keys, 4, (32, 32), **options)
+    counts = len(source.classes), len(source.mask_classes)
+    assert counts == (DATASETS["scenes"].classes, DATASETS["scenes"].mask_classes)
+
+
+def test_a_plan_is_of_the_state_and_sends_gradients_and_keys_alone(tmp_path):
+    """No activations, and not the queue."""
+    run = tiny_run("omni_icm", "seed0/omni/stage1", tmp_path)
+    run.task.update(negatives="both", queue=4096)
+    record = plan.plan(run, plan.Target("two", jax.devices(), None))
+    task = build_task(plan.counted(run))
+    optimiser = optim.make_optimiser(run.optim, run.steps)
+    init, _ = train.initial(task, optimiser, run, sharding.make_mesh(run.fsdp))
+    state = jax.eval_shape(init, jax.random.key(0), dict(task.constants))
+    size = {
+        "parameters": plan_bytes(state.variables["params"]),
+        "optimiser": plan_bytes(state.opt_state),
+    }
+    assert {name: record[name] for name in size} == size
+    assert record["peak"] >= sum(size.values()) + record["others"] and record["flops"] > 0
+    weights = plan_bytes(train.trained_part(task, state.variables["params"]))
+    assert weights <= record["sent"]["all-reduce"] < 1.5 * weights + 2**16
+    keys = 4 * run.batch_size * run.task.embedding
+    gathered = {kind: size for kind, size in record["largest"].items() if kind != "all-reduce"}
+    assert gathered and max(gathered.values()) <= keys, gathered
+
+
+def plan_bytes(tree):
+    return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("remat", ["convolutions", "blocks"])
+def test_remat_computes_again_and_changes_no_result(remat):
+    layer = GDN()
+
+    def init(key, batch):
+        del batch
+        return {"params": {"gdn": layer.init(key, jnp.zeros((1, 3)))["params"]}}
+
+    def loss(variables, batch, key, step):
+        del key, step
+        own = {"params": variables["params"]["gdn"]}
+        x = jnp.sin(layer.apply(own, jnp.sin(layer.apply(own, batch["x"]))))
+        return jnp.square(x).mean(), Aux({}, {})
+
+    task = Task(init, loss, None, lambda name: "train")
+    sgd = optax.sgd(0.1)
+    params = init(jax.random.key(0), None)["params"]
+    state = train.TrainState(jnp.zeros((), jnp.int32), {"params": params}, sgd.init(params), {})
+    arguments = state, {"x": jnp.linspace(-2, 2, 12).reshape(4, 3)}, jax.random.key(0)
+    found, programs = {}, {}
+    for own in ("none", remat):
+        step = train.make_step(task, sgd, ml_collections.ConfigDict(dict(ema=0.0, remat=own)))
+        found[own] = step(*arguments)
+        programs[own] = str(jax.make_jaxpr(step)(*arguments))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5),
+        found[remat][0].variables,
+        found["none"][0].variables,
+    )
+    assert programs[remat].count(" sin ") > programs["none"].count(" sin ")
+
+
+def test_an_unknown_remat_is_refused():
+    config = ml_collections.ConfigDict(dict(ema=0.0, remat="all"))
+    with pytest.raises(IcmError, match="unknown remat 'all'"):
+        train.make_step(None, optax.sgd(0.1), config)
+
+
+@pytest.mark.parametrize("topology", ["v9z:4x4", "v5e", "v5e:four", "cpu:"])
+def test_a_strange_topology_is_one_clear_error(topology):
+    with pytest.raises(IcmError, match=r"topology|shape"):
+        plan.prepare_host(topology)
+
+
+def test_the_command_prints_tables_and_writes_json(tmp_path):
+    done = main(tmp_path, "--mode=plan", "--topology=cpu:4", name="hyperprior")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (record,) = [r for r in json.loads((tmp_path / "plan.json").read_text())][:1]
+    assert record["devices"] == 4 and record["sent"]["all-reduce"] > 0
+    assert "| run | batch |" in done.stdout and str(tmp_path / "plan.json") in done.stdout
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH")),
+    reason="needs libtpu: pip install 'icm_jax[tpu]'",
+)
+def test_a_tpu_slice_is_planned_without_a_tpu(tmp_path):
+    done = main(tmp_path, "--mode=plan", "--topology=v5e:2x2", name="hyperprior")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "plan.json").read_text())[0]
+    assert record["devices"] == 4 and 0 < record["peak"] < record["memory"]
+    assert record["bound"] in ("compute", "traffic", "network") and record["seconds"] > 0
+
+
+def test_without_libtpu_one_line_says_what_to_install(tmp_path):
+    code = "from icm_jax import plan; plan.prepare_host('v5e:2x2'); plan.open_target('v5e:2x2')"
+    hidden = "import sys; sys.modules['libtpu'] = None\n"
+    environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", hidden + code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode and "icm_jax[tpu]" in done.stderr.splitlines()[-1]
