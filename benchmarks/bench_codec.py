@@ -101,7 +101,7 @@ def ours(part: str) -> dict:
     state = TrainState(
         jax.numpy.zeros((), jax.numpy.int32), variables, optimiser.init(variables["params"]), {}
     )
-    step = jax.jit(make_step(task, optimiser, 0.0))
+    step = jax.jit(make_step(task, optimiser, ml_collections.ConfigDict({"ema": 0.0})))
     return {
         "training step": median(
             lambda: jax.block_until_ready(step(state, batch, key)), ROUNDS[part]

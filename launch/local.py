@@ -41,6 +41,8 @@ def main() -> int:
         signal.signal(number, pass_on)
     for index in range(options.processes):
         children.append(start(options, address, index, logs))
+    pids = " ".join(str(child.pid) for child in children)
+    print(f"{options.processes} processes: {pids}", file=sys.stderr, flush=True)
     code = watch(children, options.grace, asked)
     if code and not asked:
         print(f"logs: {logs}/process*.log; the same command resumes", file=sys.stderr)
