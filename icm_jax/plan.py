@@ -207,8 +207,8 @@ def plan(run, target: Target) -> dict:
     cost = cost[0] if isinstance(cost, list) else cost
     record |= {"flops": cost["flops"], "bytes_accessed": cost["bytes accessed"]}
     program = compiled.as_text()
-    record["sent"], record["largest"] = sent(program), {}
-    for own in collectives(program):
+    record["sent"], record["largest"] = sent(program, record["devices"]), {}
+    for own in collectives(program, record["devices"]):
         record["largest"][own.kind] = max(own.size, record["largest"].get(own.kind, 0))
     if chip:
         seconds = {
@@ -240,8 +240,8 @@ class Collective(NamedTuple):
     times: int
 
 
-def collectives(text: str) -> Iterator[Collective]:
-    """Every collective operation of a compiled program, from its HLO text."""
+def collectives(text: str, devices: int) -> Iterator[Collective]:
+    """Every collective operation of a program compiled for so many devices, from its HLO text."""
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -251,7 +251,7 @@ def collectives(text: str) -> Iterator[Collective]:
             entry = name if line.startswith("ENTRY") else entry
         elif name:
             bodies[name].append(line)
-    yield from _within(bodies, entry, 1)
+    yield from _within(bodies, entry, 1, devices)
 
 
 _DONE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
@@ -259,7 +259,7 @@ _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
-def _within(bodies, name: str, times: int) -> Iterator[Collective]:
+def _within(bodies, name: str, times: int, devices: int) -> Iterator[Collective]:
     for line in bodies.get(name, ()):
         found = _DONE.search(line)
         if found:
@@ -267,23 +267,32 @@ def _within(bodies, name: str, times: int) -> Iterator[Collective]:
             parts = [_shape_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)]
             # The result of a start holds its operands, too; an all-reduce's does not.
             size = max(parts) if start and kind != "all-reduce" else sum(parts)
-            yield Collective(kind, size, _group(line), times)
+            group = 2 if kind == "collective-permute" else _group(line, devices)
+            yield Collective(kind, size, group, times)
             continue
         loop = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
         inner = times * (int(loop[1]) if loop else 1)
         for called in _CALLED.findall(line):
-            yield from _within(bodies, called, inner)
+            yield from _within(bodies, called, inner, devices)
         for called in (own for group in _BRANCHES.findall(line) for own in group.split(", ")):
-            yield from _within(bodies, called.strip("% "), times)
+            yield from _within(bodies, called.strip("% "), times, devices)
 
 
-def _group(line: str) -> int:
-    """Devices in a group, written as {{0,1},{2,3}} or as [groups,devices]<=[...]."""
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-    if listed:
-        return listed[1].count(",") + 1
-    compact = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
-    return int(compact[2]) if compact else 2
+def _group(line: str, devices: int) -> int:
+    """Devices in a group, which XLA writes in one of these ways: {{0,1},{2,3}}; {} for all;
+    [groups,devices]<=[...]; mesh['a'=2,'b'=4] {'b'}, axes of a mesh or parts 'b':(before)size."""
+    groups = line.partition("replica_groups=")[2]
+    if re.match(r"\{\{", groups):
+        return groups[: groups.index("}")].count(",") + 1
+    if groups.startswith("{}"):
+        return devices
+    if compact := re.match(r"\[(\d+),(\d+)\]", groups):
+        return int(compact[2])
+    if mesh := re.match(r"\w*mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}", groups):
+        sides = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part) if part else sides[name] for name, part in parts)
+    raise ValueError(f"cannot read the groups of {line.strip()[:200]}")
 
 
 _WIDTHS = {"pred": 1, "s4": 1, "u4": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8}
@@ -295,10 +304,10 @@ def _shape_bytes(dtype: str, sides: str) -> int:
     return width * math.prod(int(side) for side in sides.split(",") if side)
 
 
-def sent(text: str) -> dict[str, float]:
+def sent(text: str, devices: int) -> dict[str, float]:
     """{kind: bytes that a device sends in a step}, by rings: those move the least."""
     totals: dict[str, float] = {}
-    for kind, size, group, times in collectives(text):
+    for kind, size, group, times in collectives(text, devices):
         others = group - 1
         share = {
             "all-reduce": 2 * others / group,

@@ -61,30 +61,39 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %f = bf16[10] fusion(%x), kind=kLoop, calls=%fused
   %st = (f32[16]{0}, f32[128]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
   %dn = f32[128]{0} all-gather-done(%st)
-  %rs = f32[16]{0} reduce-scatter(%x), replica_groups=[1,8]<=[8], to_apply=%sum
+  %rs = f32[16]{0} reduce-scatter(%x), replica_groups={}, to_apply=%sum
+  %m = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
+  %n = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, to_apply=%sum
   ROOT %cp = f32[7]{0} collective-permute(%x), source_target_pairs={{0,1}}
 }
 """
 
 
 def test_collectives_are_counted_as_by_hand():
-    found = list(plan.collectives(PROGRAM))
+    found = list(plan.collectives(PROGRAM, 8))
     assert found == [
         ("all-reduce", 128, 4, 3),
         ("all-reduce", 800, 8, 1),
         ("all-gather", 20, 5, 1),
         ("all-gather", 512, 8, 1),
         ("reduce-scatter", 64, 8, 1),
+        ("all-reduce", 16, 4, 1),
+        ("all-reduce", 16, 4, 1),
         ("collective-permute", 28, 2, 1),
     ]
-    assert plan.sent(PROGRAM) == pytest.approx(
+    assert plan.sent(PROGRAM, 8) == pytest.approx(
         {
-            "all-reduce": 3 * 2 * 128 * 3 / 4 + 2 * 800 * 7 / 8,
+            "all-reduce": 3 * 2 * 128 * 3 / 4 + 2 * 800 * 7 / 8 + 4 * 16 * 3 / 4,
             "all-gather": 20 * 4 / 5 + 512 * 7 / 8,
             "reduce-scatter": 64 * 7,
             "collective-permute": 28,
         }
     )
+
+
+def test_groups_that_cannot_be_read_are_not_guessed():
+    with pytest.raises(ValueError, match="cannot read the groups"):
+        plan.sent(PROGRAM.replace("{{0,1,2,3,4}}", "<new>"), 8)
 
 
 @pytest.mark.parametrize("options", [{}, {"boxes": 3}, {"coefficients": "90"}])
