@@ -31,11 +31,12 @@ ALLOWED = {
 }
 UP_TO_TRAIN = set(ALLOWED)
 ALLOWED["train"] = UP_TO_TRAIN
+ALLOWED["plan"] = UP_TO_TRAIN | {"train"}
 ALLOWED["evaluate"] = UP_TO_TRAIN | {"train"}
 ALLOWED["pictures"] = UP_TO_TRAIN | {"train"}
 ALLOWED["report"] = {"files", "evaluators", "pictures"}
 ALLOWED["cli"] = UP_TO_TRAIN
-ALLOWED["main"] = UP_TO_TRAIN | {"train", "evaluate", "report"}
+ALLOWED["main"] = UP_TO_TRAIN | {"train", "plan", "evaluate", "report"}
 
 
 def imported(path):
