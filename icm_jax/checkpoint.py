@@ -59,17 +59,26 @@ def load_variables(folder: str | os.PathLike, step: int | None = None):
     if not (folder / "done.json").is_file():
         raise IcmError(f"the run {folder} has not finished; run it first (same command resumes it)")
     step = json.loads((folder / "done.json").read_text())["step"] if step is None else step
-    with manager(folder) as checkpoints:
-        saved = checkpoints.restore(
-            step, args=ocp.args.StandardRestore(_host_template(folder, step))
-        )
-    return saved["variables"]
+    path = folder.absolute() / "checkpoints" / str(step) / "default"
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+        metadata = reader.metadata(path)
+        tree = getattr(metadata, "item_metadata", metadata)
+        tree = getattr(tree, "tree", tree)
+        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+        return reader.restore(path, template)["variables"]
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For reading without the other processes: the report is written by the first one alone."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
 
 
 def kept_steps(folder: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints that a run has left."""
-    with manager(folder) as checkpoints:
-        return sorted(checkpoints.all_steps())
+    return sorted(ocp.utils.checkpoint_steps(pathlib.Path(folder).absolute() / "checkpoints"))
 
 
 def load_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -78,15 +87,6 @@ def load_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:
     if not path.is_file():
         raise IcmError(f"there is no run {folder}; run it first")
     return ml_collections.ConfigDict(json.loads(path.read_text()))
-
-
-def _host_template(folder: pathlib.Path, step: int):
-    path = folder.absolute() / "checkpoints" / str(step) / "default"
-    with ocp.StandardCheckpointer() as reader:
-        metadata = reader.metadata(path)
-    tree = getattr(metadata, "item_metadata", metadata)
-    tree = getattr(tree, "tree", tree)
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def write_json(path: str | os.PathLike, content) -> None:

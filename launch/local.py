@@ -59,7 +59,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--devices-per-process", type=int, default=0, help="virtual CPU devices of each (0: GPUs)"
     )
     parser.add_argument(
-        "--grace", type=float, default=30, help="seconds from a death to the end of all (30)"
+        "--grace",
+        type=float,
+        default=60,
+        help="seconds from a death or a SIGTERM to the end of all (60)",
     )
     parser.add_argument("--logs", default="runs/local", help="folder (default: runs/local)")
     parser.add_argument("rest", nargs="*", metavar="-- MAIN-ARGUMENT", help="for icm_jax.main")
@@ -114,11 +117,11 @@ def own_gpus(index: int, processes: int) -> str:
 
 def watch(children: list[subprocess.Popen], grace: float, asked: list) -> int:
     """Waits until all have ended; after the first bad end the others have `grace` seconds."""
-    bad, deadline = 0, None
+    bad, deadline = 0, 0.0
     while any(child.poll() is None for child in children):
         for index, child in enumerate(children):
             code = child.poll()
-            if code and not deadline:
+            if code and not bad:
                 bad, deadline = code, time.monotonic() + grace
                 how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
                 if not asked:
@@ -126,6 +129,8 @@ def watch(children: list[subprocess.Popen], grace: float, asked: list) -> int:
                 for other in children:
                     if other.poll() is None:
                         other.terminate()
+        if asked and not deadline:
+            deadline = time.monotonic() + grace
         if deadline and time.monotonic() > deadline:
             for child in children:
                 if child.poll() is None:
