@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from icm_jax import pictures
@@ -145,7 +146,7 @@ def _draw_curves(records, path, measure: Measure):
             label=NAMES.get(name, name),
             capsize=2,
         )
-    jpeg = [record for record in records if record["kind"].startswith("jpeg")]
+    jpeg = [record for record in records if record["kind"].partition("-")[0] == "jpeg"]
     for rows in curves_of(jpeg, measure.key, "bpp_without_tables").values():
         axes.plot(
             rows[:, 0],
@@ -160,6 +161,9 @@ def _draw_curves(records, path, measure: Measure):
         value = measure.factor * np.mean(pixels)
         axes.axhline(value, color="grey", linestyle=":", label="uncompressed pixels")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xlabel("bits per pixel, measured on whole files")
     axes.set_ylabel(measure.axis)
     axes.set_title(measure.title)
