@@ -39,14 +39,20 @@ class Chip(NamedTuple):
     source: str
 
 
-_TPU = "cloud.google.com/tpu/docs/"
+_TPU, _GPU = "cloud.google.com/tpu/docs/", "nvidia.com/en-us/data-center/"
 CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, _TPU + "v5e"),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, _TPU + "v5p"),
     "v6e": Chip(918e12, 32 * GIB, 1600e9, 400e9, _TPU + "v6e"),
 }
+GPUS = {
+    "A100": Chip(312e12, 80e9, 2039e9, 300e9, _GPU + "a100"),
+    "H100": Chip(989e12, 80e9, 3350e9, 450e9, _GPU + "h100"),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9, _GPU + "h200"),
+}
+"""By what their names contain; SXM forms, without sparsity."""
 RESERVED = 0.25 * GIB
-"""Of a TPU's memory, for the system: XLA gives programs 15.75 GiB of a v5e's 16."""
+"""Of the memory, for the system: XLA gives programs 15.75 GiB of a v5e's 16."""
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -88,7 +94,9 @@ def open_target(topology: str) -> Target:
     """
     kind = topology.partition(":")[0]
     if kind in ("cpu", "local"):
-        return Target(topology, jax.devices(), None)
+        devices = jax.devices()
+        named = [chip for name, chip in GPUS.items() if name in devices[0].device_kind]
+        return Target(topology, devices, named[0] if named else None)
     from jax.experimental import topologies
 
     try:
@@ -116,7 +124,7 @@ def counted(run):
 
 
 def abstract_step(run, target: Target):
-    """(the jitted step, its arguments as shapes with places, the task) of a run on a target.
+    """(the jitted step, its arguments as shapes with places) of a run on a target.
 
     Raises: IcmError as `train.train` does for the same config.
     """
@@ -149,7 +157,7 @@ def abstract_step(run, target: Target):
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=places[1])
-    return compiled_step(task, optimiser, run, mesh, state), (state, batch, key), task
+    return compiled_step(task, optimiser, run, mesh, state), (state, batch, key)
 
 
 def plan(run, target: Target) -> dict:
@@ -161,12 +169,12 @@ def plan(run, target: Target) -> dict:
       is; flops and bytes_accessed of a device in a step; "sent": {kind of collective: bytes that a
       device sends} and "largest": {kind: bytes of the largest result}; seconds of "compute",
       "traffic" and "network", of which "seconds" is the largest and "bound" its name;
-      images_per_second; and "excess", the bytes by which a program is too large, in which case the
-      rest of what is measured is left out.
+      images_per_second; and "excess", the bytes by which a program is too large. A TPU's is not
+      made then, and what would be read off it left out.
 
     Raises: IcmError for a config that cannot be trained.
     """
-    step, arguments, _ = abstract_step(run, target)
+    step, arguments = abstract_step(run, target)
     state, batch, _ = arguments
     params = state.variables["params"]
     others = {k: v for k, v in state.variables.items() if k != "params"}
@@ -206,6 +214,8 @@ def plan(run, target: Target) -> dict:
     cost = compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     record |= {"flops": cost["flops"], "bytes_accessed": cost["bytes accessed"]}
+    if chip and record["peak"] > record["memory"]:  # compilers for GPUs do not mind
+        record["excess"] = record["peak"] - record["memory"]
     program = compiled.as_text()
     record["sent"], record["largest"] = sent(program, record["devices"]), {}
     for own in collectives(program, record["devices"]):
@@ -265,10 +275,11 @@ def _within(bodies, name: str, times: int, devices: int) -> Iterator[Collective]
         if found:
             shapes, kind, start = found.groups()
             parts = [_shape_bytes(*shape) for shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)]
-            # The result of a start holds its operands, too; an all-reduce's does not.
-            size = max(parts) if start and kind != "all-reduce" else sum(parts)
-            group = 2 if kind == "collective-permute" else _group(line, devices)
-            yield Collective(kind, size, group, times)
+            one_to_one = kind == "collective-permute"
+            if start and kind != "all-reduce":  # its result holds the operands, too
+                parts = parts[1:2] if one_to_one else parts[len(parts) // 2 :]
+            group = 2 if one_to_one else _group(line, devices)
+            yield Collective(kind, sum(parts), group, times)
             continue
         loop = re.search(r'known_trip_count"?:\{"n":"(\d+)"', line)
         inner = times * (int(loop[1]) if loop else 1)

@@ -59,7 +59,8 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %w = (s32[], f32[8,4]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %t2 = (f32[100]{0}, f32[50,2]{1,0:T(8,128)}) all-reduce(%a, %b), replica_groups=[1,8]<=[8]
   %f = bf16[10] fusion(%x), kind=kLoop, calls=%fused
-  %st = (f32[16]{0}, f32[128]{0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}
+  %st = ((f32[16]{0}, s8[4]), (f32[128]{0}, s8[32])) all-gather-start(%x, %y), replica_groups={}
+  %cs = (f32[9]{0}, f32[9]{0}, u32[], u32[]) collective-permute-start(%x)
   %dn = f32[128]{0} all-gather-done(%st)
   %rs = f32[16]{0} reduce-scatter(%x), replica_groups={}, to_apply=%sum
   %m = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
@@ -75,7 +76,8 @@ def test_collectives_are_counted_as_by_hand():
         ("all-reduce", 128, 4, 3),
         ("all-reduce", 800, 8, 1),
         ("all-gather", 20, 5, 1),
-        ("all-gather", 512, 8, 1),
+        ("all-gather", 544, 8, 1),
+        ("collective-permute", 36, 2, 1),
         ("reduce-scatter", 64, 8, 1),
         ("all-reduce", 16, 4, 1),
         ("all-reduce", 16, 4, 1),
@@ -84,9 +86,9 @@ def test_collectives_are_counted_as_by_hand():
     assert plan.sent(PROGRAM, 8) == pytest.approx(
         {
             "all-reduce": 3 * 2 * 128 * 3 / 4 + 2 * 800 * 7 / 8 + 4 * 16 * 3 / 4,
-            "all-gather": 20 * 4 / 5 + 512 * 7 / 8,
+            "all-gather": 20 * 4 / 5 + 544 * 7 / 8,
             "reduce-scatter": 64 * 7,
-            "collective-permute": 28,
+            "collective-permute": 36 + 28,
         }
     )
 
