@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -117,6 +118,29 @@ def test_sigterm_saves_and_the_rest_is_the_same(folder, undisturbed):
 def test_devices_and_sharded_parameters_give_the_same_losses(folder, undisturbed, devices, fsdp):
     base = folder / f"devices{devices}_{fsdp}"
     worker(base, devices=devices, fsdp=fsdp)
+    same_losses(base, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def stopped_on_eight(folder):
+    """A run of eight devices, its parameters sharded, that SIGTERM stopped on its way."""
+    base = folder / "eight"
+    process = worker(base, devices=8, fsdp=4, wait=False)
+    log = base / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not log.is_file() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert "state is saved" in output, output[-3000:]
+    return base
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_checkpoint_of_eight_devices_goes_on_on_fewer(stopped_on_eight, undisturbed, devices):
+    base = shutil.copytree(stopped_on_eight, stopped_on_eight.with_name(f"eight_on_{devices}"))
+    assert len(losses(base)) < len(losses(undisturbed))
+    worker(base, devices=devices)
     same_losses(base, undisturbed)
 
 
