@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import warnings
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from icm_jax import sharding
 from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
 
@@ -37,17 +39,44 @@ def restore_newest(checkpoints: ocp.CheckpointManager, abstract):
     Args:
       abstract: tree of ShapeDtypeStruct with shardings; they may differ from those saved.
 
-    A checkpoint that cannot be read is passed over with a warning.
+    A checkpoint that cannot be read is passed over with a warning, and moved beside the others.
+
+    Of several processes the first one reads all of it before, by itself: restoring is collective,
+    and who fails alone would leave the others waiting.
     """
+    several = jax.process_count() > 1
     for step in sorted(checkpoints.all_steps(), reverse=True):
+        state, damage = None, ""
         try:
-            return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)), step
+            if not several:
+                state = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+            elif jax.process_index() == 0:
+                _read(checkpoints.directory / str(step) / "default")
         except Exception as error:  # orbax, tensorstore and JSON have no common base
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logging.error("checkpoint %d is damaged (%s); trying an older one", step, reason)
-            warnings.warn(f"checkpoint {step} is damaged and passed over", stacklevel=2)
-            checkpoints.delete(step)
+            damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if sharding.as_first(not damage):
+            if several:
+                state = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+            return state, step
+        aside = pathlib.Path(checkpoints.directory).parent / f"damaged-{step}"
+        if jax.process_index() == 0:
+            logging.error("checkpoint %d is damaged (%s); it is kept as %s", step, damage, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(checkpoints.directory / str(step), aside)
+        warnings.warn(f"checkpoint {step} is damaged and passed over", stacklevel=2)
+        sharding.as_first(True)  # it is gone for everyone
+        checkpoints.reload()
     return None, 0
+
+
+def _read(path: os.PathLike):
+    """The tree of a checkpoint as NumPy arrays, without the other processes."""
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
+        metadata = reader.metadata(path)
+        tree = getattr(metadata, "item_metadata", metadata)
+        tree = getattr(tree, "tree", tree)
+        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+        return reader.restore(path, template)
 
 
 def load_variables(folder: str | os.PathLike, step: int | None = None):
@@ -59,13 +88,7 @@ def load_variables(folder: str | os.PathLike, step: int | None = None):
     if not (folder / "done.json").is_file():
         raise IcmError(f"the run {folder} has not finished; run it first (same command resumes it)")
     step = json.loads((folder / "done.json").read_text())["step"] if step is None else step
-    path = folder.absolute() / "checkpoints" / str(step) / "default"
-    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as reader:
-        metadata = reader.metadata(path)
-        tree = getattr(metadata, "item_metadata", metadata)
-        tree = getattr(tree, "tree", tree)
-        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
-        return reader.restore(path, template)["variables"]
+    return _read(folder.absolute() / "checkpoints" / str(step) / "default")["variables"]
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

@@ -69,8 +69,9 @@ def main(argv: list[str]) -> None:
             return
         if DISTRIBUTED.value or COORDINATOR.value:
             start_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        if keeps_programs():
+            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
         run_experiment(experiment, config, workdir, train=MODE.value == "train")
     except IcmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,6 +81,15 @@ def main(argv: list[str]) -> None:
             raise
         traceback.print_exc()
         _leave(1)
+
+
+def keeps_programs() -> bool:
+    """Whether compiled programs may be kept for the next start: with JAX 0.5.3, those of several
+    CPU devices hang or abort in their collectives when they are read again."""
+    import jax
+
+    several = jax.default_backend() == "cpu" and jax.device_count() > 1
+    return not several or jax.__version_info__ >= (0, 6)
 
 
 def _leave(code: int) -> None:

@@ -27,7 +27,7 @@ ALLOWED = {
     "evaluators": BASE | {"codecs", "entropy", "nets", "ops"},
     "sharding": BASE | {"ops"},
     "optim": BASE | {"ops"},
-    "checkpoint": BASE | {"ops", "codecs"},
+    "checkpoint": BASE | {"ops", "codecs", "sharding"},
 }
 UP_TO_TRAIN = set(ALLOWED)
 ALLOWED["train"] = UP_TO_TRAIN

@@ -36,7 +36,8 @@ def worker(base, *, devices=1, fsdp=1, wait=True, extra=(), **overrides):
     """Runs a small stage 1 in a process of its own; returns the finished or running process."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(base).parent / "compiled")
+    if jax.__version_info__ >= (0, 6) or (devices == 1 and not extra):  # see main.keeps_programs
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(base).parent / "compiled")
     given = json.dumps(dict(overrides, fsdp=fsdp))
     process = subprocess.Popen(
         [sys.executable, str(WORKER), str(base), given, *map(str, extra)],
