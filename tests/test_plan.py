@@ -65,6 +65,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %rs = f32[16]{0} reduce-scatter(%x), replica_groups={}, to_apply=%sum
   %m = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
   %n = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, to_apply=%sum
+  %o = f32[4]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
   ROOT %cp = f32[7]{0} collective-permute(%x), source_target_pairs={{0,1}}
 }
 """
@@ -81,12 +82,13 @@ def test_collectives_are_counted_as_by_hand():
         ("reduce-scatter", 64, 8, 1),
         ("all-reduce", 16, 4, 1),
         ("all-reduce", 16, 4, 1),
+        ("all-gather", 16, 4, 1),
         ("collective-permute", 28, 2, 1),
     ]
     assert plan.sent(PROGRAM, 8) == pytest.approx(
         {
             "all-reduce": 3 * 2 * 128 * 3 / 4 + 2 * 800 * 7 / 8 + 4 * 16 * 3 / 4,
-            "all-gather": 20 * 4 / 5 + 544 * 7 / 8,
+            "all-gather": 20 * 4 / 5 + 544 * 7 / 8 + 16 * 3 / 4,
             "reduce-scatter": 64 * 7,
             "collective-permute": 36 + 28,
         }
