@@ -26,7 +26,7 @@ import optax
 import tqdm
 from jax.experimental import multihost_utils
 
-from icm_jax import checkpoint, optim, sharding, views
+from icm_jax import checkpoint, ops, optim, sharding, views
 from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
@@ -275,8 +275,14 @@ def make_step(task: Task, optimiser, run):
 
 def compiled_step(task, optimiser, run, mesh, state):
     """`make_step` under jit; `state` gives the places of its own result, and is donated."""
+    pure = make_step(task, optimiser, run)
+
+    def step(*arguments):
+        with ops.traced_on(mesh):
+            return pure(*arguments)
+
     return jax.jit(
-        make_step(task, optimiser, run),
+        step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
     )

@@ -361,8 +361,10 @@ def test_parameters_are_sharded_over_their_largest_fitting_side():
         "big": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32),
         "odd": jax.ShapeDtypeStruct((65, 129), jnp.float32),
         "small": jax.ShapeDtypeStruct((4, 4), jnp.float32),
+        "queue": jax.ShapeDtypeStruct((3, 4, 5), jnp.float32),
     }
     specs = {k: tuple(v.spec) for k, v in sharding.state_shardings(mesh, shapes).items()}
+    assert specs.pop("queue") == (None, ("data", "fsdp"), None)  # as the rows of batches
     assert specs == {"big": (None, None, "fsdp"), "odd": (None, None), "small": (None, None)}
     with pytest.raises(IcmError, match="does not divide"):
         sharding.make_mesh(3)
