@@ -73,6 +73,7 @@ def demo() -> dict:
             clip_norm=1.0,
             fsdp=1,
             remat="none",
+            accumulate=1,
             ema=0.0,
         ),
         pretrain=dict(  # steps=0: the arms share the filter alone
@@ -316,6 +317,7 @@ def make_run(config, seed, name, task, stage, steps=0, start=()) -> ml_collectio
                 warmup_steps=stage.warmup_steps,
                 weight_decay=1e-4,
                 clip_norm=config.train.clip_norm,
+                accumulate=config.train.accumulate,
             ),
             batch_size=stage.batch_size or config.train.batch_size,
             steps=steps or stage.steps,

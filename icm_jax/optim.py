@@ -42,10 +42,19 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
     `config.plateau`). `update` is then given the loss as `value`. Counts and means are part of the
     optimiser's state, so a resumed run goes on with them.
 
+    With `config.accumulate` = k above 1, a step adds its gradients to a mean, and every k-th moves
+    the parameters by it: k steps of B rows are one of k·B. Lengths and schedules count steps all
+    the same: an update has the rate of the first of its k steps. Steps after the last whole k move
+    nothing.
+
     Weight decay, and the layer-wise rates of LARS, leave out vectors: biases, BatchNorm, GDN's β.
-    Raises: IcmError for an unknown optimiser.
+    Raises: IcmError for an unknown optimiser, or if `accumulate` is below 1.
     """
-    schedule = make_schedule(config, steps)
+    every = config.get("accumulate", 1)
+    if every < 1:
+        raise IcmError(f"train.accumulate is {every}; 1 moves the parameters at every step")
+    by_step = make_schedule(config, steps)
+    schedule = lambda updates: by_step(updates * every)  # noqa: E731
     decay = config.weight_decay
     makers = {
         "sgd": lambda: optax.chain(
@@ -62,6 +71,8 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
         raise IcmError(f"unknown optimiser {config.name!r}; choose one of {', '.join(makers)}")
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     chain = [*clip, makers[config.name]()]
+    if every > 1:
+        chain = [optax.MultiSteps(optax.chain(*chain), every).gradient_transformation()]
     if config.schedule == "plateau":
         own = config.plateau
         chain.append(

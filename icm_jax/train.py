@@ -264,7 +264,9 @@ def make_step(task: Task, optimiser, run):
         trained = optax.apply_updates(trained, updates)
         averaged = state.ema
         if run.ema:
-            averaged = optax.incremental_update(trained, averaged, 1 - run.ema)
+            updated = (state.step + 1) % run.optim.get("accumulate", 1) == 0
+            share = jnp.where(updated, jnp.float32(1 - run.ema), 0.0)
+            averaged = optax.incremental_update(trained, averaged, share)
         variables = {**state.variables, **aux.collections, "params": {**params, **trained}}
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
         state = TrainState(state.step + 1, variables, opt_state, averaged)

@@ -339,6 +339,29 @@ def test_a_rate_by_plateau_is_halved_where_the_loss_stalls():
     np.testing.assert_allclose(sizes, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_accumulated_steps_are_one_of_a_larger_batch(name):
+    own = dict(toy_run().optim, name=name, schedule="cosine", clip_norm=0.3)
+    images = np.random.default_rng(0).integers(0, 256, (4, 6, 4, 4, 3)).astype(np.uint8)
+
+    def averages(rows, **changes):
+        run = toy_run(steps=24 // rows, batch_size=rows, optim=own | changes)
+        optimiser = optim.make_optimiser(run.optim, run.steps)
+        init, _ = train.initial(toy(), optimiser, run, sharding.make_mesh())
+        step, state = jax.jit(train.make_step(toy(), optimiser, run)), init(jax.random.key(0), {})
+        for batch in images.reshape(-1, rows, 4, 4, 3):
+            state, _ = step(state, {"image": batch}, jax.random.key(0))
+            yield state.variables["params"]["w"]["v"], state.ema["w"]["v"]
+
+    whole = list(averages(6, warmup_steps=1))
+    small = list(averages(2, warmup_steps=3, accumulate=3))
+    np.testing.assert_allclose(small[2::3], whole, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(small[3::3], small[2:-1:3])  # in between nothing moves
+    assert np.abs(whole[-1]).min() > 1e-3
+    with pytest.raises(IcmError, match="accumulate is 0"):
+        optim.make_optimiser(ml_collections.ConfigDict(own | dict(accumulate=0)), 4)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
 def test_optimisers_descend_and_do_not_decay_vectors(name):
     config = dict(toy_run().optim, name=name, weight_decay=0.1, learning_rate=0.05)
