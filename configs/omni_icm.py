@@ -58,6 +58,7 @@ def demo() -> dict:
             size=96,
             crop=(0.9, 1.0),  # share of the area that a view shows, but in stage 1
             dtype="float32",
+            bn_groups=0,  # statistics of the global batch; of so many parts of it each by itself
             filter_channels=192,
             filter_widths=(16, 32, 64),
             codec_channels=48,

@@ -69,7 +69,7 @@ def momentum_at(step, momentum: float) -> jax.Array:
 
 
 def contrastive(config) -> Task:
-    """The task; fields of `config`: variant, width, size, crop, dtype, filter_channels,
+    """The task; fields of `config`: variant, width, size, crop, dtype, bn_groups, filter_channels,
     filter_widths, projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
     pretrain_filter. `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances
     do not need to be told apart (papers.md 5.2); the paper's own loss has l1 = 0.
@@ -83,8 +83,9 @@ def contrastive(config) -> Task:
     if config.negatives not in NEGATIVES:
         raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {NEGATIVES}")
     dtype = jnp.dtype(config.dtype)
-    head = resnet.Head(config.variant, config.width, dtype)
-    tail = resnet.Tail(config.variant, config.width, dtype=dtype)
+    groups = config.get("bn_groups", 0)
+    head = resnet.Head(config.variant, config.width, dtype, groups)
+    tail = resnet.Tail(config.variant, config.width, dtype=dtype, bn_groups=groups)
     projector = Projector(config.projector_hidden, config.embedding, dtype)
     codec = filter_codec(
         config.variant, config.width, config.filter_channels, tuple(config.filter_widths)
