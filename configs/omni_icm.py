@@ -75,6 +75,8 @@ def demo() -> dict:
             fsdp=1,
             remat="none",
             accumulate=1,
+            rate_scaling="none",  # or linear, sqrt: learning rates are then for rate_batch images
+            rate_batch=256,
             ema=0.0,
         ),
         pretrain=dict(  # steps=0: the arms share the filter alone
@@ -319,6 +321,8 @@ def make_run(config, seed, name, task, stage, steps=0, start=()) -> ml_collectio
                 weight_decay=1e-4,
                 clip_norm=config.train.clip_norm,
                 accumulate=config.train.accumulate,
+                rate_scaling=config.train.rate_scaling,
+                rate_batch=config.train.rate_batch,
             ),
             batch_size=stage.batch_size or config.train.batch_size,
             steps=steps or stage.steps,

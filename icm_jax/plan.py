@@ -131,7 +131,7 @@ def abstract_step(run, target: Target):
     mesh = sharding.make_mesh(run.fsdp, target.devices)
     sharding.check_batch(mesh, run.batch_size)
     task = build_task(counted(run))
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     _, state = initial(task, optimiser, run, mesh)
     sizes = pipeline.layout(
         DATASETS[run.data.name].keys,

@@ -76,7 +76,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     sharding.check_batch(mesh, run.batch_size)
     source = open_source(run.data, "train")
     task = build_task(complete(run.task, source))
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     start = [(checkpoint.load_variables(pathlib.Path(base) / n), p) for n, p in run.start]
     if run.get("weights"):
         start.append((detector_weights(run, source), None))

@@ -118,7 +118,7 @@ def test_a_plan_is_of_the_state_and_sends_gradients_and_keys_alone(tmp_path):
     run.task.update(negatives="both", queue=4096)
     record = plan.plan(run, plan.Target("two", jax.devices(), None))
     task = build_task(plan.counted(run))
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     init, _ = train.initial(task, optimiser, run, sharding.make_mesh(run.fsdp))
     state = jax.eval_shape(init, jax.random.key(0), dict(task.constants))
     size = {

@@ -221,7 +221,7 @@ def toy_batches(first, stop):
 def toy_fit(folder, run, task):
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(run.fsdp)
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     with checkpoint.manager(folder) as checkpoints:
         state, first = train.make_state(task, optimiser, run, mesh, checkpoints)
         batches = toy_batches(first, run.steps)
@@ -259,7 +259,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
         if file.is_file() and file.stat().st_size > 0:
             file.write_bytes(b"\0" * (file.stat().st_size // 2))
     mesh = sharding.make_mesh(1)
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     with (
         checkpoint.manager(tmp_path) as checkpoints,
         pytest.warns(UserWarning, match="passed over"),
@@ -324,7 +324,7 @@ def test_schedules_are_their_formulas():
 def test_a_rate_by_plateau_is_halved_where_the_loss_stalls():
     config = dict(toy_run().optim, name="sgd", learning_rate=1.0, weight_decay=0.0, clip_norm=0.0)
     config |= dict(schedule="plateau", warmup_steps=0, plateau=dict(interval=2, patience=3))
-    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100)
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100, 2)
     params = {"w": jnp.zeros((2, 2))}
     state, sizes = optimiser.init(params), []
     ones = {"w": jnp.ones((2, 2))}
@@ -339,6 +339,22 @@ def test_a_rate_by_plateau_is_halved_where_the_loss_stalls():
     np.testing.assert_allclose(sizes, expected, rtol=1e-5)
 
 
+def test_rates_follow_the_batch_by_their_rule():
+    given = {rule: optim.scaled(0.03, 1024, 256, rule) for rule in ("none", "linear", "sqrt")}
+    assert given == pytest.approx({"none": 0.03, "linear": 0.12, "sqrt": 0.06})
+    for rule, base in (("cubic", 256), ("linear", 0)):
+        with pytest.raises(IcmError, match=r"rate_scaling 'cubic'|rate_batch is 0"):
+            optim.scaled(0.03, 1024, base, rule)
+    # Accumulated steps count: SGD's first update is the rate times the gradient.
+    own = dict(toy_run().optim, rate_scaling="linear", rate_batch=4, accumulate=2)
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(own), 8, 16)
+    params = {"w": jnp.zeros(2)}
+    state = optimiser.init(params)
+    for _ in range(2):
+        updates, state = optimiser.update({"w": jnp.ones(2)}, state, params)
+    np.testing.assert_allclose(updates["w"], -0.1 * 16 * 2 / 4, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_accumulated_steps_are_one_of_a_larger_batch(name):
     own = dict(toy_run().optim, name=name, schedule="cosine", clip_norm=0.3)
@@ -346,7 +362,7 @@ def test_accumulated_steps_are_one_of_a_larger_batch(name):
 
     def averages(rows, **changes):
         run = toy_run(steps=24 // rows, batch_size=rows, optim=own | changes)
-        optimiser = optim.make_optimiser(run.optim, run.steps)
+        optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
         init, _ = train.initial(toy(), optimiser, run, sharding.make_mesh())
         step, state = jax.jit(train.make_step(toy(), optimiser, run)), init(jax.random.key(0), {})
         for batch in images.reshape(-1, rows, 4, 4, 3):
@@ -359,13 +375,13 @@ def test_accumulated_steps_are_one_of_a_larger_batch(name):
     np.testing.assert_array_equal(small[3::3], small[2:-1:3])  # in between nothing moves
     assert np.abs(whole[-1]).min() > 1e-3
     with pytest.raises(IcmError, match="accumulate is 0"):
-        optim.make_optimiser(ml_collections.ConfigDict(own | dict(accumulate=0)), 4)
+        optim.make_optimiser(ml_collections.ConfigDict(own | dict(accumulate=0)), 4, 2)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
 def test_optimisers_descend_and_do_not_decay_vectors(name):
     config = dict(toy_run().optim, name=name, weight_decay=0.1, learning_rate=0.05)
-    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100)
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100, 2)
     params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones((2,))}
     updates, _ = optimiser.update(
         jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params
@@ -375,7 +391,7 @@ def test_optimisers_descend_and_do_not_decay_vectors(name):
     if name != "adam":
         assert (decayed["matrix"] < 1).all()
     with pytest.raises(IcmError, match="unknown optimiser"):
-        optim.make_optimiser(ml_collections.ConfigDict(dict(config, name="sdg")), 100)
+        optim.make_optimiser(ml_collections.ConfigDict(dict(config, name="sdg")), 100, 2)
 
 
 def test_parameters_are_sharded_over_their_largest_fitting_side():
