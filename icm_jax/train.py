@@ -5,6 +5,7 @@ the random keys, the learning rate. So a run that was killed and started again e
 bits, and the same code runs on one device and on many processes.
 """
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -291,7 +292,11 @@ def compiled_step(task, optimiser, run, mesh, state):
 
 
 def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder) -> dict:
-    """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM."""
+    """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM.
+
+    While a step runs, the next batch is put on the devices, and the step before is waited for, so
+    that no more than three batches are there.
+    """
     step_of = compiled_step(task, optimiser, run, mesh, state)
     key = jax.jit(lambda: jax.random.key(run.seed), out_shardings=sharding.replicated(mesh))()
     log = Log(folder, first, run.batch_size)
@@ -304,17 +309,24 @@ def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder
         disable=jax.process_index() > 0,
         mininterval=1.0,
     )
-    metrics = {}
+    metrics, measured = {}, {}
+    placed = (sharding.global_batch(mesh, batch) for batch in batches)
+    batch = next(placed, None)
     with bar:
-        for number, batch in zip(range(first, run.steps), batches, strict=True):
-            state, measured = step_of(state, sharding.global_batch(mesh, batch), key)
+        for number in range(first, run.steps):
+            before = measured
+            state, measured = step_of(state, batch, key)
+            with log.waiting("input"):
+                batch = next(placed, None)
+            with log.waiting("device"):
+                jax.block_until_ready(before)
             log.add(number + 1, measured)
             bar.update()
             last, stop = number + 1 == run.steps, stopping()
             saves = last or (number + 1) % run.save_every == 0 or stop
             if saves or (number + 1) % run.log_every == 0:
                 metrics = log.write()
-                bar.set_postfix_str(_short(metrics))
+                bar.set_postfix_str(_short(metrics) + log.starving)
             if saves:
                 checkpoint.save(checkpoints, number + 1, state)
             if stop and not last:
@@ -325,13 +337,25 @@ def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder
     return metrics
 
 
+WAITS = ("input", "device")
+STARVING = 0.1  # of the time: more waiting for batches is said
+
+
 class Log:
-    """metrics.jsonl of a run: means over intervals, without lines of steps that were undone."""
+    """metrics.jsonl of a run: means over intervals, without lines of steps that were undone.
+
+    From the second interval on a line has images_per_second, and as shares of the interval's time
+    input_wait, in which the loop waited for the next batch, and device_wait, for results of steps.
+    Where the former is above `STARVING` and the latter, more or faster cores would make it faster,
+    and `starving` says so.
+    """
 
     def __init__(self, folder: pathlib.Path, first: int, batch_size: int):
         self._path, self._batch_size = folder / "metrics.jsonl", batch_size
         self._pending: list[tuple[int, dict]] = []
         self._since: float | None = None
+        self._waited = dict.fromkeys(WAITS, 0.0)  # seconds since the last line
+        self.starving = ""
         self._writer = _tensorboard(folder)
         if self._path.is_file() and jax.process_index() == 0:
             kept = [
@@ -345,9 +369,17 @@ class Log:
         """Keeps a step's metrics, still on the device."""
         self._pending.append((step, metrics))
 
+    @contextlib.contextmanager
+    def waiting(self, kind: str):
+        """Counts the time within as waited for the "input" or for the "device"."""
+        began = time.perf_counter()
+        yield
+        self._waited[kind] += time.perf_counter() - began
+
     def write(self) -> dict[str, float]:
         """Means since the last call. Raises IcmError naming the first step that is not finite."""
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
+        with self.waiting("device"):
+            fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
         for step, metrics in fetched:
             for name in sorted(metrics, key=lambda name: (name != "loss", name)):
                 if not np.isfinite(metrics[name]):
@@ -360,8 +392,14 @@ class Log:
         line = {"step": step, **means}
         now = time.perf_counter()
         if self._since is not None:  # the first interval would count compilation
-            line["images_per_second"] = self._batch_size * len(fetched) / (now - self._since)
+            spent = now - self._since
+            line["images_per_second"] = self._batch_size * len(fetched) / spent
+            waits = {kind: seconds / spent for kind, seconds in self._waited.items()}
+            line |= {f"{kind}_wait": share for kind, share in waits.items()}
+            starving = waits["input"] > max(STARVING, waits["device"])
+            self.starving = " input-bound" if starving else ""
         self._since, self._pending = now, []
+        self._waited = dict.fromkeys(WAITS, 0.0)
         if jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

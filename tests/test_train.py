@@ -54,9 +54,8 @@ def worker(base, *, devices=1, fsdp=1, wait=True, extra=(), **overrides):
 
 def losses(base):
     lines = (pathlib.Path(base) / "run" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines
-    ]
+    timed = ("images_per_second", "input_wait", "device_wait")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 @pytest.fixture(autouse=True)
@@ -218,13 +217,13 @@ def toy_batches(first, stop):
         yield {"image": images[step]}
 
 
-def toy_fit(folder, run, task):
+def toy_fit(folder, run, task, source=toy_batches):
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(run.fsdp)
     optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     with checkpoint.manager(folder) as checkpoints:
         state, first = train.make_state(task, optimiser, run, mesh, checkpoints)
-        batches = toy_batches(first, run.steps)
+        batches = source(first, run.steps)
         train.steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
         return train.make_state(task, optimiser, run, mesh, checkpoints)
 
@@ -243,6 +242,38 @@ def test_steps_equal_gradient_descent_by_hand(tmp_path):
     np.testing.assert_allclose(state.variables["params"]["w"]["v"], w, rtol=1e-4)
     np.testing.assert_allclose(state.ema["w"]["v"], ema, rtol=1e-4)
     np.testing.assert_array_equal(state.variables["params"]["frozen"]["v"], [1, 1])
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_the_step_is_compiled_once(tmp_path, monkeypatch, fsdp):
+    steps, original = [], train.compiled_step
+    monkeypatch.setattr(
+        train, "compiled_step", lambda *given: steps.append(original(*given)) or steps[-1]
+    )
+    for until in (4, 8):  # also where the state comes from a checkpoint
+        toy_fit(tmp_path, toy_run(steps=until, fsdp=fsdp), toy())
+    assert [step._cache_size() for step in steps] == [1, 1]
+
+
+@pytest.mark.parametrize("slow", ["input", "device"])
+def test_the_log_says_who_is_waited_for(tmp_path, capfd, slow):
+    def batches(first, stop):
+        for batch in toy_batches(first, stop):
+            time.sleep(0.05 if slow == "input" else 0.0)
+            yield batch
+
+    def loss(variables, batch, key, step):
+        total, aux = toy().loss(variables, batch, key, step)
+        rounds = 400 if slow == "device" else 0
+        turned = jax.lax.fori_loop(0, rounds, lambda i, x: jnp.tanh(x @ x), jnp.eye(128))
+        return total + 0 * jax.lax.stop_gradient(turned).sum(), aux
+
+    toy_fit(tmp_path, toy_run(), toy()._replace(loss=loss), batches)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    waits = [json.loads(line) for line in lines[1:]]
+    found = {kind: np.mean([own[f"{kind}_wait"] for own in waits]) for kind in train.WAITS}
+    assert found[slow] == max(found.values()) and sum(found.values()) <= 1
+    assert ("input-bound" in capfd.readouterr().err) == (slow == "input")
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
