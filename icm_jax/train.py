@@ -65,8 +65,9 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     Returns: the metrics of the last logging interval.
 
     Raises:
-      IcmError: unusable config, data or batch, a folder of another run, or a loss that is not
-        finite (named with its step; the last good checkpoint is kept).
+      IcmError: unusable config, data or batch, a folder of another run, a loss that is not finite
+        (named with its step; the last good checkpoint is kept), or a checkpoint that cannot be
+        written.
     """
     folder = pathlib.Path(base) / run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -330,10 +331,10 @@ def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder
             if saves:
                 checkpoint.save(checkpoints, number + 1, state)
             if stop and not last:
-                checkpoints.wait_until_finished()
+                checkpoint.wait(checkpoints)
                 bar.close()
                 raise SystemExit(f"stopped at step {number + 1} of {run.name}; state is saved")
-    checkpoints.wait_until_finished()
+    checkpoint.wait(checkpoints)
     return metrics
 
 

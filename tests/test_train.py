@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -281,6 +282,41 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
         toy_fit(tmp_path, toy_run(), toy(np.nan))
     with checkpoint.manager(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
+    """The system refuses files above 100 kB, as a full disk would, to orbax's writing thread."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def init(key, batch):
+        return toy().init(key, batch) | {"large": {"v": jax.random.normal(key, (100_000,))}}
+
+    task = toy()._replace(init=init)
+    toy_fit(tmp_path, toy_run(steps=4), task)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(IcmError, match=r"cannot write a checkpoint to .* same command resumes"):
+            toy_fit(tmp_path, toy_run(), task)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert toy_fit(tmp_path, toy_run(), task)[1] == 8
+
+
+@pytest.mark.parametrize("place", ["save", "wait_until_finished", "close"])
+def test_errors_of_the_writer_name_the_folder(tmp_path, monkeypatch, place):
+    def lost(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: storage is gone\nmore")
+
+    with (
+        pytest.raises(IcmError, match=f"{tmp_path}.*storage is gone. Earlier ones are kept"),
+        checkpoint.manager(tmp_path) as checkpoints,
+    ):
+        monkeypatch.setattr(checkpoints, place, lost)
+        checkpoint.save(checkpoints, 1, {"x": jnp.zeros(2)})
+        checkpoint.wait(checkpoints)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
