@@ -63,6 +63,7 @@ def demo() -> dict:
             save_every=500,
             fsdp=1,
             remat="none",
+            accumulate=1,
             ema=0.0,
         ),
         before=dict(model=dict(), train=dict()),  # a first run with these changes, if there are any
@@ -185,6 +186,7 @@ def make_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.Con
                 warmup_steps=train.warmup_steps,
                 weight_decay=0.0,
                 clip_norm=train.clip_norm,
+                accumulate=train.accumulate,
             ),
             batch_size=train.batch_size,
             steps=train.steps,

@@ -74,6 +74,7 @@ def demo() -> dict:
             save_every=200,
             fsdp=1,
             remat="none",
+            accumulate=1,
             ema=0.0,
         ),
         speed=16,  # images of a batch when speed is measured; 0: it is not
@@ -142,6 +143,7 @@ def make_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
                 warmup_steps=train.warmup_steps,
                 weight_decay=train.weight_decay,
                 clip_norm=train.clip_norm,
+                accumulate=train.accumulate,
             ),
             batch_size=train.batch_size,
             steps=train.steps,

@@ -58,6 +58,7 @@ def demo() -> dict:
             size=96,
             crop=(0.9, 1.0),  # share of the area that a view shows, but in stage 1
             dtype="float32",
+            bn_groups=0,  # statistics of the global batch; of so many parts of it each by itself
             filter_channels=192,
             filter_widths=(16, 32, 64),
             codec_channels=48,
@@ -73,6 +74,9 @@ def demo() -> dict:
             clip_norm=1.0,
             fsdp=1,
             remat="none",
+            accumulate=1,
+            rate_scaling="none",  # or linear, sqrt: learning rates are then for rate_batch images
+            rate_batch=256,
             ema=0.0,
         ),
         pretrain=dict(  # steps=0: the arms share the filter alone
@@ -316,6 +320,9 @@ def make_run(config, seed, name, task, stage, steps=0, start=()) -> ml_collectio
                 warmup_steps=stage.warmup_steps,
                 weight_decay=1e-4,
                 clip_norm=config.train.clip_norm,
+                accumulate=config.train.accumulate,
+                rate_scaling=config.train.rate_scaling,
+                rate_batch=config.train.rate_batch,
             ),
             batch_size=stage.batch_size or config.train.batch_size,
             steps=steps or stage.steps,

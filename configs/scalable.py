@@ -84,6 +84,7 @@ def demo() -> dict:
             keep_every=500,  # for the redundancy during training; a multiple of save_every
             fsdp=1,
             remat="none",
+            accumulate=1,
             ema=0.0,
         ),
     )
@@ -197,6 +198,7 @@ def make_run(config, found, arm, lmbda, task, start, steps) -> ml_collections.Co
                 warmup_steps=train.warmup_steps,
                 weight_decay=0.0,
                 clip_norm=train.clip_norm,
+                accumulate=train.accumulate,
             ),
             batch_size=train.batch_size,
             steps=steps,

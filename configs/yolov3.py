@@ -60,6 +60,7 @@ def demo() -> dict:
             save_every=500,
             fsdp=1,
             remat="none",
+            accumulate=1,
             ema=0.0,
         ),
         weights="",  # a Darknet file to start from; with train.steps=0 it is taken as it is
@@ -120,6 +121,7 @@ def make_run(config, seed: int) -> ml_collections.ConfigDict:
                 warmup_steps=train.warmup_steps,
                 weight_decay=train.weight_decay,
                 clip_norm=train.clip_norm,
+                accumulate=train.accumulate,
             ),
             batch_size=train.batch_size,
             steps=train.steps,

@@ -1,5 +1,6 @@
 """Saving and restoring a run with orbax: asynchronous, atomic, onto any number of devices."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,20 +18,49 @@ from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
 
 
-def manager(folder: str | os.PathLike, keep: int = 2, period: int = 0) -> ocp.CheckpointManager:
-    """The checkpoints of one run; the newest `keep` stay, and those of every `period` steps."""
+@contextlib.contextmanager
+def manager(folder: str | os.PathLike, keep: int = 2, period: int = 0):
+    """The checkpoints of one run; the newest `keep` stay, and those of every `period` steps.
+
+    Leaving waits until all is written; raises IcmError as `wait` does.
+    """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, keep_period=period or None, enable_async_checkpointing=True
     )
-    return ocp.CheckpointManager(pathlib.Path(folder).absolute() / "checkpoints", options=options)
+    path = pathlib.Path(folder).absolute() / "checkpoints"
+    checkpoints = ocp.CheckpointManager(path, options=options)
+    try:
+        yield checkpoints
+    finally:
+        with _writing(checkpoints):
+            checkpoints.close()
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state) -> None:
-    """Starts writing; the state may be donated right after. Raises IcmError if the disk refuses."""
-    try:
+    """Starts writing; the state may be donated right after.
+
+    Raises: IcmError if this or the writing of an earlier step fails (full disk, lost storage).
+    """
+    with _writing(checkpoints):
         checkpoints.save(step, args=ocp.args.StandardSave(state), force=True)
-    except OSError as error:
-        raise IcmError(f"cannot save step {step}: {error}; earlier checkpoints are kept") from error
+
+
+def wait(checkpoints: ocp.CheckpointManager) -> None:
+    """Returns when all is written. Raises IcmError if it cannot be."""
+    with _writing(checkpoints):
+        checkpoints.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _writing(checkpoints):
+    try:
+        yield
+    except Exception as error:  # orbax, tensorstore and the system have no common base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise IcmError(
+            f"cannot write a checkpoint to {checkpoints.directory}: {reason}. Earlier ones are "
+            "kept: once there is room, or the storage is back, the same command resumes"
+        ) from error
 
 
 def restore_newest(checkpoints: ocp.CheckpointManager, abstract):

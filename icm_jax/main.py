@@ -165,7 +165,7 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
     workdir.mkdir(parents=True, exist_ok=True)
     runs = experiment.runs(config)
     for run in runs:  # a wrong rate of the last run is said before the first is trained
-        make_optimiser(run.optim, run.steps)
+        make_optimiser(run.optim, run.steps, run.batch_size)
     for number, run in enumerate(runs, 1):
         if train:
             if first:

@@ -1,10 +1,33 @@
-"""Parameter-free array functions: bounds, rounding, noise, colour scaling."""
+"""Parameter-free array functions: bounds, rounding, noise, colour scaling, places on devices."""
+
+import contextlib
+import contextvars
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+_mesh: contextvars.ContextVar = contextvars.ContextVar("mesh", default=None)
+
+
+@contextlib.contextmanager
+def traced_on(mesh):
+    """Within, functions are traced for the devices of this mesh."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+def on_each_device(x: jax.Array) -> jax.Array:
+    """x, gathered so that each device holds all of it; x itself where no mesh is `traced_on`."""
+    mesh = _mesh.get()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())) if mesh else x
 
 
 @jax.custom_vjp

@@ -7,6 +7,8 @@ import optax.contrib
 from icm_jax.errors import IcmError
 
 SCHEDULES = ("constant", "cosine", "linear", "plateau")
+SCALINGS = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
+"""Rules for the learning rate of large batches: powers of the batch's size."""
 HALVINGS = 5  # of a learning rate that goes by plateau
 
 
@@ -34,18 +36,46 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimiser(config, steps: int) -> optax.GradientTransformation:
+def scaled(rate: float, batch: int, base: int, rule: str) -> float:
+    """`rate`, given for batches of `base`, at another size: linear after Goyal et al. 2017, "sqrt"
+    after Krizhevsky 2014 and, with LAMB, You et al. 2020.
+
+    Raises: IcmError for an unknown rule or a base below 1.
+    """
+    if rule not in SCALINGS:
+        raise IcmError(f"unknown rate_scaling {rule!r}; choose one of {', '.join(SCALINGS)}")
+    if base < 1:
+        raise IcmError(f"rate_batch is {base}; it is the batch size that learning rates are for")
+    return rate * (batch / base) ** SCALINGS[rule]
+
+
+def make_optimiser(config, steps: int, batch_size: int) -> optax.GradientTransformation:
     """config: name, weight_decay, clip_norm (0 = off) and the schedule's fields.
+
+    Where it has `rate_scaling`, the learning rate is that for `config.rate_batch` images, `scaled`
+    to the images of an update: batch_size, those of a step, times `config.accumulate`.
 
     With the schedule "plateau" the rate is halved, at most `HALVINGS` times, whenever the mean of
     the training loss over `interval` steps has not fallen `patience` times in a row (fields of
     `config.plateau`). `update` is then given the loss as `value`. Counts and means are part of the
     optimiser's state, so a resumed run goes on with them.
 
+    With `config.accumulate` = k above 1, a step adds its gradients to a mean, and every k-th moves
+    the parameters by it: k steps of B rows are one of k·B. Lengths and schedules count steps all
+    the same: an update has the rate of the first of its k steps. Steps after the last whole k move
+    nothing.
+
     Weight decay, and the layer-wise rates of LARS, leave out vectors: biases, BatchNorm, GDN's β.
-    Raises: IcmError for an unknown optimiser.
+    Raises: IcmError for an unknown optimiser, or if `accumulate` is below 1.
     """
-    schedule = make_schedule(config, steps)
+    every = config.get("accumulate", 1)
+    if every < 1:
+        raise IcmError(f"train.accumulate is {every}; 1 moves the parameters at every step")
+    by_step = make_schedule(config, steps)
+    factor = scaled(
+        1.0, batch_size * every, config.get("rate_batch", 256), config.get("rate_scaling", "none")
+    )
+    schedule = lambda updates: factor * by_step(updates * every)  # noqa: E731
     decay = config.weight_decay
     makers = {
         "sgd": lambda: optax.chain(
@@ -62,6 +92,8 @@ def make_optimiser(config, steps: int) -> optax.GradientTransformation:
         raise IcmError(f"unknown optimiser {config.name!r}; choose one of {', '.join(makers)}")
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     chain = [*clip, makers[config.name]()]
+    if every > 1:
+        chain = [optax.MultiSteps(optax.chain(*chain), every).gradient_transformation()]
     if config.schedule == "plateau":
         own = config.plateau
         chain.append(

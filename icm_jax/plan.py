@@ -131,7 +131,7 @@ def abstract_step(run, target: Target):
     mesh = sharding.make_mesh(run.fsdp, target.devices)
     sharding.check_batch(mesh, run.batch_size)
     task = build_task(counted(run))
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     _, state = initial(task, optimiser, run, mesh)
     sizes = pipeline.layout(
         DATASETS[run.data.name].keys,
@@ -291,7 +291,8 @@ def _within(bodies, name: str, times: int, devices: int) -> Iterator[Collective]
 
 def _group(line: str, devices: int) -> int:
     """Devices in a group, which XLA writes in one of these ways: {{0,1},{2,3}}; {} for all;
-    [groups,devices]<=[...]; mesh['a'=2,'b'=4] {'b'}, axes of a mesh or parts 'b':(before)size."""
+    [groups,devices]<=[...]; mesh['a'=2,'b'=4] {'b'}, axes of a mesh or parts 'b':(before)size, also
+    with device_ids=([2,4]T(1,0)) between, the order of its devices."""
     groups = line.partition("replica_groups=")[2]
     if re.match(r"\{\{", groups):
         return groups[: groups.index("}")].count(",") + 1
@@ -299,7 +300,7 @@ def _group(line: str, devices: int) -> int:
         return devices
     if compact := re.match(r"\[(\d+),(\d+)\]", groups):
         return int(compact[2])
-    if mesh := re.match(r"\w*mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}", groups):
+    if mesh := re.match(r"\w*mesh\w*\[([^\]]*)\](?:, device_ids=\S+)?\s*\{([^}]*)\}", groups):
         sides = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
         return math.prod(int(part) if part else sides[name] for name, part in parts)

@@ -28,19 +28,22 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
 def state_shardings(mesh: Mesh, shapes):
     """A sharding for each array of a tree of shapes: the largest dimension that `fsdp` divides.
 
-    Small arrays, and those that no dimension divides, are replicated.
+    Small arrays, and those that no dimension divides, are replicated. A "queue" of batches
+    [slots, B, ...] is split as these are, so that its newest is written without being sent.
     """
     fsdp = mesh.shape["fsdp"]
 
-    def place(shape):
+    def place(path, shape):
         spec = [None] * len(shape.shape)
-        if fsdp > 1 and math.prod(shape.shape) >= _SMALL:
+        if len(spec) > 1 and jax.tree_util.DictKey("queue") in path:
+            spec[1] = AXES
+        elif fsdp > 1 and math.prod(shape.shape) >= _SMALL:
             fitting = [axis for axis, size in enumerate(shape.shape) if size % fsdp == 0]
             if fitting:
                 spec[max(fitting, key=lambda axis: shape.shape[axis])] = "fsdp"
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(place, shapes)
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -5,6 +5,7 @@ the random keys, the learning rate. So a run that was killed and started again e
 bits, and the same code runs on one device and on many processes.
 """
 
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -26,7 +27,7 @@ import optax
 import tqdm
 from jax.experimental import multihost_utils
 
-from icm_jax import checkpoint, optim, sharding, views
+from icm_jax import checkpoint, ops, optim, sharding, views
 from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
@@ -64,8 +65,9 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     Returns: the metrics of the last logging interval.
 
     Raises:
-      IcmError: unusable config, data or batch, a folder of another run, or a loss that is not
-        finite (named with its step; the last good checkpoint is kept).
+      IcmError: unusable config, data or batch, a folder of another run, a loss that is not finite
+        (named with its step; the last good checkpoint is kept), or a checkpoint that cannot be
+        written.
     """
     folder = pathlib.Path(base) / run.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     sharding.check_batch(mesh, run.batch_size)
     source = open_source(run.data, "train")
     task = build_task(complete(run.task, source))
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     start = [(checkpoint.load_variables(pathlib.Path(base) / n), p) for n, p in run.start]
     if run.get("weights"):
         start.append((detector_weights(run, source), None))
@@ -264,7 +266,9 @@ def make_step(task: Task, optimiser, run):
         trained = optax.apply_updates(trained, updates)
         averaged = state.ema
         if run.ema:
-            averaged = optax.incremental_update(trained, averaged, 1 - run.ema)
+            updated = (state.step + 1) % run.optim.get("accumulate", 1) == 0
+            share = jnp.where(updated, jnp.float32(1 - run.ema), 0.0)
+            averaged = optax.incremental_update(trained, averaged, share)
         variables = {**state.variables, **aux.collections, "params": {**params, **trained}}
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
         state = TrainState(state.step + 1, variables, opt_state, averaged)
@@ -275,15 +279,25 @@ def make_step(task: Task, optimiser, run):
 
 def compiled_step(task, optimiser, run, mesh, state):
     """`make_step` under jit; `state` gives the places of its own result, and is donated."""
+    pure = make_step(task, optimiser, run)
+
+    def step(*arguments):
+        with ops.traced_on(mesh):
+            return pure(*arguments)
+
     return jax.jit(
-        make_step(task, optimiser, run),
+        step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
     )
 
 
 def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder) -> dict:
-    """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM."""
+    """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM.
+
+    While a step runs, the next batch is put on the devices, and the step before is waited for, so
+    that no more than three batches are there.
+    """
     step_of = compiled_step(task, optimiser, run, mesh, state)
     key = jax.jit(lambda: jax.random.key(run.seed), out_shardings=sharding.replicated(mesh))()
     log = Log(folder, first, run.batch_size)
@@ -296,34 +310,53 @@ def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder
         disable=jax.process_index() > 0,
         mininterval=1.0,
     )
-    metrics = {}
+    metrics, measured = {}, {}
+    placed = (sharding.global_batch(mesh, batch) for batch in batches)
+    batch = next(placed, None)
     with bar:
-        for number, batch in zip(range(first, run.steps), batches, strict=True):
-            state, measured = step_of(state, sharding.global_batch(mesh, batch), key)
+        for number in range(first, run.steps):
+            before = measured
+            state, measured = step_of(state, batch, key)
+            with log.waiting("input"):
+                batch = next(placed, None)
+            with log.waiting("device"):
+                jax.block_until_ready(before)
             log.add(number + 1, measured)
             bar.update()
             last, stop = number + 1 == run.steps, stopping()
             saves = last or (number + 1) % run.save_every == 0 or stop
             if saves or (number + 1) % run.log_every == 0:
                 metrics = log.write()
-                bar.set_postfix_str(_short(metrics))
+                bar.set_postfix_str(_short(metrics) + log.starving)
             if saves:
                 checkpoint.save(checkpoints, number + 1, state)
             if stop and not last:
-                checkpoints.wait_until_finished()
+                checkpoint.wait(checkpoints)
                 bar.close()
                 raise SystemExit(f"stopped at step {number + 1} of {run.name}; state is saved")
-    checkpoints.wait_until_finished()
+    checkpoint.wait(checkpoints)
     return metrics
 
 
+WAITS = ("input", "device")
+STARVING = 0.1  # of the time: more waiting for batches is said
+
+
 class Log:
-    """metrics.jsonl of a run: means over intervals, without lines of steps that were undone."""
+    """metrics.jsonl of a run: means over intervals, without lines of steps that were undone.
+
+    From the second interval on a line has images_per_second, and as shares of the interval's time
+    input_wait, in which the loop waited for the next batch, and device_wait, for results of steps.
+    Where the former is above `STARVING` and the latter, more or faster cores would make it faster,
+    and `starving` says so.
+    """
 
     def __init__(self, folder: pathlib.Path, first: int, batch_size: int):
         self._path, self._batch_size = folder / "metrics.jsonl", batch_size
         self._pending: list[tuple[int, dict]] = []
         self._since: float | None = None
+        self._waited = dict.fromkeys(WAITS, 0.0)  # seconds since the last line
+        self.starving = ""
         self._writer = _tensorboard(folder)
         if self._path.is_file() and jax.process_index() == 0:
             kept = [
@@ -337,9 +370,17 @@ class Log:
         """Keeps a step's metrics, still on the device."""
         self._pending.append((step, metrics))
 
+    @contextlib.contextmanager
+    def waiting(self, kind: str):
+        """Counts the time within as waited for the "input" or for the "device"."""
+        began = time.perf_counter()
+        yield
+        self._waited[kind] += time.perf_counter() - began
+
     def write(self) -> dict[str, float]:
         """Means since the last call. Raises IcmError naming the first step that is not finite."""
-        fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
+        with self.waiting("device"):
+            fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
         for step, metrics in fetched:
             for name in sorted(metrics, key=lambda name: (name != "loss", name)):
                 if not np.isfinite(metrics[name]):
@@ -352,8 +393,14 @@ class Log:
         line = {"step": step, **means}
         now = time.perf_counter()
         if self._since is not None:  # the first interval would count compilation
-            line["images_per_second"] = self._batch_size * len(fetched) / (now - self._since)
+            spent = now - self._since
+            line["images_per_second"] = self._batch_size * len(fetched) / spent
+            waits = {kind: seconds / spent for kind, seconds in self._waited.items()}
+            line |= {f"{kind}_wait": share for kind, share in waits.items()}
+            starving = waits["input"] > max(STARVING, waits["device"])
+            self.starving = " input-bound" if starving else ""
         self._since, self._pending = now, []
+        self._waited = dict.fromkeys(WAITS, 0.0)
         if jax.process_index() == 0:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -10,6 +10,7 @@ import simplejpeg
 from PIL import Image
 
 from icm_jax.data import geometry, jpeg, pipeline
+from icm_jax.data.resize import bilinear
 from icm_jax.data.sources import Objects, Source
 from icm_jax.errors import IcmError
 
@@ -244,6 +245,34 @@ def test_image_and_mask_stay_aligned(height, width, canvas):
     labels = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
     assert fitted.shape == labels.shape == canvas
     assert np.abs(fitted.sum(axis=1) - labels.sum(axis=1, dtype=int)).max() <= 1
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+    sides=st.tuples(*[st.integers(1, 60)] * 4),
+    edges=st.tuples(*[st.floats(0, 1)] * 4),
+    whole=st.booleans(),
+)
+def test_resizing_is_pillows(sides, edges, whole):
+    height, width, *size = sides
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    (left, right), (top, bottom) = sorted(edges[:2]), sorted(edges[2:])
+    box = (
+        left * (width - 1),
+        top * (height - 1),
+        right * (width - 1) + 1,
+        bottom * (height - 1) + 1,
+    )
+    box = None if whole else box
+    expected = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, box)
+    given = bilinear(image, size, box)
+    np.testing.assert_allclose(given.astype(int), np.asarray(expected, int), atol=1)
+
+
+@pytest.mark.parametrize("value", [0, 1, 200, 255])
+def test_resizing_keeps_flat_areas(value):
+    image = np.full((1200, 701, 3), value, np.uint8)
+    assert (bilinear(image, (3, 5)) == value).all() and (bilinear(image, (999, 7)) == value).all()
 
 
 def shown(boxes, labels, ignored, size=(30, 20)):

@@ -14,12 +14,13 @@ import optax
 import pytest
 from test_main import ROOT, main
 
-from icm_jax import optim, plan, sharding, train
+from icm_jax import ops, optim, plan, sharding, train
 from icm_jax.data import DATASETS, open_source, pipeline
 from icm_jax.errors import IcmError
 from icm_jax.main import load_experiment
 from icm_jax.nets.layers import GDN
 from icm_jax.tasks import build_task
+from icm_jax.tasks.contrastive import info_nce
 from icm_jax.tasks.task import Aux, Task
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # orbax's and optax's own
@@ -65,6 +66,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %rs = f32[16]{0} reduce-scatter(%x), replica_groups={}, to_apply=%sum
   %m = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
   %n = f32[4]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, to_apply=%sum
+  %o = f32[4]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
   ROOT %cp = f32[7]{0} collective-permute(%x), source_target_pairs={{0,1}}
 }
 """
@@ -81,12 +83,13 @@ def test_collectives_are_counted_as_by_hand():
         ("reduce-scatter", 64, 8, 1),
         ("all-reduce", 16, 4, 1),
         ("all-reduce", 16, 4, 1),
+        ("all-gather", 16, 4, 1),
         ("collective-permute", 28, 2, 1),
     ]
     assert plan.sent(PROGRAM, 8) == pytest.approx(
         {
             "all-reduce": 3 * 2 * 128 * 3 / 4 + 2 * 800 * 7 / 8 + 4 * 16 * 3 / 4,
-            "all-gather": 20 * 4 / 5 + 544 * 7 / 8,
+            "all-gather": 20 * 4 / 5 + 544 * 7 / 8 + 16 * 3 / 4,
             "reduce-scatter": 64 * 7,
             "collective-permute": 36 + 28,
         }
@@ -115,7 +118,7 @@ def test_a_plan_is_of_the_state_and_sends_gradients_and_keys_alone(tmp_path):
     run.task.update(negatives="both", queue=4096)
     record = plan.plan(run, plan.Target("two", jax.devices(), None))
     task = build_task(plan.counted(run))
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     init, _ = train.initial(task, optimiser, run, sharding.make_mesh(run.fsdp))
     state = jax.eval_shape(init, jax.random.key(0), dict(task.constants))
     size = {
@@ -129,6 +132,41 @@ def test_a_plan_is_of_the_state_and_sends_gradients_and_keys_alone(tmp_path):
     keys = 4 * run.batch_size * run.task.embedding
     gathered = {kind: size for kind, size in record["largest"].items() if kind != "all-reduce"}
     assert gathered and max(gathered.values()) <= keys, gathered
+
+
+@pytest.mark.parametrize("negatives", ["queue", "both"])
+def test_negatives_of_all_devices_stay_where_they_are(negatives):
+    n, k, d = 8, 512, 16
+    rng = np.random.default_rng(0)
+    query, keys, queue = (rng.normal(size=s).astype("f") for s in [(n, d), (n, d), (k // n, n, d)])
+    of = jax.value_and_grad(lambda *a: info_nce(*a, 4.0, negatives), has_aux=True)
+    mesh = sharding.make_mesh()
+    rows = sharding.batch_sharding(mesh)
+    slots = sharding.state_shardings(mesh, {"queue": queue})["queue"]
+    with ops.traced_on(mesh):
+        places = (rows, rows, slots)
+        compiled = jax.jit(of, in_shardings=places).lower(query, keys, queue).compile()
+    given = compiled(*map(jax.device_put, (query, keys, queue), places))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given, of(query, keys, queue)
+    )
+    program = compiled.as_text()
+    assert max(own.size for own in plan.collectives(program, mesh.size)) <= 3 * query.nbytes
+    local = f"f32[{n},{k // n},{n // mesh.size}]"
+    assert local in program and f"f32[{n},{k // n},{n}]" not in program
+
+
+def test_eight_devices_gather_neither_queue_nor_activations(tmp_path):
+    flags = ("--only=*/omni/stage1", "--config.train.batch_size=16", "--config.stage1.queue=8192")
+    flags += ("--mode=plan", "--topology=cpu:8", "--config.stage1.negatives=both")
+    done = main(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (record,) = json.loads((tmp_path / "plan.json").read_text())
+    keys, queue = (4 * rows * 16 for rows in (16, 8192))  # float32 [rows, embedding]
+    assert record["largest"].pop("all-reduce") <= record["parameters"]
+    assert max(record["largest"].values()) <= keys
+    assert record["sent"]["all-reduce"] < 2 * record["parameters"] + keys
+    assert record["others"] < queue / 8 + 2 * record["parameters"]
 
 
 def plan_bytes(tree):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icm_jax import plan, sharding
 from icm_jax.cost import multiply_accumulates
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
@@ -268,3 +269,36 @@ def test_cresnets_begin_at_an_eighth(output_stride, sides):
         lambda x: tail.init_with_output(jax.random.key(0), x, train=False), code
     )
     assert tuple(x.shape[1] for x in outputs) == sides
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2, 4])
+def test_groups_of_a_batch_are_normalised_each_by_itself(groups):
+    x = RNG.normal(2, 3, (8, 3, 3, 5)).astype(np.float32)
+    bn = resnet.BatchNorm(groups=groups)
+    variables = bn.init(jax.random.key(0), x[:1], train=False)
+    y, updated = bn.apply(variables, x, train=True, mutable=["batch_stats"])
+    parts = np.split(x, max(groups, 1))
+    ours = dict(scale=np.ones(5), bias=np.zeros(5))
+    expected = [norm(part, ours, None, True) for part in parts]
+    np.testing.assert_allclose(y, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+    for name, before in (("mean", 0), ("var", 1)):
+        own = np.mean([getattr(part, name)((0, 1, 2)) for part in parts], axis=0)
+        given = updated["batch_stats"][name]
+        np.testing.assert_allclose(given, 0.9 * before + 0.1 * own, rtol=1e-4)
+    if groups == 4:
+        with pytest.raises(IcmError, match="4 groups do not divide a batch of 6"):
+            bn.apply(variables, x[:6], train=True, mutable=["batch_stats"])
+
+
+def test_groups_as_many_as_devices_send_nothing():
+    rows = sharding.batch_sharding(sharding.make_mesh())
+    x = jax.ShapeDtypeStruct((4, 4, 4, 8), jnp.float32, sharding=rows)
+
+    def sent(groups):
+        layer = resnet.Layer("basic", 2, 8, bn_groups=groups)
+        variables = layer.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)), train=False)
+        of = lambda x: layer.apply(variables, x, train=True, mutable=["batch_stats"])[0]  # noqa: E731
+        gradient = jax.jit(jax.grad(lambda x: jnp.square(of(x)).sum()), out_shardings=rows)
+        return plan.sent(gradient.lower(x).compile().as_text(), 2)
+
+    assert sent(0) and not sent(2)

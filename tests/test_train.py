@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -55,9 +56,8 @@ def worker(base, *, devices=1, fsdp=1, wait=True, extra=(), **overrides):
 
 def losses(base):
     lines = (pathlib.Path(base) / "run" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines
-    ]
+    timed = ("images_per_second", "input_wait", "device_wait")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
 @pytest.fixture(autouse=True)
@@ -219,13 +219,13 @@ def toy_batches(first, stop):
         yield {"image": images[step]}
 
 
-def toy_fit(folder, run, task):
+def toy_fit(folder, run, task, source=toy_batches):
     folder.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(run.fsdp)
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     with checkpoint.manager(folder) as checkpoints:
         state, first = train.make_state(task, optimiser, run, mesh, checkpoints)
-        batches = toy_batches(first, run.steps)
+        batches = source(first, run.steps)
         train.steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
         return train.make_state(task, optimiser, run, mesh, checkpoints)
 
@@ -246,11 +246,78 @@ def test_steps_equal_gradient_descent_by_hand(tmp_path):
     np.testing.assert_array_equal(state.variables["params"]["frozen"]["v"], [1, 1])
 
 
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_the_step_is_compiled_once(tmp_path, monkeypatch, fsdp):
+    steps, original = [], train.compiled_step
+    monkeypatch.setattr(
+        train, "compiled_step", lambda *given: steps.append(original(*given)) or steps[-1]
+    )
+    for until in (4, 8):  # also where the state comes from a checkpoint
+        toy_fit(tmp_path, toy_run(steps=until, fsdp=fsdp), toy())
+    assert [step._cache_size() for step in steps] == [1, 1]
+
+
+@pytest.mark.parametrize("slow", ["input", "device"])
+def test_the_log_says_who_is_waited_for(tmp_path, capfd, slow):
+    def batches(first, stop):
+        for batch in toy_batches(first, stop):
+            time.sleep(0.05 if slow == "input" else 0.0)
+            yield batch
+
+    def loss(variables, batch, key, step):
+        total, aux = toy().loss(variables, batch, key, step)
+        rounds = 400 if slow == "device" else 0
+        turned = jax.lax.fori_loop(0, rounds, lambda i, x: jnp.tanh(x @ x), jnp.eye(128))
+        return total + 0 * jax.lax.stop_gradient(turned).sum(), aux
+
+    toy_fit(tmp_path, toy_run(), toy()._replace(loss=loss), batches)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    waits = [json.loads(line) for line in lines[1:]]
+    found = {kind: np.mean([own[f"{kind}_wait"] for own in waits]) for kind in train.WAITS}
+    assert found[slow] == max(found.values()) and sum(found.values()) <= 1
+    assert ("input-bound" in capfd.readouterr().err) == (slow == "input")
+
+
 def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
     with pytest.raises(IcmError, match="loss is nan at step 6"):
         toy_fit(tmp_path, toy_run(), toy(np.nan))
     with checkpoint.manager(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
+    """The system refuses files above 100 kB, as a full disk would, to orbax's writing thread."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def init(key, batch):
+        return toy().init(key, batch) | {"large": {"v": jax.random.normal(key, (100_000,))}}
+
+    task = toy()._replace(init=init)
+    toy_fit(tmp_path, toy_run(steps=4), task)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(IcmError, match=r"cannot write a checkpoint to .* same command resumes"):
+            toy_fit(tmp_path, toy_run(), task)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with checkpoint.manager(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert toy_fit(tmp_path, toy_run(), task)[1] == 8
+
+
+@pytest.mark.parametrize("place", ["save", "wait_until_finished", "close"])
+def test_errors_of_the_writer_name_the_folder(tmp_path, monkeypatch, place):
+    def lost(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: storage is gone\nmore")
+
+    with (
+        pytest.raises(IcmError, match=f"{tmp_path}.*storage is gone. Earlier ones are kept"),
+        checkpoint.manager(tmp_path) as checkpoints,
+    ):
+        monkeypatch.setattr(checkpoints, place, lost)
+        checkpoint.save(checkpoints, 1, {"x": jnp.zeros(2)})
+        checkpoint.wait(checkpoints)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
@@ -260,7 +327,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
         if file.is_file() and file.stat().st_size > 0:
             file.write_bytes(b"\0" * (file.stat().st_size // 2))
     mesh = sharding.make_mesh(1)
-    optimiser = optim.make_optimiser(run.optim, run.steps)
+    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     with (
         checkpoint.manager(tmp_path) as checkpoints,
         pytest.warns(UserWarning, match="passed over"),
@@ -325,7 +392,7 @@ def test_schedules_are_their_formulas():
 def test_a_rate_by_plateau_is_halved_where_the_loss_stalls():
     config = dict(toy_run().optim, name="sgd", learning_rate=1.0, weight_decay=0.0, clip_norm=0.0)
     config |= dict(schedule="plateau", warmup_steps=0, plateau=dict(interval=2, patience=3))
-    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100)
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100, 2)
     params = {"w": jnp.zeros((2, 2))}
     state, sizes = optimiser.init(params), []
     ones = {"w": jnp.ones((2, 2))}
@@ -340,10 +407,49 @@ def test_a_rate_by_plateau_is_halved_where_the_loss_stalls():
     np.testing.assert_allclose(sizes, expected, rtol=1e-5)
 
 
+def test_rates_follow_the_batch_by_their_rule():
+    given = {rule: optim.scaled(0.03, 1024, 256, rule) for rule in ("none", "linear", "sqrt")}
+    assert given == pytest.approx({"none": 0.03, "linear": 0.12, "sqrt": 0.06})
+    for rule, base in (("cubic", 256), ("linear", 0)):
+        with pytest.raises(IcmError, match=r"rate_scaling 'cubic'|rate_batch is 0"):
+            optim.scaled(0.03, 1024, base, rule)
+    # Accumulated steps count: SGD's first update is the rate times the gradient.
+    own = dict(toy_run().optim, rate_scaling="linear", rate_batch=4, accumulate=2)
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(own), 8, 16)
+    params = {"w": jnp.zeros(2)}
+    state = optimiser.init(params)
+    for _ in range(2):
+        updates, state = optimiser.update({"w": jnp.ones(2)}, state, params)
+    np.testing.assert_allclose(updates["w"], -0.1 * 16 * 2 / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_accumulated_steps_are_one_of_a_larger_batch(name):
+    own = dict(toy_run().optim, name=name, schedule="cosine", clip_norm=0.3)
+    images = np.random.default_rng(0).integers(0, 256, (4, 6, 4, 4, 3)).astype(np.uint8)
+
+    def averages(rows, **changes):
+        run = toy_run(steps=24 // rows, batch_size=rows, optim=own | changes)
+        optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
+        init, _ = train.initial(toy(), optimiser, run, sharding.make_mesh())
+        step, state = jax.jit(train.make_step(toy(), optimiser, run)), init(jax.random.key(0), {})
+        for batch in images.reshape(-1, rows, 4, 4, 3):
+            state, _ = step(state, {"image": batch}, jax.random.key(0))
+            yield state.variables["params"]["w"]["v"], state.ema["w"]["v"]
+
+    whole = list(averages(6, warmup_steps=1))
+    small = list(averages(2, warmup_steps=3, accumulate=3))
+    np.testing.assert_allclose(small[2::3], whole, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(small[3::3], small[2:-1:3])  # in between nothing moves
+    assert np.abs(whole[-1]).min() > 1e-3
+    with pytest.raises(IcmError, match="accumulate is 0"):
+        optim.make_optimiser(ml_collections.ConfigDict(own | dict(accumulate=0)), 4, 2)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "lars", "lamb"])
 def test_optimisers_descend_and_do_not_decay_vectors(name):
     config = dict(toy_run().optim, name=name, weight_decay=0.1, learning_rate=0.05)
-    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100)
+    optimiser = optim.make_optimiser(ml_collections.ConfigDict(config), 100, 2)
     params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones((2,))}
     updates, _ = optimiser.update(
         jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params
@@ -353,7 +459,7 @@ def test_optimisers_descend_and_do_not_decay_vectors(name):
     if name != "adam":
         assert (decayed["matrix"] < 1).all()
     with pytest.raises(IcmError, match="unknown optimiser"):
-        optim.make_optimiser(ml_collections.ConfigDict(dict(config, name="sdg")), 100)
+        optim.make_optimiser(ml_collections.ConfigDict(dict(config, name="sdg")), 100, 2)
 
 
 def test_parameters_are_sharded_over_their_largest_fitting_side():
@@ -362,8 +468,10 @@ def test_parameters_are_sharded_over_their_largest_fitting_side():
         "big": jax.ShapeDtypeStruct((3, 64, 128), jnp.float32),
         "odd": jax.ShapeDtypeStruct((65, 129), jnp.float32),
         "small": jax.ShapeDtypeStruct((4, 4), jnp.float32),
+        "queue": jax.ShapeDtypeStruct((3, 4, 5), jnp.float32),
     }
     specs = {k: tuple(v.spec) for k, v in sharding.state_shardings(mesh, shapes).items()}
+    assert specs.pop("queue") == (None, ("data", "fsdp"), None)  # as the rows of batches
     assert specs == {"big": (None, None, "fsdp"), "odd": (None, None), "small": (None, None)}
     with pytest.raises(IcmError, match="does not divide"):
         sharding.make_mesh(3)

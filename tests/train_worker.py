@@ -26,6 +26,7 @@ spec.loader.exec_module(module)
 config = module.get_config("tiny")
 config.data.path = str(base.parent / "data")
 config.stage1.learning_rate = 1e-4  # gentle: rounding differences must not be amplified
+config.stage1.negatives = "both"  # the queue, too, lies on all devices
 config.pretrain.steps = config.stage0.steps = 0
 run = module.runs(config)[0]
 run.update(name="run", steps=10, save_every=3, log_every=1, **json.loads(sys.argv[2]))

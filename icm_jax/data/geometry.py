@@ -6,6 +6,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from icm_jax.data.resize import bilinear
 from icm_jax.errors import IcmError
 
 IGNORE = 255
@@ -28,9 +29,9 @@ def decode_image(data: bytes, name: str, smallest: int = 0) -> np.ndarray:
     """
     try:
         if simplejpeg.is_jpeg(data):
-            return simplejpeg.decode_jpeg(
-                data, "RGB", min_height=smallest, min_width=smallest, strict=True
-            )
+            sides = dict(min_height=smallest, min_width=smallest)
+            # Between a half and all of a size, libjpeg takes longer than for all of it.
+            return simplejpeg.decode_jpeg(data, "RGB", min_factor=2, strict=True, **sides)
         with Image.open(io.BytesIO(data)) as image:
             if image.mode.startswith("I"):  # Pillow's own conversion would saturate, not scale
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
@@ -74,15 +75,20 @@ def fit(array: np.ndarray, canvas: tuple[int, int], resample=Image.Resampling.BI
     """Scales so that the canvas is just covered, then cuts out its centre.
 
     Args:
-      array: uint8 [H, W] or [H, W, 3]. canvas: (height, width). resample: NEAREST for masks.
+      array: uint8 [H, W, 3], or of masks [H, W]. canvas: (height, width).
+      resample: NEAREST for masks.
     Returns: uint8 [*canvas] or [*canvas, 3].
     """
     height, width = array.shape[:2]
     scale = max(canvas[0] / height, canvas[1] / width)
+    size = (max(canvas[1], round(width * scale)), max(canvas[0], round(height * scale)))
+    left, top = (size[0] - canvas[1]) // 2, (size[1] - canvas[0]) // 2
+    if scale != 1 and resample == Image.Resampling.BILINEAR:
+        across, down = width / size[0], height / size[1]
+        box = left * across, top * down, (left + canvas[1]) * across, (top + canvas[0]) * down
+        return bilinear(array, canvas[::-1], box)
     if scale != 1:
-        size = (max(canvas[1], round(width * scale)), max(canvas[0], round(height * scale)))
         array = np.asarray(Image.fromarray(array).resize(size, resample))
-    top, left = (array.shape[0] - canvas[0]) // 2, (array.shape[1] - canvas[1]) // 2
     return array[top : top + canvas[0], left : left + canvas[1]]
 
 
@@ -104,8 +110,7 @@ def random_view(
     sides = np.minimum(sides, (height, width))
     top, left = rng.uniform(size=2) * ((height, width) - sides)
     box = (left, top, left + sides[1], top + sides[0])
-    view = Image.fromarray(image).resize(canvas[::-1], Image.Resampling.BILINEAR, box)
-    return np.asarray(view)[:, :: -1 if rng.uniform() < 0.5 else 1]
+    return bilinear(image, canvas[::-1], box)[:, :: -1 if rng.uniform() < 0.5 else 1]
 
 
 def letterbox(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -122,7 +127,7 @@ def letterbox(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, t
         for side, own in zip(canvas, (height, width), strict=True)
     )
     if (h, w) != (height, width):
-        image = np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR))
+        image = bilinear(image, (w, h))
     boxed = np.full((*canvas, 3), GREY, np.uint8)
     boxed[:h, :w] = image
     return boxed, (h, w)

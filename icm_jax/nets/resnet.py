@@ -12,6 +12,7 @@ convolution takes 70 ms against 15 ms as space-to-depth; that of a windowed max 
 as a maximum over shifted slices. For 3×3/2 the plain form is the fastest.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -94,36 +95,54 @@ class BatchNorm(nn.Module):
     Statistics are float32 whatever `dtype` is, and of the global batch: under jit with a sharded
     batch the means below are means over all devices. The variance is the biased one in training and
     in the running average.
+
+    Attributes:
+      groups: above 1, so many equal parts of the batch are normalised each by itself. If devices
+      divide them, none waits for another: the running averages alone, of the groups' mean
+      statistics, are sent.
     """
 
     zero_scale: bool = False
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
+    groups: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """float [..., C] -> dtype [..., C]; updates "batch_stats" if `train`."""
-        channels, axes = x.shape[-1], tuple(range(x.ndim - 1))
+        """float [..., C] -> dtype [..., C]; updates "batch_stats" if `train`.
+
+        Raises: IcmError if `groups` does not divide the batch.
+        """
+        channels, shape = x.shape[-1], x.shape
         initial = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
         scale = self.param("scale", initial, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
         x = x.astype(jnp.float32)
-        mean, var = running_mean.value, running_var.value
+        grouped = train and self.groups > 1
+        if grouped:
+            if shape[0] % self.groups:
+                raise IcmError(f"{self.groups} groups do not divide a batch of {shape[0]} images")
+            x = x.reshape(self.groups, -1, *shape[1:])
+        scale, bias, mean, var = (
+            v.reshape((1,) * (x.ndim - 1) + (channels,))
+            for v in (scale, bias, running_mean.value, running_var.value)
+        )
         if train:
-            mean = jnp.mean(x, axes)
+            axes = tuple(range(int(grouped), x.ndim - 1))
+            mean = jnp.mean(x, axes, keepdims=True)
             # One pass over x; ReLU networks keep |mean| near the deviation, so few digits are lost.
-            var = jnp.maximum(jnp.mean(jnp.square(x), axes) - jnp.square(mean), 0.0)
+            square = jnp.mean(jnp.square(x), axes, keepdims=True)
+            var = jnp.maximum(square - jnp.square(mean), 0.0)
             if not self.is_initializing():
-                new = 1.0 - self.momentum
-                running_mean.value = self.momentum * running_mean.value + new * mean
-                running_var.value = self.momentum * running_var.value + new * var
+                for running, own in ((running_mean, mean), (running_var, var)):
+                    own = own.reshape(-1, channels).mean(axis=0)
+                    running.value = self.momentum * running.value + (1.0 - self.momentum) * own
         gain = scale * jax.lax.rsqrt(var + self.epsilon)
-        shape = (1,) * len(axes) + (channels,)
-        y = x * gain.reshape(shape) + (bias - mean * gain).reshape(shape)
-        return y.astype(self.dtype)
+        y = x * gain + (bias - mean * gain)
+        return y.reshape(shape).astype(self.dtype)
 
 
 class Block(nn.Module):
@@ -135,6 +154,7 @@ class Block(nn.Module):
 
     Attributes:
       kernel: of the bottleneck's middle convolution. out: channels at the end, 0 for those above.
+      bn_groups: see `BatchNorm`.
     """
 
     block: str
@@ -145,6 +165,7 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
     kernel: int = 3
     out: int = 0
+    bn_groups: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -156,16 +177,17 @@ class Block(nn.Module):
             if bottleneck
             else [(self.features, 3, self.stride), (out, 3, 1)]
         )
+        norm = partial(BatchNorm, dtype=self.dtype, groups=self.bn_groups)
         y = x
         for i, (features, kernel, stride) in enumerate(layers):
             dilation = self.dilation if kernel > 1 else 1
             last = i == len(layers) - 1
             y = Conv(features, kernel, stride, dilation, self.dtype, name=f"conv{i + 1}")(y)
-            y = BatchNorm(zero_scale=last, dtype=self.dtype, name=f"bn{i + 1}")(y, train)
+            y = norm(zero_scale=last, name=f"bn{i + 1}")(y, train)
             y = y if last else nn.relu(y)
         if self.stride != 1 or x.shape[-1] != out:
             x = Conv(out, 1, self.stride, dtype=self.dtype, name="shortcut_conv")(x)
-            x = BatchNorm(dtype=self.dtype, name="shortcut_bn")(x, train)
+            x = norm(name="shortcut_bn")(x, train)
         return end_of_block(nn.relu(x.astype(self.dtype) + y))
 
 
@@ -180,6 +202,7 @@ class Layer(nn.Module):
     first_dilation: int = 1
     stride_in_1x1: bool = False
     dtype: Any = jnp.float32
+    bn_groups: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -191,6 +214,7 @@ class Layer(nn.Module):
                 dilation=self.first_dilation if i == 0 else self.dilation,
                 stride_in_1x1=self.stride_in_1x1,
                 dtype=self.dtype,
+                bn_groups=self.bn_groups,
                 name=f"block{i}",
             )(x, train)
         return x
@@ -201,31 +225,34 @@ class Head(nn.Module):
 
     Attributes:
       variant: key of STAGES. width: channels of the stem (64 in the paper). dtype: of computation;
-      parameters and statistics are float32.
+      parameters and statistics are float32. bn_groups: see `BatchNorm`.
     """
 
     variant: str
     width: int = 64
     dtype: Any = jnp.float32
+    bn_groups: int = 0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """float [N, H, W, 3], normalised -> dtype [N, H/4, W/4, feature_channels]."""
         block, depths = stages(self.variant)
         x = Conv(self.width, 7, 2, dtype=self.dtype, name="stem")(x)  # [N, H/2, W/2, width]
-        x = nn.relu(BatchNorm(dtype=self.dtype, name="stem_bn")(x, train))
+        norm = BatchNorm(dtype=self.dtype, groups=self.bn_groups, name="stem_bn")
+        x = nn.relu(norm(x, train))
         x = max_pool(x)  # [N, H/4, W/4, width]
-        return Layer(block, depths[0], self.width, dtype=self.dtype, name="layer1")(x, train)
+        layer = partial(Layer, dtype=self.dtype, bn_groups=self.bn_groups, name="layer1")
+        return layer(block, depths[0], self.width)(x, train)
 
 
 class Tail(nn.Module):
     """Layers 2 to 4: f to (c2, c3, c4).
 
     Attributes:
-      variant, width, dtype: as of `Head`. output_stride: 32, or 16 or 8 where layer 4, or 3 and 4,
-      keep their resolution and are dilated instead: the same parameters, and on the coarse grid the
-      same values (Chen et al. 2017). stride_in_1x1: see `Block`. A cResNet's input is at H/8, where
-      layer 2 has no stride.
+      variant, width, dtype, bn_groups: as of `Head`. output_stride: 32, or 16 or 8 where layer 4,
+      or 3 and 4, keep their resolution and are dilated instead: the same parameters, and on the
+      coarse grid the same values (Chen et al. 2017). stride_in_1x1: see `Block`. A cResNet's input
+      is at H/8, where layer 2 has no stride.
     """
 
     variant: str
@@ -233,6 +260,7 @@ class Tail(nn.Module):
     output_stride: int = 32
     stride_in_1x1: bool = False
     dtype: Any = jnp.float32
+    bn_groups: int = 0
 
     @nn.compact
     def __call__(self, f: jax.Array, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -259,6 +287,7 @@ class Tail(nn.Module):
                 before,
                 self.stride_in_1x1,
                 self.dtype,
+                self.bn_groups,
                 name=f"layer{i + 1}",
             )(x, train)
             outputs.append(x)

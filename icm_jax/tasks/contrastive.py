@@ -14,7 +14,6 @@ straight-through rounded ones.
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from icm_jax import ops, views
 from icm_jax.codecs.codec import forward
@@ -33,22 +32,30 @@ L1_WEIGHT = 128.0  # of filter pre-training (papers.md 5.2, stage 0)
 def info_nce(query, keys, queue, temperature: float, negatives: str):
     """InfoNCE (Feng et al. 2022, stage 1): mean cross-entropy and top-1 of finding the own key.
 
+    Negatives are of all devices, but each multiplies the queries with its own part of the keys and
+    of the queue alone: it holds [N, (N + K) / devices] similarities, and sends [N, D] and [N].
+
     Args:
-      query, keys: float [N, D], unit length; row i of both is the same image.
-      queue: float [K, D], unit length. temperature: τ.
+      query, keys: float32 [N, D], unit length; row i of both is the same image.
+      queue: float32 [K/B, B, D], unit length. temperature: τ.
       negatives: "queue", "batch" (the other keys of the global batch) or "both".
     Returns: (loss, accuracy), float32 scalars.
     """
-    own = query @ keys.T  # [N, N]
-    if negatives == "queue":
-        logits = jnp.concatenate([jnp.diag(own)[:, None], query @ queue.T], axis=1)
-        labels = jnp.zeros(len(query), jnp.int32)
-    else:
-        parts = [own] if negatives == "batch" else [own, query @ queue.T]
-        logits, labels = jnp.concatenate(parts, axis=1), jnp.arange(len(query))
-    logits = logits / temperature
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, (jnp.argmax(logits, axis=1) == labels).astype(jnp.float32).mean()
+    positive = (query * keys).sum(axis=1) / temperature  # [N]
+    everyone, others = ops.on_each_device(query / temperature), []
+    if negatives != "queue":
+        own = jnp.eye(len(query), dtype=bool)
+        others.append(jnp.where(own, jnp.finfo(query.dtype).min, everyone @ keys.T))  # [N, N]
+    if negatives != "batch":
+        others.append(jnp.einsum("nd,sbd->nsb", everyone, queue))
+    # One sum and one maximum for each kind: arrays that are split differently cannot be joined
+    # without sending them.
+    total, best = positive, jnp.full_like(positive, -jnp.inf)
+    for logits in others:
+        axes = tuple(range(1, logits.ndim))
+        total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=axes))
+        best = jnp.maximum(best, logits.max(axis=axes))
+    return (total - positive).mean(), (positive >= best).astype(jnp.float32).mean()
 
 
 def momentum_at(step, momentum: float) -> jax.Array:
@@ -62,7 +69,7 @@ def momentum_at(step, momentum: float) -> jax.Array:
 
 
 def contrastive(config) -> Task:
-    """The task; fields of `config`: variant, width, size, crop, dtype, filter_channels,
+    """The task; fields of `config`: variant, width, size, crop, dtype, bn_groups, filter_channels,
     filter_widths, projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
     pretrain_filter. `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances
     do not need to be told apart (papers.md 5.2); the paper's own loss has l1 = 0.
@@ -76,8 +83,9 @@ def contrastive(config) -> Task:
     if config.negatives not in NEGATIVES:
         raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {NEGATIVES}")
     dtype = jnp.dtype(config.dtype)
-    head = resnet.Head(config.variant, config.width, dtype)
-    tail = resnet.Tail(config.variant, config.width, dtype=dtype)
+    groups = config.get("bn_groups", 0)
+    head = resnet.Head(config.variant, config.width, dtype, groups)
+    tail = resnet.Tail(config.variant, config.width, dtype=dtype, bn_groups=groups)
     projector = Projector(config.projector_hidden, config.embedding, dtype)
     codec = filter_codec(
         config.variant, config.width, config.filter_channels, tuple(config.filter_widths)
@@ -96,7 +104,8 @@ def contrastive(config) -> Task:
         merge(variables, "tail", tail.init(keys[1], f, train=False))
         pooled = global_pool(apply(tail, variables, "tail", f, False)[0][-1])
         merge(variables, "projector", projector.init(keys[2], pooled))
-        queue = jax.random.normal(keys[3], (config.queue, config.embedding))
+        slots = config.queue // len(batch["image"]), len(batch["image"])
+        queue = jax.random.normal(keys[3], (*slots, config.embedding))
         copy = jax.tree.map(jnp.copy, {"p": variables["params"], "s": variables["batch_stats"]})
         return {
             **variables,
@@ -157,10 +166,10 @@ def contrastive(config) -> Task:
             metrics |= {"l1": distance}
             metrics |= {"info_nce": nce, "top1": accuracy, "spread": query.std(axis=0).mean()}
             queue = {
-                "keys": jax.lax.dynamic_update_slice(
-                    queue["keys"], positives, (queue["next"], jnp.zeros_like(queue["next"]))
+                "keys": jax.lax.dynamic_update_index_in_dim(
+                    queue["keys"], positives, queue["next"], axis=0
                 ),
-                "next": (queue["next"] + len(positives)) % config.queue,
+                "next": (queue["next"] + 1) % len(queue["keys"]),
             }
         collections = {
             "batch_stats": stats,

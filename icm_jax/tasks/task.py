@@ -114,8 +114,9 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
             f"unknown frontend {config.frontend!r}; choose one of {', '.join(FRONTENDS)}"
         )
     dtype = jnp.dtype(config.dtype)
-    head = resnet.Head(config.variant, config.width, dtype)
-    tail = resnet.Tail(config.variant, config.width, output_stride, dtype)
+    groups = config.get("bn_groups", 0)
+    head = resnet.Head(config.variant, config.width, dtype, groups)
+    tail = resnet.Tail(config.variant, config.width, output_stride, dtype, bn_groups=groups)
     build = FRONTENDS[config.frontend]
     codec = build(config) if build else None
     sees_pixels = config.frontend in ("pixels", "decoded")
