@@ -16,11 +16,11 @@ For codecs of images, all points but "detect" hold decoded images against the or
 full size or, where the run has a `side`, the squares of that many pixels that networks see.
 
 A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
-images, bpp (measured), top1 / top5, miou, map50 / map, or psnr, ssim_db and ms_ssim_db (means over
-images, of a similarity s as -10 log10(1 - s)); of JPEG and WebP also bpp_without_tables; of streams
-also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes
-exceed its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included); of
-"speed" what `throughput.measure` gives.
+asked (the entry that it answers), images, bpp (measured), top1 / top5, miou, map50 / map, or psnr,
+ssim_db and ms_ssim_db (means over images, of a similarity s as -10 log10(1 - s)); of JPEG and WebP
+also bpp_without_tables; of streams also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes
+(the most by which an image's bytes exceed its estimate + 1 %), encode_ms and decode_ms (median of
+an image, networks included); of "speed" what `throughput.measure` gives.
 """
 
 import concurrent.futures
@@ -49,22 +49,24 @@ CALIBRATION = 64  # training images that set the ranges of integer networks
 
 
 def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[dict]:
-    """Records of a finished run; computed once, then read from its folder.
+    """Records of a finished run; computed once, then read from its folder. Points that
+    `run.evaluate` has gained since are added to them.
 
     Every process scores the whole split, the first one writes: reading a checkpoint is collective,
     the rest needs no word between processes.
     """
     folder = pathlib.Path(base) / run.name
     kept = folder / "records.json"
-    if sharding.as_first(kept.is_file()):
-        return json.loads(kept.read_text())
-    if not run.evaluate:
-        return []
+    records = json.loads(kept.read_text()) if sharding.as_first(kept.is_file()) else []
+    there = {record["asked"] for record in records}
+    asked = [point for point in run.evaluate if point not in there and written_here(run, point)]
+    if not asked:
+        return records
     source = open_source(run.data, "validation")
     config = complete(run.task, source)
     task = build_task(config)
     variables = checkpoint.load_variables(folder)
-    records, frozen = [], None
+    frozen = None
     if any(point.startswith(("stream", "detect", "picture")) for point in run.evaluate):
         frozen = freeze(task.codec, variables, run, config)
         if jax.process_index() == 0:
@@ -74,13 +76,10 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
                 about["detector"] = detector_facts(pathlib.Path(base) / run.detector)
             model_file.save(folder / "codec.icmc", frozen, **about)
     of_images = task.codec is not None and "image" in task.codec.outputs and not run.needs
-    for point in run.evaluate:
+    for point in asked:
         method = point.partition("-")[0]
-        if method in classical.FORMATS and not classical.available(method):
-            print(f"{run.name}: {point} is left out, nothing here writes it", file=sys.stderr)
-            continue
         record = dict(run.labels)
-        record |= {"seed": run.seed, "kind": point, "run": run.name}
+        record |= {"seed": run.seed, "kind": point, "run": run.name, "asked": point}
         if point == "detect":
             record |= {"curve": "detect", "kind": "stream"}
             record |= score_detection(frozen, run, base)
@@ -98,6 +97,15 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     if jax.process_index() == 0:
         checkpoint.write_json(kept, records)
     return records
+
+
+def written_here(run, point: str) -> bool:
+    """Whether a point can be scored on this machine; names it if its format is not installed."""
+    method = point.partition("-")[0]
+    there = method not in classical.FORMATS or classical.available(method)
+    if not there:
+        print(f"{run.name}: {point} is left out, nothing here writes it", file=sys.stderr)
+    return there
 
 
 def freeze(codec, variables, run, config) -> bitstream.FrozenCodec:

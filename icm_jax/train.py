@@ -38,7 +38,7 @@ from icm_jax.tasks.task import TRAIN
 
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
-HARMLESS = ("log_every", "save_every", "keep_every", "fsdp", "remat")
+HARMLESS = ("log_every", "save_every", "keep_every", "fsdp", "remat", "evaluate")
 """Fields that may differ when a run is resumed: they do not change what is computed."""
 
 

@@ -55,7 +55,7 @@ def joint_classification(config) -> Task:
     classes; crop (see `views.mild`); gamma (γ).
     """
     codec = autoencoder_of(config)
-    tail = resnet.Tail(config.variant, config.width, dtype=jnp.dtype(config.dtype))
+    tail = resnet.Tail(config.variant, config.width, 32, True, jnp.dtype(config.dtype))
     classifier = nn.Dense(config.classes)
 
     def logits_of(variables, q, train):

@@ -116,7 +116,8 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
     dtype = jnp.dtype(config.dtype)
     groups = config.get("bn_groups", 0)
     head = resnet.Head(config.variant, config.width, dtype, groups)
-    tail = resnet.Tail(config.variant, config.width, output_stride, dtype, bn_groups=groups)
+    published = config.frontend in ("code", "decoded")  # Torfason et al. count it so
+    tail = resnet.Tail(config.variant, config.width, output_stride, published, dtype, groups)
     build = FRONTENDS[config.frontend]
     codec = build(config) if build else None
     sees_pixels = config.frontend in ("pixels", "decoded")
