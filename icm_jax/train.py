@@ -316,7 +316,8 @@ def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder
     with bar:
         for number in range(first, run.steps):
             before = measured
-            state, measured = step_of(state, batch, key)
+            with log.waiting("device"):  # some backends run a step before they return
+                state, measured = step_of(state, batch, key)
             with log.waiting("input"):
                 batch = next(placed, None)
             with log.waiting("device"):
