@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
+from small import UNOPTIMISED
 
 from icm_jax import checkpoint, optim, sharding, train
 from icm_jax.codecs import bitstream, feature_codec
@@ -36,9 +37,12 @@ WORKER = pathlib.Path(__file__).parent / "train_worker.py"
 def worker(base, *, devices=1, fsdp=1, wait=True, extra=(), **overrides):
     """Runs a small stage 1 in a process of its own; returns the finished or running process."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=flags, PYTHONPATH=str(ROOT))
-    if jax.__version_info__ >= (0, 6) or (devices == 1 and not extra):  # see main.keeps_programs
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    if jax.__version_info__ >= (0, 6):
         environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(base).parent / "compiled")
+    else:  # keeps no programs, see main.keeps_programs
+        flags += f" {UNOPTIMISED}"
+    environment["XLA_FLAGS"] = flags
     given = json.dumps(dict(overrides, fsdp=fsdp))
     process = subprocess.Popen(
         [sys.executable, str(WORKER), str(base), given, *map(str, extra)],
