@@ -1,5 +1,6 @@
 """The loop on the real data path: resume, kill, devices, processes, bad states."""
 
+import gc
 import io
 import json
 import os
@@ -119,10 +120,9 @@ def test_sigterm_saves_and_the_rest_is_the_same(folder, undisturbed):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("devices, fsdp", [(2, 1), (8, 4)])
-def test_devices_and_sharded_parameters_give_the_same_losses(folder, undisturbed, devices, fsdp):
-    base = folder / f"devices{devices}_{fsdp}"
-    worker(base, devices=devices, fsdp=fsdp)
+def test_two_devices_give_the_same_losses(folder, undisturbed):
+    base = folder / "devices"
+    worker(base, devices=2)
     same_losses(base, undisturbed)
 
 
@@ -290,6 +290,8 @@ def test_a_loss_that_is_not_finite_stops_and_is_never_saved(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+# What orbax's writer leaves behind when it fails complains once it is collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
     """The system refuses files above 100 kB, as a full disk would, to orbax's writing thread."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -305,6 +307,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
             toy_fit(tmp_path, toy_run(), task)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        gc.collect()
     with checkpoint.manager(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 4
     assert toy_fit(tmp_path, toy_run(), task)[1] == 8
