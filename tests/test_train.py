@@ -341,6 +341,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     ):
         _, step = train.make_state(toy(), optimiser, run, mesh, checkpoints)
     assert step == 6
+    assert (tmp_path / "damaged-8").is_dir() and not (tmp_path / "checkpoints" / "8").exists()
+    assert toy_fit(tmp_path, run, toy())[1] == 8  # and is written anew
 
 
 def test_parts_are_copied_or_refused():
