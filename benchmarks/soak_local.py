@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where runs are kept (default: a temporary folder)")
     options = parser.parse_args()
     folder = pathlib.Path(options.folder or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
     devices = options.processes * options.devices_per_process
     print(f"results in {folder}")
     began = time.monotonic()
