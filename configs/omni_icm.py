@@ -150,6 +150,7 @@ def tiny() -> dict:
     config = demo()
     config["data"].update(canvas=32, size=32, train=64, validation=24)
     config["model"].update(
+        variant="10",
         width=8,
         size=32,
         filter_channels=8,

@@ -15,8 +15,8 @@ from icm_jax.codecs import (
     scalable_codec,
 )
 
-UNOPTIMISED = "--xla_backend_optimization_level=0"
-"""For XLA_FLAGS: compiling takes less than half the time."""
+UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+"""For XLA_FLAGS: compiling takes a third of the time (18 s of CPU fell to 11 by the second flag)."""
 RNG = np.random.default_rng(0)
 SEEDED = RNG.bit_generator.state
 """That every test begins with, whatever ran before it."""
@@ -27,7 +27,7 @@ def normal(*shape, scale=1.0):
 
 
 FEATURE = dict(
-    variant="18",
+    variant="10",
     width=8,
     filter_channels=6,
     filter_widths=(4, 8, 8),
@@ -37,7 +37,7 @@ FEATURE = dict(
 )
 BUILT = {
     "omni_feature": lambda: feature_codec(**FEATURE),
-    "omni_filter": lambda: filter_codec("18", 8, 6, (4, 8, 8)),
+    "omni_filter": lambda: filter_codec("10", 8, 6, (4, 8, 8)),
     "autoencoder": lambda: autoencoder_codec(6, 3, 6, True, 1),
     "factorised": lambda: image_codec("factorised", 6, 8),
     "scale_hyperprior": lambda: image_codec("scale_hyperprior", 6, 8),

@@ -119,7 +119,7 @@ def test_sigterm_to_the_launcher_saves_and_the_same_command_resumes(tmp_path):
 
     command = [sys.executable, str(LAUNCH / "local.py"), "--processes", "2"]
     command += ["--devices-per-process", "1", "--logs", str(tmp_path / "logs"), "--"]
-    command += [f"--config={ROOT / 'configs' / 'yolov3.py'}:tiny"]
+    command += [f"--config={ROOT / 'configs' / 'hyperprior.py'}:tiny"]
     command += [f"--workdir={tmp_path / 'work'}", f"--config.data.path={tmp_path / 'data'}"]
     command += ["--config.train.steps=40", "--config.train.log_every=1"]
     environment = {**os.environ, "XLA_FLAGS": UNOPTIMISED, "PYTHONPATH": str(ROOT)}

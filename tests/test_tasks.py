@@ -14,7 +14,7 @@ from icm_jax.tasks.contrastive import info_nce
 
 RNG = np.random.default_rng(0)
 MODEL = dict(
-    variant="18",
+    variant="10",
     width=4,
     size=32,
     crop=(0.5, 1.0),

@@ -37,12 +37,10 @@ WORKER = pathlib.Path(__file__).parent / "train_worker.py"
 
 def worker(base, *, devices=1, fsdp=1, wait=True, extra=(), **overrides):
     """Runs a small stage 1 in a process of its own; returns the finished or running process."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {UNOPTIMISED}"
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-    if jax.__version_info__ >= (0, 6):
+    if jax.__version_info__ >= (0, 6):  # see main.keeps_programs
         environment["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(base).parent / "compiled")
-    else:  # keeps no programs, see main.keeps_programs
-        flags += f" {UNOPTIMISED}"
     environment["XLA_FLAGS"] = flags
     given = json.dumps(dict(overrides, fsdp=fsdp))
     process = subprocess.Popen(

@@ -4,8 +4,9 @@
 
 f is what the information filter and the feature codec work on (Feng et al. 2022); c2, c3 and c4
 stand at H/8, H/16 and H/32, or finer where `output_stride` turns strides into dilation (DeepLab).
-Block counts: 18 and 34 basic, 50, 101 and 152 bottleneck, 26 and 44 thinned, 71 after Torfason et
-al. 2018, whose cResNets (c39, c51, c72) have no head: their tail begins with a learned code at H/8.
+Block counts: 10 (the smallest, for trials), 18 and 34 basic, 50, 101 and 152 bottleneck, 26 and 44
+thinned, 71 after Torfason et al. 2018, whose cResNets (c39, c51, c72) have no head: their tail
+begins with a learned code at H/8.
 
 Fast forms, measured on XLA's CPU backend at 64 × 64 px, width 16: the gradient of the plain 7×7/2
 convolution takes 70 ms against 15 ms as space-to-depth; that of a windowed max 38 ms against 6 ms
@@ -31,6 +32,7 @@ class Stages(NamedTuple):
 
 
 STAGES = {
+    "10": Stages("basic", (1, 1, 1, 1)),
     "18": Stages("basic", (2, 2, 2, 2)),
     "26": Stages("bottleneck", (2, 2, 2, 2)),
     "34": Stages("basic", (3, 4, 6, 3)),
