@@ -31,6 +31,7 @@ from icm_jax import checkpoint, ops, optim, sharding, views
 from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
+from icm_jax.files import write_whole
 from icm_jax.nets import darknet, yolo
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task
@@ -365,7 +366,7 @@ class Log:
                 for line in self._path.read_text().splitlines(keepends=True)
                 if line.endswith("\n") and json.loads(line)["step"] <= first
             ]
-            self._path.write_text("".join(kept))
+            write_whole(self._path, "".join(kept).encode())
 
     def add(self, step: int, metrics: dict) -> None:
         """Keeps a step's metrics, still on the device."""
@@ -379,7 +380,10 @@ class Log:
         self._waited[kind] += time.perf_counter() - began
 
     def write(self) -> dict[str, float]:
-        """Means since the last call. Raises IcmError naming the first step that is not finite."""
+        """Means since the last call.
+
+        Raises: IcmError naming the first step that is not finite, or if the file cannot be written.
+        """
         with self.waiting("device"):
             fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
         for step, metrics in fetched:
@@ -403,8 +407,14 @@ class Log:
         self._since, self._pending = now, []
         self._waited = dict.fromkeys(WAITS, 0.0)
         if jax.process_index() == 0:
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with self._path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:  # half a line is left out when the run goes on
+                raise IcmError(
+                    f"cannot write {self._path}: {error.strerror or error}. Checkpoints are kept: "
+                    "once there is room, or the storage is back, the same command resumes"
+                ) from error
         if self._writer:
             self._writer.write_scalars(step, means)
         return means

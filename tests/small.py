@@ -16,7 +16,7 @@ from icm_jax.codecs import (
 )
 
 UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-"""For XLA_FLAGS: compiling takes a third of the time (18 s of CPU fell to 11 by the second flag)."""
+"""For XLA_FLAGS: compiling takes a third of the time (of 18 s the second flag left 11)."""
 RNG = np.random.default_rng(0)
 SEEDED = RNG.bit_generator.state
 """That every test begins with, whatever ran before it."""

@@ -147,8 +147,15 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_fewer(stopped_on_eight, undist
     same_losses(base, undisturbed)
 
 
-def test_two_processes_of_four_devices_give_the_same_losses(folder, undisturbed):
-    base = folder / "processes"
+def test_two_processes_pass_over_what_is_damaged_and_give_the_same_losses(
+    stopped_on_eight, undisturbed
+):
+    """Each has four devices; the first one tells the other that the only checkpoint is none."""
+    base = shutil.copytree(stopped_on_eight, stopped_on_eight.with_name("processes"))
+    kept = [int(path.name) for path in (base / "run" / "checkpoints").iterdir()]
+    for file in (base / "run" / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"\0" * (file.stat().st_size // 2))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -156,6 +163,7 @@ def test_two_processes_of_four_devices_give_the_same_losses(folder, undisturbed)
     for process in both:
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output[-3000:]
+    assert kept and all((base / "run" / f"damaged-{step}").is_dir() for step in kept)
     same_losses(base, undisturbed)
 
 
@@ -309,6 +317,20 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
     with checkpoint.manager(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 4
     assert toy_fit(tmp_path, toy_run(), task)[1] == 8
+
+
+def test_a_log_that_cannot_be_written_is_one_clear_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run = toy_run(log_every=1, save_every=8, ema=0.0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    try:
+        with pytest.raises(IcmError, match=r"cannot write .*metrics\.jsonl: .*command resumes"):
+            toy_fit(tmp_path, run, toy())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert toy_fit(tmp_path, run, toy())[1] == 8
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("place", ["save", "wait_until_finished", "close"])
