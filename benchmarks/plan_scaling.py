@@ -2,10 +2,10 @@
 
     python benchmarks/plan_scaling.py [--only hyperprior] [--kept plans.json]
 
-Needs libtpu (pip install 'icm_jax[tpu]') and no TPU. Every program takes from one to some twenty
-minutes of two CPU cores to compile; what is done is kept in --kept, and the same command goes on
-from there. JAX_OPTIMIZATION_LEVEL=O1 compiles in a third of the time, with programs that are a
-little worse; the tables say so.
+Needs libtpu (pip install 'icm_jax[tpu]') and no TPU. With JAX_OPTIMIZATION_LEVEL=O1 in the
+environment, as the document was made, the 17 programs take a core about an hour; without it they
+take up to twenty minutes each and are a little better. What is done is kept in --kept, and the same
+command goes on from there.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SLICES = ("v5e:16x16", "v5p:4x4x8", "v6e:16x16")
 GROWING = ("v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
 RUNS = {
-    "hyperprior": ("hyperprior", "large", "*", {"batch_size": 4096}),
+    "hyperprior": ("hyperprior", "large", "*mean_scale_hyperprior", {"batch_size": 4096}),
     "scalable-coco": ("scalable", "coco", "*disentangled-0.013", {"batch_size": 4096}),
     "omni-stage1-4096": ("omni_icm", "imagenet", "*omni/stage1", {"batch_size": 4096}),
     "omni-stage1-32768": ("omni_icm", "imagenet", "*omni/stage1", {"batch_size": 32768}),
@@ -79,19 +79,24 @@ def document(done: dict) -> str:
         "",
         "Read off the training steps that libtpu compiled for these slices, without a TPU, by",
         "",
-        "    python benchmarks/plan_scaling.py",
+        "    JAX_OPTIMIZATION_LEVEL=O1 python benchmarks/plan_scaling.py",
         "",
         f"with JAX {jax.__version__}. Times are a roofline's: the least that the chip's published",
-        "figures allow.",
-        "One run and slice of one's own: `python -m icm_jax.main --config=... --mode=plan",
-        "--topology=v5e:16x16`.",
+        "figures allow. One run and slice of one's own: `python -m icm_jax.main --config=...",
+        "--mode=plan --topology=v5e:16x16`.",
+        "",
+        *(
+            f"- `{name}`: `configs/{config}.py:{scale}`, run `{only.lstrip('*')}`"
+            for name, (config, scale, only, _) in RUNS.items()
+        ),
     ]
     weak = [own for own in done.values() if own["topology"] in GROWING and own["case"] == WEAK[0]]
     for topology in SLICES:
         own = [record for record in done.values() if record["topology"] == topology]
         if own:
             plan.prepare_host(topology)
-            text = plan.describe(plan.open_target(topology), own)
+            named = [record | {"run": record["case"]} for record in own]
+            text = plan.describe(plan.open_target(topology), named)
             levels = sorted({record["level"] for record in own})
             lines += ["", f"## {topology}", "", text]
             lines += ["", f"Optimisation level of the compiler: {', '.join(levels)}."]
