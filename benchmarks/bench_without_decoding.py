@@ -6,7 +6,8 @@ Weights are random, which changes no shape. Images of a folder, or else smooth r
 JPEG files of the size; each
 arm of configs/jpeg_dct.py reads them and predicts. Prints images per second of inference, of the
 network alone and of the whole path, medians over the rounds, with ratios to ResNet-50 on RGB beside
-those of Gueguen et al. 2018 (papers.md 2.5; theirs on a GPU), and multiply-accumulates. Then
+those of Gueguen et al. 2018 (papers.md 2.5; theirs on a GPU), multiply-accumulates, and how many of
+them the network alone does in a second: where these are equal, the count explains the time. Then
 cResNet-51 on the code of an autoencoder (N = 128, C = 32) beside ResNet-50 on what it decodes, from
 its files on (1.5 to 2 times fewer operations in Torfason et al. 2018).
 """
@@ -79,14 +80,15 @@ def main():
 def show(measured: dict[str, dict]) -> None:
     """One row an arm; factors are to the first."""
     first = next(iter(measured.values()))
-    heads = f"{'network':>17} {'from files':>17} {'paper':>8} {'G MAC':>7} {'M weights':>9}"
+    heads = f"{'network':>17} {'from files':>17} {'paper':>8} {'G MAC':>7} {'G MAC/s':>8} {'M weights':>9}"
     print(f"{'':24} {heads}")
     for arm, own in measured.items():
         cells = []
         for key in ("network_images_per_second", "images_per_second"):
             cells.append(f"{own[key]:8.1f} ({own[key] / first[key]:.2f} ×)")
         paper = f"{PAPER[arm]:.2f} ×" if arm in PAPER else ""
-        cells += [f"{paper:>8}", f"{own['multiply_accumulates'] / 1e9:7.2f}"]
+        work = own["multiply_accumulates"] / 1e9
+        cells += [f"{paper:>8}", f"{work:7.2f}", f"{work * own['network_images_per_second']:8.0f}"]
         print(f"{arm:24}", *cells, f"{own['parameters'] / 1e6:9.2f}")
 
 

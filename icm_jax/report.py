@@ -224,7 +224,7 @@ def _arms_table(arms, speeds) -> list[list[str]]:
             cells[2] = f"{speeds[arm][0]['multiply_accumulates'] / 1e9:.3f}"
             cells[3] = f"{speeds[arm][0]['parameters'] / 1e6:.2f}"
         rows.append([arm, *scores, str(len(own)), *cells])
-    return rows
+    return rows if speeds else [row[:4] for row in rows]  # with speed=0 nothing is measured
 
 
 def _draw_speed(arms, speeds, path):

@@ -146,6 +146,9 @@ def test_arms_are_averaged_over_seeds_and_compared_with_the_first(experiment):
     ):
         assert row in text
     assert (workdir / "speed.png").read_bytes().startswith(b"\x89PNG")
+    (workdir / "finished" / "records.json").write_text(json.dumps(records[:1]))
+    text = report.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
+    assert "| rgb-50 | 50.0 | 90.0 | 1 |\n" in text  # and no empty columns
 
 
 def test_principal_colours_separate_what_differs_most():
