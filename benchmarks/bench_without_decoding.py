@@ -80,8 +80,8 @@ def main():
 def show(measured: dict[str, dict]) -> None:
     """One row an arm; factors are to the first."""
     first = next(iter(measured.values()))
-    heads = f"{'network':>17} {'from files':>17} {'paper':>8} {'G MAC':>7} {'G MAC/s':>8} {'M weights':>9}"
-    print(f"{'':24} {heads}")
+    heads = f"{'network':>17} {'from files':>17} {'paper':>8} {'G MAC':>7} {'G MAC/s':>8}"
+    print(f"{'':24} {heads} {'M weights':>9}")
     for arm, own in measured.items():
         cells = []
         for key in ("network_images_per_second", "images_per_second"):
