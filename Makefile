@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m icm_jax.main --config=configs/omni_icm.py $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

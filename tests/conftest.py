@@ -21,6 +21,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LONGEST = ("test_train.py", "test_main.py", "test_colabs.py", "test_launch.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take longest come first, so that no process is left alone with one at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.hookimpl(tryfirst=True)
