@@ -319,18 +319,15 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_error(tmp_path):
     assert toy_fit(tmp_path, toy_run(), task)[1] == 8
 
 
-def test_a_log_that_cannot_be_written_is_one_clear_error(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run = toy_run(log_every=1, save_every=8, ema=0.0)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    try:
-        with pytest.raises(IcmError, match=r"cannot write .*metrics\.jsonl: .*command resumes"):
-            toy_fit(tmp_path, run, toy())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_log_on_a_full_disk_is_one_clear_error(tmp_path):
+    run, log = toy_run(log_every=1, save_every=8), tmp_path / "metrics.jsonl"
+    log.symlink_to("/dev/full")
+    with pytest.raises(IcmError, match=r"metrics\.jsonl: No space left .*same command resumes"):
+        toy_fit(tmp_path, run, toy())
+    log.unlink()
     assert toy_fit(tmp_path, run, toy())[1] == 8
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 9))
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 9))
 
 
 @pytest.mark.parametrize("place", ["save", "wait_until_finished", "close"])
