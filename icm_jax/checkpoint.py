@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from icm_jax import sharding
-from icm_jax.errors import IcmError
+from icm_jax.errors import IcmError, reason
 from icm_jax.files import write_whole
 
 
@@ -56,10 +56,9 @@ def _writing(checkpoints):
     try:
         yield
     except Exception as error:  # orbax, tensorstore and the system have no common base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise IcmError(
-            f"cannot write a checkpoint to {checkpoints.directory}: {reason}. Earlier ones are "
-            "kept: once there is room, or the storage is back, the same command resumes"
+            f"cannot write a checkpoint to {checkpoints.directory}: {reason(error)}. Earlier "
+            "ones are kept: once there is room, or the storage is back, the same command resumes"
         ) from error
 
 
@@ -83,7 +82,7 @@ def restore_newest(checkpoints: ocp.CheckpointManager, abstract):
             elif jax.process_index() == 0:
                 _read(checkpoints.directory / str(step) / "default")
         except Exception as error:  # orbax, tensorstore and JSON have no common base
-            damage = str(error).splitlines()[0] if str(error) else type(error).__name__
+            damage = reason(error)
         if sharding.as_first(not damage):
             if several:
                 state = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -3,3 +3,8 @@
 
 class IcmError(ValueError):
     """Input that cannot be used; says what was given, what was expected and what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what another library raised, for a message of ours; its type if empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

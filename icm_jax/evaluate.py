@@ -117,6 +117,7 @@ def freeze(codec, variables, run, config) -> bitstream.FrozenCodec:
         seed=run.seed,
         canvas=(run.data.canvas,) * 2,
         stop=1,
+        masks=False,
     )
     images = views.centre(next(batches)["image"], config.size)
     weights = run.get("codec_file", {}).get("weights", "float32")
@@ -138,6 +139,7 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
         canvas=(run.data.canvas,) * 2,
         boxes=run.data.get("boxes", 0),
         coefficients=run.data.get("coefficients", ""),
+        masks="mask" in run.needs,
     )
     total = -(-source.length // run.batch_size)
     for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {point}", unit="batch"):

@@ -112,7 +112,7 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
 
     import jax
 
-    from icm_jax.errors import IcmError
+    from icm_jax.errors import IcmError, reason
 
     options = {"coordinator_address": coordinator, "num_processes": processes}
     options |= {"process_id": process}
@@ -123,10 +123,9 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
     try:
         jax.distributed.initialize(**options)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise IcmError(
-            f"jax.distributed did not start: {reason}. Start all processes together, with the same "
-            "--coordinator and --processes, or on a cluster that JAX knows"
+            f"jax.distributed did not start: {reason(error)}. Start all processes together, "
+            "with the same --coordinator and --processes, or on a cluster that JAX knows"
         ) from error
 
 

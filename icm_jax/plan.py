@@ -21,7 +21,7 @@ import numpy as np
 from icm_jax import optim, sharding
 from icm_jax.codecs.codec import forward
 from icm_jax.data import DATASETS, open_source, pipeline
-from icm_jax.errors import IcmError
+from icm_jax.errors import IcmError, reason
 from icm_jax.tasks import build_task
 from icm_jax.train import compiled_step, initial
 
@@ -102,10 +102,9 @@ def open_target(topology: str) -> Target:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # JAX raises RuntimeError, NotImplementedError or its own
-        reason = str(error).splitlines()[0]
         raise IcmError(
-            f"cannot describe {topology}: {reason}. It needs libtpu (pip install 'icm_jax[tpu]', "
-            "or TPU_LIBRARY_PATH) and a slice that exists"
+            f"cannot describe {topology}: {reason(error)}. It needs libtpu (pip install "
+            "'icm_jax[tpu]', or TPU_LIBRARY_PATH) and a slice that exists"
         ) from error
     return Target(topology, list(found.devices), CHIPS[kind])
 
@@ -139,6 +138,7 @@ def abstract_step(run, target: Target):
         (run.data.canvas,) * 2,
         run.data.get("boxes", 0),
         run.data.get("coefficients", ""),
+        "mask" in run.needs,
     )
     if run.decode_once:
         side = run.task.size

@@ -58,9 +58,11 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     Args:
       run: see `configs/`; fields name, seed, task, data, optim, batch_size, steps, log_every,
         save_every, fsdp, ema, start; keep_every, steps between checkpoints that stay (0: the newest
-        alone); decode_once, to train on features that the codec of the first run of `start` decoded
-        beforehand, instead of decoding views at every step; and, of detectors, weights: the path of
-        a Darknet file to start from, or "" (with steps = 0 the detector is that of the file).
+        alone); needs, what of an example the task and its score use besides the image ("label",
+        "mask", "objects"); decode_once, to train on features that the codec of the first run of
+        `start` decoded beforehand, instead of decoding views at every step; and, of detectors,
+        weights: the path of a Darknet file to start from, or "" (with steps = 0 the detector is
+        that of the file).
       base: the folder of the experiment, where earlier runs lie that `run.start` names.
 
     Returns: the metrics of the last logging interval.
@@ -101,6 +103,7 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
             boxes=run.data.get("boxes", 0),
             coefficients=run.data.get("coefficients", ""),
             crop=run.data.get("crop", pipeline.WHOLE),
+            masks="mask" in run.needs,
             process=jax.process_index(),
             processes=jax.process_count(),
         )
@@ -130,7 +133,8 @@ def decoded_split(codec, variables, source, run, base) -> np.ndarray:
         inputs = {"image": views.centre(images, side)}
         return forward(codec, variables, inputs, (side, side)).outputs["feature"]
 
-    batches = pipeline.in_order(source, batch_size=DECODED_AT_ONCE, canvas=(run.data.canvas,) * 2)
+    canvas = (run.data.canvas,) * 2
+    batches = pipeline.in_order(source, batch_size=DECODED_AT_ONCE, canvas=canvas, masks=False)
     total = -(-source.length // DECODED_AT_ONCE)
     hidden = jax.process_index() > 0
     bar = tqdm.tqdm(batches, f"{run.name} decoding", total, unit="batch", disable=hidden)
@@ -157,7 +161,8 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
     if saved is not None:
         return saved, step
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = jax.jit(init, out_shardings=shardings)(jax.random.key(run.seed), dict(task.constants))
+    compiled = jax.jit(init, out_shardings=shardings, compiler_options=quickly(mesh))
+    state = compiled(jax.random.key(run.seed), dict(task.constants))
     variables = state.variables
     for earlier, prefixes in start:
         variables = copy_parts(variables, earlier, prefixes)
@@ -167,6 +172,14 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
         state = state.replace(variables=variables, ema=ema)
         state = jax.jit(lambda s: s, out_shardings=shardings)(state)
     return state, 0
+
+
+def quickly(mesh) -> dict | None:
+    """Compiler options of a program that runs once, of many random numbers: on CPUs LLVM's full
+    optimisation takes several times as long, for the same bits. XLA_FLAGS go before."""
+    option = "xla_backend_optimization_level"
+    asked = option in os.environ.get("XLA_FLAGS", "")
+    return None if asked or mesh.devices.flat[0].platform != "cpu" else {option: 1}
 
 
 def initial(task: Task, optimiser, run, mesh):

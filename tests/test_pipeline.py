@@ -120,6 +120,19 @@ def test_padding_is_blank_and_ignored():
     assert not last["image"][1:].any() and np.all(last["mask"][1:] == geometry.IGNORE)
 
 
+def test_masks_that_nobody_asks_for_are_not_read():
+    whole = numbered(5, masks=True)
+    source = Source("s", 5, (), lambda n: {**whole.load(n), "mask": b"no picture"}, ("0",))
+    options = dict(batch_size=4, canvas=CANVAS)
+    for batches in (
+        pipeline.batches(source, seed=0, stop=1, masks=False, crop=(0.5, 1.0), **options),
+        pipeline.in_order(source, masks=False, **options),
+    ):
+        assert sorted(next(batches)) == ["image", "label", "valid"]
+    with pytest.raises(IcmError, match="cannot read"):
+        next(pipeline.in_order(source, **options))
+
+
 def test_features_take_the_place_of_their_own_images():
     source, features = numbered(5, unlabelled=(1,)), np.arange(5.0).reshape(5, 1, 1, 1)
     options = dict(batch_size=5, seed=3, canvas=CANVAS, stop=2)

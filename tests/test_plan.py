@@ -101,7 +101,7 @@ def test_groups_that_cannot_be_read_are_not_guessed():
         plan.sent(PROGRAM.replace("{{0,1,2,3,4}}", "<new>"), 8)
 
 
-@pytest.mark.parametrize("options", [{}, {"boxes": 3}, {"coefficients": "90"}])
+@pytest.mark.parametrize("options", [{}, {"boxes": 3}, {"coefficients": "90"}, {"masks": False}])
 def test_layout_is_that_of_real_batches(tmp_path, options):
     run = tiny_run("omni_icm", "seed0/omni/stage1", tmp_path)
     source = open_source(run.data, "train")

@@ -36,6 +36,7 @@ def batches(
     boxes: int = 0,
     coefficients: str = "",
     crop: tuple[float, float] = WHOLE,
+    masks: bool = True,
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -55,6 +56,7 @@ def batches(
         again; or "file", those of the file itself, whose middle is cut out at a multiple of 16.
       crop: other than (1, 1), the canvas shows a random window of so much of the area, mirrored or
         not (`geometry.random_view`): augmentation before an image is written at a quality.
+      masks: whether to give the masks of a source that has them; without, they are not decoded.
       threads: decoding threads; default: all cores.
 
     Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
@@ -91,7 +93,7 @@ def batches(
             return _boxed_example(source, number, canvas, boxes)
         feature = None if features is None else features[number]
         rng = None if crop == WHOLE else np.random.default_rng([seed, 1, position])
-        return _example(source, number, canvas, feature, coefficients, crop, rng)
+        return _example(source, number, canvas, feature, coefficients, crop, rng, masks)
 
     return _parallel(load, rows, batch_size, start, stop, threads)
 
@@ -102,6 +104,7 @@ def layout(
     canvas: tuple[int, int],
     boxes: int = 0,
     coefficients: str = "",
+    masks: bool = True,
 ) -> dict[str, tuple[tuple[int, ...], type]]:
     """{name: (shape, dtype)} of a batch of `batches` with these arguments, of a data set whose
     examples have these `keys`; nothing is read."""
@@ -124,7 +127,7 @@ def layout(
         found["steps"] = (*rows, 192), np.int32
     if "label" in keys:
         found["label"] = rows, np.int32
-    if "mask" in keys and not coefficients:
+    if masks and "mask" in keys and not coefficients:
         found["mask"] = (*rows, height, width), np.uint8
     return found
 
@@ -144,6 +147,7 @@ def in_order(
     limit: int | None = None,
     boxes: int = 0,
     coefficients: str = "",
+    masks: bool = True,
     process: int = 0,
     processes: int = 1,
     threads: int | None = None,
@@ -160,7 +164,7 @@ def in_order(
     def whole(number):
         if boxes:
             return _boxed_example(source, number, canvas, boxes)
-        return _example(source, number, canvas, coefficients=coefficients)
+        return _example(source, number, canvas, coefficients=coefficients, masks=masks)
 
     def load(position):
         if position < length:
@@ -219,10 +223,11 @@ def _example(
     coefficients: str = "",
     crop: tuple[float, float] = WHOLE,
     rng: np.random.Generator | None = None,
+    masks: bool = True,
 ) -> dict[str, np.ndarray]:
     """One row of a batch; with `rng`, a random window."""
     loaded = source.load(number)
-    example = {"valid": np.bool_(True)}
+    example, masked = {"valid": np.bool_(True)}, masks and "mask" in loaded and not coefficients
     if coefficients == "file":
         example |= read_planes(loaded["image"], loaded["name"], canvas)
     elif feature is not None:
@@ -232,7 +237,7 @@ def _example(
         image = geometry.decode_image(loaded["image"], loaded["name"], least)
         if rng is None:
             view = geometry.fit(image, canvas)
-        elif "mask" in loaded and not coefficients:
+        elif masked:
             raise IcmError(f"{source.name} has masks, which data.crop would leave behind")
         else:
             view = geometry.random_view(image, canvas, crop, rng)
@@ -243,7 +248,7 @@ def _example(
     if "label" in loaded:
         known = loaded["label"] is not None
         example |= {"label": np.int32(loaded["label"] if known else 0), "valid": np.bool_(known)}
-    if "mask" in loaded and not coefficients:
+    if masked:
         mask = geometry.decode_mask(loaded["mask"], loaded["name"], len(source.mask_classes))
         if feature is None:
             geometry.check_aspect(image, mask, loaded["name"])
