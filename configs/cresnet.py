@@ -24,6 +24,7 @@ Runs, for every seed, at each operating point (bits per pixel):
 import ml_collections
 
 from icm_jax.data import DATASETS
+from icm_jax.experiment import make_run
 
 CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")
@@ -174,10 +175,19 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
         return f"seed{seed}/{arm}-{point:g}"
 
     def run(arm, curve, stage, task, start, evaluate, needs=()):
-        made = make_run(config, seed, named(arm), task, config[stage], start)
-        made.evaluate, made.needs = evaluate, needs
-        made.labels = dict(curve=curve, arm=arm, point=f"{point:g} bpp")
-        return made
+        return make_run(
+            config,
+            config[stage],
+            name=named(arm),
+            seed=seed,
+            task=task,
+            weight_decay=1e-4,
+            start=tuple(start),
+            side=config.model.size,  # of the squares that codecs are scored on
+            needs=needs,
+            evaluate=evaluate,
+            labels=dict(curve=curve, arm=arm, point=f"{point:g} bpp"),
+        )
 
     task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)
     files = tuple(config.files) if point == config.points[0][0] and seed == config.seeds[0] else ()
@@ -225,37 +235,3 @@ def network_task(config, code, arm: str, name: str) -> dict:
     if name == "segmentation":
         return task | {k: config.segment[k] for k in ("aspp_rates", "output_stride")}
     return task | dict(mode="finetune")
-
-
-def make_run(config, seed: int, name: str, task: dict, stage, start) -> ml_collections.ConfigDict:
-    """One entry of the list; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
-    return ml_collections.ConfigDict(
-        dict(
-            name=name,
-            seed=seed,
-            task=task,
-            data=config.data.to_dict(),
-            optim=dict(
-                name=stage.optimiser,
-                learning_rate=stage.learning_rate,
-                schedule="cosine",
-                warmup_steps=stage.warmup_steps,
-                weight_decay=1e-4,
-                clip_norm=config.train.clip_norm,
-                accumulate=config.train.accumulate,
-            ),
-            batch_size=config.train.batch_size,
-            steps=stage.steps,
-            log_every=config.train.log_every,
-            save_every=config.train.save_every,
-            fsdp=config.train.fsdp,
-            remat=config.train.remat,
-            ema=config.train.ema,
-            start=tuple(start),
-            decode_once=False,
-            needs=(),
-            side=config.model.size,  # of the squares that codecs are scored on
-            evaluate=(),
-            labels={},
-        )
-    )

@@ -11,6 +11,8 @@ On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 
 import ml_collections
 
+from icm_jax.experiment import make_run
+
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
 """The field's λ for the mean squared error on 0...255 (papers.md 6.2)."""
 LAMBDAS_MS_SSIM = (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00)
@@ -156,9 +158,10 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
             ends = [config.model.lambdas] if several else [(v,) for v in config.model.lambdas]
             for lambdas in ends:
                 rivals = not listed  # they are the same for all
-                run = make_run(config, seed, kind, lambdas, several, rivals)
+                run = codec_run(config, seed, kind, lambdas, several, rivals)
                 if any(config.before.values()):
-                    first = make_run(earlier, seed, kind, earlier.model.lambdas, several, False)
+                    lambdas = earlier.model.lambdas
+                    first = codec_run(earlier, seed, kind, lambdas, several, False)
                     first.update(name=run.name + "-before", evaluate=())
                     run.start = ((first.name, ("params/image_codec",)),)
                     listed.append(first)
@@ -166,40 +169,20 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     return listed
 
 
-def make_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.ConfigDict:
-    """One codec; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
+def codec_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.ConfigDict:
+    """One codec."""
     point = "" if several else f"{lambdas[0]:g}"
     streams = [f"stream-{q:g}" for q in config.qualities] if several else ["stream"]
     files = [f"jpeg-{q}" for q in config.jpeg] + [f"webp-{q}" for q in config.webp]
     model = {name: value for name, value in config.model.items() if name != "kinds"}
-    train = config.train
-    return ml_collections.ConfigDict(
-        dict(
-            name=f"seed{seed}/{kind}" + (f"-{point}" if point else ""),
-            seed=seed,
-            task=dict(model, name="image_compression", kind=kind, lambdas=lambdas),
-            data=config.data.to_dict(),
-            optim=dict(
-                name=train.optimiser,
-                learning_rate=train.learning_rate,
-                schedule="cosine",
-                warmup_steps=train.warmup_steps,
-                weight_decay=0.0,
-                clip_norm=train.clip_norm,
-                accumulate=train.accumulate,
-            ),
-            batch_size=train.batch_size,
-            steps=train.steps,
-            log_every=train.log_every,
-            save_every=train.save_every,
-            fsdp=train.fsdp,
-            remat=train.remat,
-            ema=train.ema,
-            start=(),
-            decode_once=False,
-            codec_file=config.codec_file.to_dict(),
-            needs=(),
-            evaluate=tuple(streams + (files if rivals else [])),
-            labels=dict(curve="image", arm=kind, point=point),
-        )
+    return make_run(
+        config,
+        config.train,
+        name=f"seed{seed}/{kind}" + (f"-{point}" if point else ""),
+        seed=seed,
+        task=dict(model, name="image_compression", kind=kind, lambdas=lambdas),
+        weight_decay=0.0,
+        codec_file=config.codec_file.to_dict(),
+        evaluate=tuple(streams + (files if rivals else [])),
+        labels=dict(curve="image", arm=kind, point=point),
     )

@@ -20,6 +20,8 @@ exact crops and flips of coefficients; `data.crop=(0.35,1.0)` with `model.size` 
 
 import ml_collections
 
+from icm_jax.experiment import make_run
+
 WIRINGS = (
     "upsampling",
     "upsampling_rfa",
@@ -118,44 +120,25 @@ def tiny() -> dict:
 
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     """A network per seed and arm."""
-    return [make_run(config, seed, arm) for seed in config.seeds for arm in config.arms]
+    return [network_run(config, seed, arm) for seed in config.seeds for arm in config.arms]
 
 
-def make_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
-    """One network; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
+def network_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
+    """One network."""
     given, network = arm.split("-")
     network, _, factor = network.partition("@")
     task = dict(config.model, name="coefficient_classification", input=given, network=network)
     task |= dict(width=config.model.width * float(factor or 1))
-    data = dict(config.data, coefficients=config.data.coefficients if given == "jpeg" else "")
     speed = (f"speed-{config.speed}",) if config.speed else ()
-    train = config.train
-    return ml_collections.ConfigDict(
-        dict(
-            name=f"seed{seed}/{arm}",
-            seed=seed,
-            task=task,
-            data=data,
-            optim=dict(
-                name=train.optimiser,
-                learning_rate=train.learning_rate,
-                schedule="cosine",
-                warmup_steps=train.warmup_steps,
-                weight_decay=train.weight_decay,
-                clip_norm=train.clip_norm,
-                accumulate=train.accumulate,
-            ),
-            batch_size=train.batch_size,
-            steps=train.steps,
-            log_every=train.log_every,
-            save_every=train.save_every,
-            fsdp=train.fsdp,
-            remat=train.remat,
-            ema=train.ema,
-            start=(),
-            decode_once=False,
-            needs=("label",),
-            evaluate=("pixels", *speed),
-            labels=dict(curve="arms", arm=arm, point=""),
-        )
+    return make_run(
+        config,
+        config.train,
+        name=f"seed{seed}/{arm}",
+        seed=seed,
+        task=task,
+        data=dict(config.data, coefficients=config.data.coefficients if given == "jpeg" else ""),
+        weight_decay=config.train.weight_decay,
+        needs=("label",),
+        evaluate=("pixels", *speed),
+        labels=dict(curve="arms", arm=arm, point=""),
     )

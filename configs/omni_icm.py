@@ -18,6 +18,7 @@ Runs, in this order and for every seed:
 import ml_collections
 
 from icm_jax.data import DATASETS
+from icm_jax.experiment import make_run
 
 ARMS = ("omni", "unfiltered")
 BACKBONE = ("params/head", "params/tail", "batch_stats/head", "batch_stats/tail")
@@ -238,10 +239,10 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
             name = f"seed{seed}/{kind}"
             if arm == ARMS[0]:
                 own = dict(task, pretrain_filter=kind == "filter", alpha=0.0)
-                listed.append(make_run(config, seed, name, own, config[stage], start=start))
+                listed.append(stage_run(config, config[stage], seed, name, own, start))
             start = [(name, BACKBONE + FILTER + (PROJECTOR if kind == "contrast" else ()))]
     task |= dict(pretrain_filter=False, alpha=s1.alpha if arm == "omni" else 0.0)
-    listed.append(make_run(config, seed, f"{base}/stage1", task, config.stage1, start=start))
+    listed.append(stage_run(config, s1, seed, f"{base}/stage1", task, start))
     for lmbda in config.stage2.lambdas:
         codec = f"{base}/stage2-{lmbda:g}"
         task = dict(
@@ -252,12 +253,12 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
             relative=True,
         )
         start = [(f"{base}/stage1", BACKBONE + FILTER)]
-        listed.append(make_run(config, seed, codec, task, config.stage2, start=start))
+        listed.append(stage_run(config, config.stage2, seed, codec, task, start))
         start = [(codec, BACKBONE + FILTER + CODEC)]
         for kind, steps in task_steps(config, keys).items():
             name = f"{base}/{kind}-{lmbda:g}"
-            listed.append(task_run(config, seed, arm, name, kind, steps, start))
-            listed[-1].labels.point = f"{lmbda:g}"
+            labels = dict(curve=kind, arm=arm, point=f"{lmbda:g}")
+            listed.append(task_run(config, seed, name, kind, steps, start, labels))
     return listed
 
 
@@ -268,7 +269,7 @@ def task_steps(config, keys) -> dict[str, int]:
     return known or ({"segment": max(asked.values())} if "mask" in keys else {})
 
 
-def task_run(config, seed, arm, name, kind, steps, start):
+def task_run(config, seed, name, kind, steps, start, labels):
     """Stage 3: a head (and the tail) on decoded features."""
     task = dict(config.model, frontend="feature")
     if kind == "segment":
@@ -277,11 +278,9 @@ def task_run(config, seed, arm, name, kind, steps, start):
     else:
         mode = "linear" if kind == "linear" else "finetune"
         task |= dict(name="classification", mode=mode)
-    run = make_run(config, seed, name, task, config.stage3, steps, start)
-    run.needs, run.evaluate = (NEEDS[kind],), ("stream",)
-    run.decode_once = config.stage3.decode_once
-    run.labels = dict(curve=kind, arm=arm, point="")
-    return run
+    own = dict(steps=steps, decode_once=config.stage3.decode_once, labels=labels)
+    own |= dict(needs=(NEEDS[kind],), evaluate=("stream",))
+    return stage_run(config, config.stage3, seed, name, task, start, **own)
 
 
 def rgb_run(config, keys, seed: int):
@@ -299,43 +298,13 @@ def rgb_run(config, keys, seed: int):
     name = f"seed{seed}/rgb/{kind}"
     origin = "contrast" if config.pretrain.steps else "unfiltered/stage1"
     start = [(f"seed{seed}/{origin}", BACKBONE)]
-    run = make_run(config, seed, name, task, config.stage3, config.rgb.steps, start)
     points = [f"jpeg-{q}" for q in config.rgb.jpeg] + [f"webp-{q}" for q in config.rgb.webp]
-    run.needs, run.evaluate = (NEEDS[kind],), ("pixels", *points)
-    run.labels = dict(curve=kind, arm="rgb", point="")
-    return run
+    own = dict(steps=config.rgb.steps, labels=dict(curve=kind, arm="rgb", point=""))
+    own |= dict(needs=(NEEDS[kind],), evaluate=("pixels", *points))
+    return stage_run(config, config.stage3, seed, name, task, start, **own)
 
 
-def make_run(config, seed, name, task, stage, steps=0, start=()) -> ml_collections.ConfigDict:
-    """One entry of the list; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
-    return ml_collections.ConfigDict(
-        dict(
-            name=name,
-            seed=seed,
-            task=task,
-            data=config.data.to_dict(),
-            optim=dict(
-                name=stage.optimiser,
-                learning_rate=stage.learning_rate,
-                schedule="cosine",
-                warmup_steps=stage.warmup_steps,
-                weight_decay=1e-4,
-                clip_norm=config.train.clip_norm,
-                accumulate=config.train.accumulate,
-                rate_scaling=config.train.rate_scaling,
-                rate_batch=config.train.rate_batch,
-            ),
-            batch_size=stage.batch_size or config.train.batch_size,
-            steps=steps or stage.steps,
-            log_every=config.train.log_every,
-            save_every=config.train.save_every,
-            fsdp=config.train.fsdp,
-            remat=config.train.remat,
-            ema=config.train.ema,
-            start=tuple(start),
-            decode_once=False,
-            needs=(),
-            evaluate=(),
-            labels={},
-        )
-    )
+def stage_run(config, stage, seed: int, name: str, task: dict, start, **own):
+    """A run of one stage."""
+    given = dict(name=name, seed=seed, task=task, start=tuple(start), weight_decay=1e-4)
+    return make_run(config, stage, **given, **(dict(labels={}) | own))

@@ -16,6 +16,8 @@ import pathlib
 
 import ml_collections
 
+from icm_jax.experiment import make_run
+
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
 """The field's λ for the mean squared error on 0...255 (papers.md 3.4)."""
 SMALL_LAMBDAS = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
@@ -169,50 +171,28 @@ def single_task(config, lmbda: float) -> dict:
 
 def sweep(config, found, arm: str, lambdas, tasks: list[dict]) -> list[ml_collections.ConfigDict]:
     """The codecs of one arm; `found` is the detector's run."""
-    listed = []
+    listed, train = [], config.train
     for lmbda, task in zip(lambdas, tasks, strict=True):
-        scalable, steps = task["name"] == "scalable_compression", config.train.steps
+        scalable, steps = task["name"] == "scalable_compression", train.steps
         start = [(found.name, DETECTOR)] if scalable else []
-        if listed and config.train.following_steps:
-            steps = config.train.following_steps
+        if listed and train.following_steps:
+            steps = train.following_steps
             part = "scalable" if scalable else "image_codec"
             start.append((listed[-1].name, (f"params/{part}",)))
-        listed.append(make_run(config, found, arm, lmbda, task, tuple(start), steps))
-    return listed
-
-
-def make_run(config, found, arm, lmbda, task, start, steps) -> ml_collections.ConfigDict:
-    """One codec; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
-    train, seed = config.train, found.seed
-    return ml_collections.ConfigDict(
-        dict(
-            name=f"seed{seed}/{arm}-{lmbda:g}",
-            seed=seed,
+        run = make_run(
+            config,
+            train,
+            name=f"seed{found.seed}/{arm}-{lmbda:g}",
+            seed=found.seed,
             task=task,
             data=dict(config.data, boxes=0),
-            optim=dict(
-                name=train.optimiser,
-                learning_rate=train.learning_rate,
-                schedule=train.schedule,
-                plateau=train.plateau.to_dict(),
-                warmup_steps=train.warmup_steps,
-                weight_decay=0.0,
-                clip_norm=train.clip_norm,
-                accumulate=train.accumulate,
-            ),
-            batch_size=train.batch_size,
+            weight_decay=0.0,
             steps=steps,
-            log_every=train.log_every,
-            save_every=train.save_every,
             keep_every=train.keep_every,
-            fsdp=train.fsdp,
-            remat=train.remat,
-            ema=train.ema,
-            start=start,
-            decode_once=False,
-            needs=(),
+            start=tuple(start),
             detector=found.name,
             evaluate=("detect", "stream"),
             labels=dict(curve="image", arm=arm, point=f"{lmbda:g}"),
         )
-    )
+        listed.append(run)
+    return listed

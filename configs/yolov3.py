@@ -12,6 +12,8 @@
 
 import ml_collections
 
+from icm_jax.experiment import make_run
+
 
 def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
     """Settings of one scale; every field can be overridden on the command line."""
@@ -102,39 +104,20 @@ def tiny() -> dict:
 
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     """A detector per seed."""
-    return [make_run(config, seed) for seed in config.seeds]
+    return [detector_run(config, seed) for seed in config.seeds]
 
 
-def make_run(config, seed: int) -> ml_collections.ConfigDict:
-    """One detector; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate`."""
-    train = config.train
-    return ml_collections.ConfigDict(
-        dict(
-            name=f"seed{seed}/detector",
-            seed=seed,
-            task=dict(config.model, name="detection"),
-            data=config.data.to_dict(),
-            optim=dict(
-                name=train.optimiser,
-                learning_rate=train.learning_rate,
-                schedule="cosine",
-                warmup_steps=train.warmup_steps,
-                weight_decay=train.weight_decay,
-                clip_norm=train.clip_norm,
-                accumulate=train.accumulate,
-            ),
-            batch_size=train.batch_size,
-            steps=train.steps,
-            log_every=train.log_every,
-            save_every=train.save_every,
-            fsdp=train.fsdp,
-            remat=train.remat,
-            ema=train.ema,
-            start=(),
-            weights=config.weights,
-            decode_once=False,
-            needs=("objects",),
-            evaluate=("pixels", *config.files),
-            labels=dict(curve="detect", arm="detector", point=""),
-        )
+def detector_run(config, seed: int) -> ml_collections.ConfigDict:
+    """One detector."""
+    return make_run(
+        config,
+        config.train,
+        name=f"seed{seed}/detector",
+        seed=seed,
+        task=dict(config.model, name="detection"),
+        weight_decay=config.train.weight_decay,
+        weights=config.weights,
+        needs=("objects",),
+        evaluate=("pixels", *config.files),
+        labels=dict(curve="detect", arm="detector", point=""),
     )

@@ -30,6 +30,7 @@ ALLOWED = {
     "checkpoint": BASE | {"ops", "codecs", "sharding"},
 }
 UP_TO_TRAIN = set(ALLOWED)
+ALLOWED["experiment"] = set()  # configs alone import it
 ALLOWED["train"] = UP_TO_TRAIN
 ALLOWED["plan"] = UP_TO_TRAIN | {"train"}
 ALLOWED["evaluate"] = UP_TO_TRAIN | {"train"}
