@@ -284,7 +284,7 @@ def make_step(task: Task, optimiser, run):
             share = jnp.where(updated, jnp.float32(1 - run.ema), 0.0)
             averaged = optax.incremental_update(trained, averaged, share)
         variables = {**state.variables, **aux.collections, "params": {**params, **trained}}
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(gradients), **aux.metrics}
+        metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
         state = TrainState(state.step + 1, variables, opt_state, averaged)
         return state, metrics
 
