@@ -1,15 +1,16 @@
 """Networks on DCT coefficients and on a learned code against ResNet-50 on pixels, full width.
 
     python benchmarks/bench_without_decoding.py [FOLDER] [--batch 16 64] [--size 224] [--rounds 5]
+        [--parts coefficients code]
 
 Weights are random, which changes no shape. Images of a folder, or else smooth random ones, become
-JPEG files of the size; each
-arm of configs/jpeg_dct.py reads them and predicts. Prints images per second of inference, of the
-network alone and of the whole path, medians over the rounds, with ratios to ResNet-50 on RGB beside
-those of Gueguen et al. 2018 (papers.md 2.5; theirs on a GPU), multiply-accumulates, and how many of
-them the network alone does in a second: where these are equal, the count explains the time. Then
-cResNet-51 on the code of an autoencoder (N = 128, C = 32) beside ResNet-50 on what it decodes, from
-its files on (1.5 to 2 times fewer operations in Torfason et al. 2018).
+JPEG files of the size; each arm of configs/jpeg_dct.py reads them and predicts. Prints images per
+second of inference, of the network alone and of the whole path, medians over the rounds, with
+ratios to ResNet-50 on RGB beside those of Gueguen et al. 2018 (papers.md 2.5; theirs on a GPU),
+multiply-accumulates, and how many of them the network alone does in a second: where these are
+equal, the count explains the time. Then cResNet-51 on the code of an autoencoder (N = 128, C = 32)
+beside ResNet-50 on what it decodes, from its files on (1.5 to 2 times fewer operations in Torfason
+et al. 2018).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from icm_jax.codecs import bitstream
 from icm_jax.nets.dct import WIRINGS
 from icm_jax.tasks import build_task
 
+PARTS = ("coefficients", "code")
 PAPER = dict(
     upsampling=396 / 208,
     upsampling_rfa=266 / 208,
@@ -45,36 +47,36 @@ def main():
     parser.add_argument("--width", type=float, default=1.0, help="factor of all channels")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     given = parser.parse_args()
     paths = []
     if given.folder:
         paths = sorted(p for p in given.folder.rglob("*") if p.suffix in (".png", ".jpg"))
         if not paths:
             parser.error(f"no images in {given.folder}")
+    for batch in given.batch:
+        images = pictures(paths, batch, given.size)
+        device = jax.devices()[0].device_kind
+        print(f"{given.size} × {given.size} pixels, batch {batch}, {given.dtype}, {device}")
+        if "coefficients" in given.parts:
+            show(throughput.measure(coefficient_paths(given, images), given.rounds))
+        if "code" in given.parts:
+            print("from files of the autoencoder, one decoded at a time")
+            show(throughput.measure(code_paths(given, images), given.rounds))
+
+
+def coefficient_paths(given, images) -> dict:
+    """From JPEG files: ResNet-50 on their pixels, the wirings on their coefficients."""
     arms = {"rgb": "50", "ycbcr": "50"} | {name: name for name in WIRINGS}
-    tasks = {}
+    paths = {}
     for arm, network in arms.items():
         fields = dict(name="coefficient_classification", network=network, width=given.width)
         fields |= dict(input=arm if network == "50" else "jpeg", size=given.size, classes=1000)
         task = build_task(ConfigDict(fields | dict(dtype=given.dtype)))
-        tasks[arm] = task, drawn(task)
-    for batch in given.batch:
-        images = pictures(paths, batch, given.size)
-        measured = throughput.measure(
-            {
-                arm: throughput.jpeg_path(
-                    task.predict, variables, images, given.quality, arm in WIRINGS
-                )
-                for arm, (task, variables) in tasks.items()
-            },
-            given.rounds,
+        paths[arm] = throughput.jpeg_path(
+            task.predict, drawn(task), images, given.quality, arm in WIRINGS
         )
-        device = jax.devices()[0].device_kind
-        print(f"{given.size} × {given.size} pixels, batch {batch}, {given.dtype}, {device}")
-        show(measured)
-        measured = throughput.measure(code_paths(given, images), given.rounds)
-        print("from files of the autoencoder, one decoded at a time")
-        show(measured)
+    return paths
 
 
 def show(measured: dict[str, dict]) -> None:
