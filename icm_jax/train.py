@@ -176,7 +176,8 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
 
 def quickly(mesh) -> dict | None:
     """Compiler options of a program that runs once, of many random numbers: on CPUs LLVM's full
-    optimisation takes several times as long, for the same bits. XLA_FLAGS go before."""
+    optimisation takes twice as long and more, for the same numbers but for rounding (with JAX 0.10
+    the same bits). XLA_FLAGS go before."""
     option = "xla_backend_optimization_level"
     asked = option in os.environ.get("XLA_FLAGS", "")
     return None if asked or mesh.devices.flat[0].platform != "cpu" else {option: 1}
