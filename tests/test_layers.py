@@ -9,7 +9,7 @@ from jax.test_util import check_grads
 from small import RNG, normal
 
 from icm_jax import ops
-from icm_jax.nets.layers import GDN, Projector, Up, down_by_two, haar_cascade, up_by_two
+from icm_jax.nets.layers import GDN, Projector, Up, down_by_two, haar_cascade, pointwise, up_by_two
 from icm_jax.nets.transforms import ImageAnalysis, ImageSynthesis
 
 GRADIENT = dict(order=1, modes=("rev",), eps=0.001, rtol=0.01, atol=0.01)
@@ -46,7 +46,7 @@ def test_bounds_let_helpful_gradients_through():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1), (2, 9)])
-@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
 def test_strided_convolution_equals_scipy(size, kernel):
     x, weights = normal(1, *size, 2), normal(kernel, kernel, 2, 3)
     given = np.asarray(down_by_two(x, weights))[0]
@@ -56,7 +56,17 @@ def test_strided_convolution_equals_scipy(size, kernel):
             scipy.signal.correlate2d(padded[..., c], weights[..., c, out], "same") for c in range(2)
         )
         np.testing.assert_allclose(given[..., out], full[::2, ::2], atol=2e-5)
-    check_grads(lambda w: down_by_two(x, w), (weights,), **GRADIENT)
+    check_grads(down_by_two, (x, weights), **GRADIENT)
+
+
+def test_pointwise_convolution_is_a_product_of_channels():
+    x, weights = normal(2, 3, 5, 4), normal(1, 1, 4, 3)
+    given, pull = jax.vjp(pointwise, x, weights)
+    np.testing.assert_allclose(given, np.einsum("nhwc,cf->nhwf", x, weights[0, 0]), atol=1e-5)
+    gradient = normal(2, 3, 5, 3)
+    to_x, to_weights = pull(gradient)
+    np.testing.assert_allclose(to_x, np.einsum("nhwf,cf->nhwc", gradient, weights[0, 0]), atol=1e-5)
+    np.testing.assert_allclose(to_weights[0, 0], np.einsum("nhwc,nhwf->cf", x, gradient), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 5)])

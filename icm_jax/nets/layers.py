@@ -78,16 +78,39 @@ class Down(nn.Module):
         return y
 
 
-@jax.custom_vjp
-def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Stride-2 cross-correlation with zero padding k // 2 on the left, as many as needed right."""
-    return _down_by_stride(x, kernel)
+def on_cpu_differentiated_as(form):
+    """Decorator of a convolution f(x, kernel) of which `form` is an equal one.
+
+    Programs for CPUs compute the gradient of `form`, all others that of the convolution itself:
+    what XLA is quick at forward is not what it is quick at backward.
+    """
+
+    def decorate(convolution):
+        def backward(saved, gradient):
+            # By the platform that the program is for, which a plan's is not the one it is made on.
+            return jax.lax.platform_dependent(
+                *saved,
+                gradient,
+                cpu=lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient),
+                default=lambda x, kernel, gradient: jax.vjp(convolution, x, kernel)[1](gradient),
+            )
+
+        faster = jax.custom_vjp(convolution)
+        faster.defvjp(lambda x, kernel: (convolution(x, kernel), (x, kernel)), backward)
+        return faster
+
+    return decorate
 
 
-def _down_by_stride(x, kernel):
-    x, pad = _even(x), kernel.shape[0] // 2
+def _matrix_product(x, kernel):
+    return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+
+
+@on_cpu_differentiated_as(_matrix_product)
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """1×1 convolution: [N, H, W, C], [1, 1, C, F] -> [N, H, W, F]."""
     return jax.lax.conv_general_dilated(
-        x, kernel, (2, 2), [(pad, max(pad - 1, 0))] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -98,6 +121,8 @@ def _even(x):
 def _down_by_blocks(x, kernel):
     """`down_by_two` as a convolution with stride 1 of 2×2 blocks of pixels."""
     x, (size, _, c, features) = _even(x), kernel.shape
+    if size == 1:
+        return _matrix_product(x[:, ::2, ::2], kernel)
     n, h, w = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
     x = x.reshape(n, h, 2, w, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, 4 * c)
     left = size // 2  # output o reads inputs 2o - left ... 2o - left + size - 1
@@ -115,22 +140,13 @@ def _down_by_blocks(x, kernel):
     )
 
 
-def _down_forward(x, kernel):
-    return down_by_two(x, kernel), (x, kernel)
-
-
-def _down_backward(saved, gradient):
-    def by(form):
-        return lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
-
-    if saved[1].shape[0] == 1:
-        return by(_down_by_stride)(*saved, gradient)
-    # By the platform that the program is for, which a plan's is not the one it is made on.
-    forms = dict(cpu=by(_down_by_blocks), default=by(_down_by_stride))
-    return jax.lax.platform_dependent(*saved, gradient, **forms)
-
-
-down_by_two.defvjp(_down_forward, _down_backward)
+@on_cpu_differentiated_as(_down_by_blocks)
+def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Stride-2 cross-correlation with zero padding k // 2 on the left, as many as needed right."""
+    x, pad = _even(x), kernel.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), [(pad, max(pad - 1, 0))] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def orthogonal_window(size: int):

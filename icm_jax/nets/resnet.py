@@ -10,7 +10,8 @@ begins with a learned code at H/8.
 
 Fast forms, measured on XLA's CPU backend at 64 × 64 px, width 16: the gradient of the plain 7×7/2
 convolution takes 70 ms against 15 ms as space-to-depth; that of a windowed max 38 ms against 6 ms
-as a maximum over shifted slices. For 3×3/2 the plain form is the fastest.
+as a maximum over shifted slices. For 3×3/2 the plain form is the fastest. Training steps of narrow
+ResNets-50 take 0.6 to 0.8 of the time where 1×1 convolutions are differentiated as matrix products.
 """
 
 from functools import partial
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax.errors import IcmError
-from icm_jax.nets.layers import down_by_two, end_of_block
+from icm_jax.nets.layers import down_by_two, end_of_block, pointwise
 
 
 class Stages(NamedTuple):
@@ -79,8 +80,10 @@ class Conv(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", _HE, shape).astype(self.dtype)
         x = x.astype(self.dtype)
-        if self.stride == 2 and self.kernel > 3:
+        if self.stride == 2 and self.kernel != 3:
             return down_by_two(x, kernel)
+        if self.stride == 1 and self.kernel == 1:
+            return pointwise(x, kernel)
         return jax.lax.conv_general_dilated(
             x,
             kernel,
