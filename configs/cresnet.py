@@ -46,7 +46,7 @@ def demo() -> dict:
         name="cresnet",
         seeds=(0,),
         points=((0.33, 16), (0.63, 32)),  # bits per pixel, C of the code
-        arms=("r50", "c39", "c51"),
+        arms=("r50", "c51"),
         data=dict(
             name="scenes",
             path="",
@@ -70,8 +70,8 @@ def demo() -> dict:
             accumulate=1,
             ema=0.0,
         ),
-        codec=dict(steps=600, learning_rate=1e-3, optimiser="adamw", warmup_steps=50),
-        classify=dict(steps=500, learning_rate=3e-3, optimiser="adamw", warmup_steps=50),
+        codec=dict(steps=400, learning_rate=3e-3, optimiser="adamw", warmup_steps=50),
+        classify=dict(steps=400, learning_rate=3e-3, optimiser="adamw", warmup_steps=50),
         segment=dict(
             steps=0,  # 0: left out
             learning_rate=3e-3,
@@ -80,7 +80,13 @@ def demo() -> dict:
             aspp_rates=(1, 2, 3, 4),
             output_stride=8,
         ),
-        joint=dict(steps=200, learning_rate=3e-4, optimiser="adamw", warmup_steps=20, gamma=0.001),
+        joint=dict(
+            steps=0,  # 0: left out
+            learning_rate=3e-4,
+            optimiser="adamw",
+            warmup_steps=20,
+            gamma=0.001,
+        ),
         files=tuple(f"{f}-{q}" for f, qs in FILES.items() for q in qs),
         speed=16,  # images of a batch when speed is measured; 0: it is not
     )
@@ -92,12 +98,11 @@ FILES = {"jpeg": (5, 10, 20, 40, 70), "jpeg2000": (20, 24, 28, 32, 36)}
 def photos() -> dict:
     """A folder with a folder per class; 64 pixels; three points, three seeds."""
     config = demo()
-    config.update(seeds=(0, 1, 2), points=((0.1, 8), (0.33, 16), (0.63, 32)), arms=("r50", "c51"))
+    config.update(seeds=(0, 1, 2), points=((0.1, 8), (0.33, 16), (0.63, 32)))
     config["data"] = dict(name="folder", path="", canvas=72)
     config["model"].update(size=64)
     config["train"].update(batch_size=32)
     config["codec"].update(steps=500)
-    config["classify"].update(steps=400)
     config["joint"].update(steps=100)
     return config
 

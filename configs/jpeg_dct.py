@@ -33,6 +33,7 @@ WIRINGS = (
 )
 PIXELS = ("rgb-50", "ycbcr-50")
 THINNED = ("rgb-44", "rgb-26", "rgb-50@0.75")
+COEFFICIENTS = tuple(f"jpeg-{wiring}" for wiring in WIRINGS)
 LEARNED = tuple(f"{start}-upsampling" for start in ("dct", "dct_kept", "random", "random_kept"))
 
 
@@ -45,11 +46,16 @@ def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
 
 
 def demo() -> dict:
-    """A quarter of the channels, 96 × 96 pixels, RGB, YCbCr and the seven wirings."""
+    """A quarter of the channels, 96 × 96 pixels; RGB and three wirings, which differ the most."""
     return dict(
         name="jpeg_dct",
         seeds=(0,),
-        arms=PIXELS + tuple(f"jpeg-{wiring}" for wiring in WIRINGS),
+        arms=(
+            "rgb-50",
+            "jpeg-deconvolution_rfa",
+            "jpeg-late_concat_rfa_thinner",
+            "jpeg-downsampling",
+        ),
         data=dict(
             name="scenes",
             path="",
@@ -66,7 +72,7 @@ def demo() -> dict:
         model=dict(width=0.25, size=96, dtype="float32"),
         train=dict(
             steps=600,
-            batch_size=32,
+            batch_size=16,
             learning_rate=3e-3,
             optimiser="adamw",
             weight_decay=1e-4,
@@ -87,17 +93,17 @@ def photos() -> dict:
     """A folder with a folder per class; 96 pixels of 128; all arms, three seeds."""
     config = demo()
     config["seeds"] = (0, 1, 2)
-    config["arms"] = PIXELS + THINNED + config["arms"][2:] + LEARNED
+    config["arms"] = PIXELS + THINNED + COEFFICIENTS + LEARNED
     config["data"] = dict(name="folder", path="", canvas=128, coefficients="95", crop=(1.0, 1.0))
     config["model"].update(size=96)
-    config["train"].update(steps=1200)
+    config["train"].update(steps=1200, batch_size=32)
     return config
 
 
 def imagenet() -> dict:
     """As the paper: 224 pixels; 90 epochs, the rest as papers.md 2.2."""
     config = demo()
-    config["arms"] = PIXELS + THINNED + config["arms"][2:] + LEARNED
+    config["arms"] = PIXELS + THINNED + COEFFICIENTS + LEARNED
     config["data"] = dict(
         name="imagenet2012", path="", canvas=256, coefficients="95", crop=(1.0, 1.0)
     )

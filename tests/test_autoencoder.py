@@ -10,7 +10,7 @@ from icm_jax.codecs import autoencoder_codec, bitstream
 from icm_jax.codecs.autoencoder import relaxed
 from icm_jax.codecs.codec import forward
 from icm_jax.errors import IcmError
-from icm_jax.nets.autoencoder import Centres, MirrorConv
+from icm_jax.nets.autoencoder import Centres, CodeAnalysis, CodeSynthesis, MirrorConv
 from icm_jax.tasks import build_task
 
 RNG = np.random.default_rng(0)
@@ -78,6 +78,15 @@ def test_the_quantiser_is_hard_forward_and_soft_backward():
     )
     fixed = jax.grad(lambda v: Centres(4, False).apply(v, y).q.sum())(variables)
     assert np.abs(fixed["params"]["values"]).max() == 0
+
+
+def test_autoencoders_begin_as_a_wavelet_packet_and_its_inverse():
+    """With as many channels as 8×8 pixels have values nothing is lost but by the weights' noise."""
+    x = np.random.default_rng(0).uniform(0, 255, (2, 16, 24, 3)).astype(np.float32)
+    analysis, synthesis = CodeAnalysis(192, width=96, blocks=1), CodeSynthesis(width=96, blocks=1)
+    y, _ = analysis.init_with_output(jax.random.key(0), x)
+    x_hat, _ = synthesis.init_with_output(jax.random.key(1), y)
+    assert np.abs(x_hat - x).mean() < 0.05 * x.std()
 
 
 def test_bytes_are_those_of_the_histogram():

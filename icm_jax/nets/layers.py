@@ -199,17 +199,19 @@ def haar_cascade(widths: tuple[int, ...]) -> list[np.ndarray]:
     return windows
 
 
-def around(window: np.ndarray, surplus: float = 0.01):
-    """Initialiser of a k×k kernel: a 2×2 window in its centre, small noise around and over it.
+def around(window: np.ndarray, surplus: float = 0.01, front: int = 0):
+    """Initialiser of a k×k kernel: a window at k // 2, small noise around and over it.
 
     Args:
       surplus: level of the noise, as a share of LeCun's, for outputs whose window is zero.
+      front: by how many places the window stands before k // 2.
     """
 
     def init(key, shape, dtype=jnp.float32):
         empty = ~np.abs(window).any(axis=(0, 1, 2))
         share = np.where(empty, surplus, 0.01) / math.sqrt(math.prod(shape[:3]))
-        at = [slice(side // 2, side // 2 + 2) for side in shape[:2]]
+        begin = [side // 2 - front for side in shape[:2]]
+        at = [slice(b, b + length) for b, length in zip(begin, window.shape[:2], strict=True)]
         noise = share.reshape(1, 1, 1, -1) * jax.random.normal(key, shape, dtype)
         return noise.at[at[0], at[1]].add(window).astype(dtype)
 
