@@ -108,10 +108,11 @@ def photos() -> dict:
 
 
 def streets() -> dict:
-    """Photographs with masks; DeepLab from scratch."""
+    """Photographs with masks, 128 pixels; DeepLab from scratch."""
     config = photos()
-    config["data"] = dict(name="mask_folder", path="", canvas=256, images="images")
-    config["model"].update(size=256)
+    config["data"] = dict(name="mask_folder", path="", canvas=128, images="images")
+    config["model"].update(size=128)
+    config["train"].update(batch_size=16)
     config["segment"].update(steps=500)
     return config
 
