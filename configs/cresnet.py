@@ -19,6 +19,9 @@ Runs, for every seed, at each operating point (bits per pixel):
     alone-bpp            that cResNet trained on, its autoencoder frozen: what more steps alone give
     anew-bpp, again-bpp  the fair comparison: a cResNet from scratch on the joint autoencoder,
                          frozen, then trained on for as many steps as "joint"
+
+Embedded data see the autoencoder, r50 and c51 alone, the others with `arms`, and with `joint.steps` or
+`segment.steps` above 0.
 """
 
 import ml_collections
