@@ -20,8 +20,8 @@ Runs, for every seed, at each operating point (bits per pixel):
     anew-bpp, again-bpp  the fair comparison: a cResNet from scratch on the joint autoencoder,
                          frozen, then trained on for as many steps as "joint"
 
-Embedded data see the autoencoder, r50 and c51 alone, the others with `arms`, and with `joint.steps` or
-`segment.steps` above 0.
+Embedded data see the autoencoder, r50 and c51 alone; `arms` adds networks, `joint.steps` and
+`segment.steps` above 0 the rest.
 """
 
 import ml_collections
