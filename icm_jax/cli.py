@@ -15,27 +15,16 @@ standard error), 2 wrong usage.
 """
 
 import argparse
-import csv
 import io
 import json
 import os
 import pathlib
 import sys
-import time
 
 from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
 
 QUALITIES = (0, 25, 50, 75, 100)
-RIVALS = {  # points of each; of JPEG 2000 in dB, of VVC quantisation parameters
-    "jpeg": (5, 10, 20, 40, 60, 80, 90),
-    "webp": (0, 10, 25, 50, 75, 90),
-    "avif": (10, 30, 50, 70, 85),
-    "jpeg2000": (25, 28, 31, 34, 38),
-    "heif": (10, 20, 35, 50),
-    "jxl": (10, 30, 50, 70, 85),
-    "vvc": (47, 42, 37, 32, 27),
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -325,12 +314,10 @@ def _verify(options) -> int:
 
 
 def _eval(options) -> int:
-    import numpy as np
     import tqdm
 
-    from icm_jax.codecs import bitstream
+    from icm_jax import rate_distortion
     from icm_jax.data.sources import SUFFIXES
-    from icm_jax.evaluators import classical, metrics
 
     if not options.rates[0] < options.rates[1]:
         raise IcmError("--rates takes the lower rate first")
@@ -346,10 +333,7 @@ def _eval(options) -> int:
     )
     if not paths:
         raise IcmError(f"no images in {', '.join(options.files)}; expected files {SUFFIXES}")
-    points = [("icm", quality) for quality in qualities]
-    if not options.no_rivals:
-        rivals = filter(classical.available, RIVALS)
-        points += [(name, quality) for name in rivals for quality in RIVALS[name]]
+    points = rate_distortion.points(qualities, rivals=not options.no_rivals)
     rows, failed = [], 0
     for path in tqdm.tqdm(paths, unit="image"):
         try:
@@ -357,134 +341,17 @@ def _eval(options) -> int:
         except IcmError as error:
             failed += _failed(str(path), error)
             continue
-        colour = np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image
-        for name, quality in points:
-            began = time.perf_counter()
-            if name == "icm":
-                data = codec.compress(image, quality)
-            else:
-                data = classical.encode(colour, name, quality)
-            encoded = time.perf_counter()
-            given = codec.decompress(data) if name == "icm" else classical.decode(data)
-            decoded = time.perf_counter()
-            height, width = image.shape[:2]
-            row = {"image": str(path), "codec": name, "quality": quality, "bytes": len(data)}
-            row["bpp"] = metrics.bpp(len(data), height, width)
-            row["bpp_estimated"] = None
-            if name == "icm":
-                estimated = bitstream.estimate(codec, colour[None], quality=quality)
-                bits = sum(float(value[0]) for value in estimated.values())
-                row["bpp_estimated"] = bits / (height * width)
-            reference = image if given.ndim == image.ndim else colour
-            row["psnr"] = metrics.psnr(reference, given)
-            large = min(height, width) >= metrics.SMALLEST
-            row["ms_ssim"] = metrics.ms_ssim(reference, given) if large else None
-            row["encode_ms"] = 1e3 * (encoded - began)
-            row["decode_ms"] = 1e3 * (decoded - encoded)
-            rows.append(row)
+        rows += rate_distortion.measured(codec, image, points, str(path))
     if not rows:
         return 1
-    means = _means(rows)
-    print(_table(means))
-    for line in _bd_rates(means, options.rates):
+    means = rate_distortion.averaged(rows)
+    print(rate_distortion.table(means))
+    for line in rate_distortion.bd_rates(means, options.rates):
         print(line)
     if options.out:
-        _write_results(pathlib.Path(options.out), rows, means)
+        rate_distortion.write(pathlib.Path(options.out), rows, means)
         print(f"written to {options.out}: results.csv, results.json, curves.png")
     return int(failed > 0)
-
-
-def _means(rows: list[dict]) -> list[dict]:
-    """Means over images of each point, in the order of the points; times are medians."""
-    import numpy as np
-
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["codec"], row["quality"]), []).append(row)
-    means = []
-    for (name, quality), own in groups.items():
-        mean = {"codec": name, "quality": quality, "images": len(own)}
-        for key in ("bytes", "bpp", "bpp_estimated", "psnr", "ms_ssim", "encode_ms", "decode_ms"):
-            values = [row[key] for row in own if row[key] is not None]
-            average = np.median if key.endswith("_ms") else np.mean
-            mean[key] = float(average(values)) if values else None
-        means.append(mean)
-    return means
-
-
-def _bd_rates(means: list[dict], rates) -> list[str]:
-    """A line per rival: bits that icm needs at equal PSNR and MS-SSIM, of the curves of means."""
-    import numpy as np
-
-    from icm_jax.evaluators import metrics
-
-    lines = []
-    for rival in dict.fromkeys(row["codec"] for row in means if row["codec"] != "icm"):
-        parts = []
-        for key, name in (("psnr", "PSNR"), ("ms_ssim", "MS-SSIM")):
-            curves = [
-                np.array([(row["bpp"], row[key]) for row in means if row["codec"] == codec])
-                for codec in (rival, "icm")
-            ]
-            if means[0][key] is not None:
-                value = metrics.bd_rate(*curves, rates=rates)
-                parts.append("no overlap" if np.isnan(value) else f"{value:+.1f} % at equal {name}")
-        lines.append(
-            f"BD-rate against {rival}, {rates[0]:g} to {rates[1]:g} bpp: {', '.join(parts)}"
-        )
-    return lines
-
-
-def _table(rows: list[dict]) -> str:
-    digits = {"bytes": 0, "quality": 1, "psnr": 2, "encode_ms": 1, "decode_ms": 1, "images": 0}
-    cells = [list(rows[0])]
-    for row in rows:
-        cells.append(
-            [
-                "–"
-                if value is None
-                else value
-                if isinstance(value, str)
-                else f"{value:.{digits.get(key, 4)}f}"
-                for key, value in row.items()
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in cells
-    )
-
-
-def _write_results(folder: pathlib.Path, rows: list[dict], means: list[dict]) -> None:
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "results.csv", text.getvalue().encode())
-    content = json.dumps({"means": means, "images": rows}, indent=1)
-    write_whole(folder / "results.json", content.encode())
-    measures = [key for key in ("psnr", "ms_ssim") if means[0][key] is not None]
-    figure = Figure(figsize=(5.5 * len(measures), 4.5), dpi=110)
-    axes = figure.subplots(1, len(measures), squeeze=False)[0]
-    for axis, key in zip(axes, measures, strict=True):
-        for name in dict.fromkeys(row["codec"] for row in means):
-            curve = sorted((row["bpp"], row[key]) for row in means if row["codec"] == name)
-            rates, scores = np.array(curve).T
-            if key == "ms_ssim":  # in decibels, or all good files lie on one line
-                scores = -10 * np.log10(np.maximum(1 - scores, 1e-9))
-            axis.plot(rates, scores, marker="o", label=name)
-        axis.set_xlabel("bits per pixel")
-        axis.set_ylabel({"psnr": "PSNR [dB]", "ms_ssim": "-10 log10(1 - MS-SSIM) [dB]"}[key])
-        axis.grid(alpha=0.3)
-        axis.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, bbox_inches="tight")
-    write_whole(folder / "curves.png", picture.getvalue())
 
 
 def read_image(data: bytes, name: str):

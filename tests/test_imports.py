@@ -36,7 +36,8 @@ ALLOWED["plan"] = UP_TO_TRAIN | {"train"}
 ALLOWED["evaluate"] = UP_TO_TRAIN | {"train"}
 ALLOWED["pictures"] = UP_TO_TRAIN | {"train"}
 ALLOWED["report"] = {"files", "evaluators", "pictures"}
-ALLOWED["cli"] = UP_TO_TRAIN
+ALLOWED["rate_distortion"] = {"codecs", "evaluators", "files"}
+ALLOWED["cli"] = UP_TO_TRAIN | {"rate_distortion"}
 ALLOWED["main"] = UP_TO_TRAIN | {"train", "plan", "evaluate", "report"}
 
 
