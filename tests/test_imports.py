@@ -26,6 +26,7 @@ ALLOWED = {
     "tasks": BASE | {"boxes", "codecs", "nets", "ops", "views"},
     "evaluators": BASE | {"codecs", "entropy", "nets", "ops"},
     "sharding": BASE | {"ops"},
+    "log": BASE,
     "optim": BASE | {"ops"},
     "checkpoint": BASE | {"ops", "codecs", "sharding"},
 }

@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from small import UNOPTIMISED
 
-from icm_jax import checkpoint, optim, sharding, train
+from icm_jax import checkpoint, log, optim, sharding, train
 from icm_jax.codecs import bitstream, feature_codec
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
@@ -283,7 +283,7 @@ def test_the_log_says_who_is_waited_for(tmp_path, capfd, slow):
     toy_fit(tmp_path, toy_run(), toy()._replace(loss=loss), batches)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     waits = [json.loads(line) for line in lines[1:]]
-    found = {kind: np.mean([own[f"{kind}_wait"] for own in waits]) for kind in train.WAITS}
+    found = {kind: np.mean([own[f"{kind}_wait"] for own in waits]) for kind in log.WAITS}
     assert found[slow] == max(found.values()) and sum(found.values()) <= 1
     assert ("input-bound" in capfd.readouterr().err) == (slow == "input")
 
