@@ -11,12 +11,13 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from matplotlib import ticker
+from matplotlib import colormaps, ticker
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -50,6 +51,9 @@ MEASURES = (
 COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
 COLOURS |= {"disentangled": "#0072B2", "split": "#D55E00", "residual": "#E69F00"}
 COLOURS |= {"split-cheng2020": "#8B3A00", "single": "#000000", "heif": "#56B4E9", "vvc": "#7F7F7F"}
+TAB20 = colormaps["tab20"].colors
+DASHES = ("-", "--", ":", "-.")
+WIDE = 10  # largest over smallest loss of a panel from which on its axis is logarithmic
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
 
 
@@ -334,25 +338,36 @@ def _bd_table(records, measure: Measure) -> list[list[str]]:
 
 
 def _draw_training(runs, workdir):
+    """Loss over steps, a panel per task with names beneath; seeds share a name and a colour."""
     logs = {run.name: _read_lines(workdir / run.name / "metrics.jsonl") for run in runs}
     kinds = sorted({run.task.name for run in runs})
-    figure = Figure(figsize=(4.2 * len(kinds), 3.4), dpi=110)
+    figure = Figure(figsize=(5 * len(kinds), 3.4), dpi=110)
+    figure.subplots_adjust(wspace=0.3)
     axes = figure.subplots(1, len(kinds), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
+        looks, losses = {}, []
         for run in runs:
-            if run.task.name == kind and logs[run.name]:
-                axis.plot(
-                    [line["step"] for line in logs[run.name]],
-                    [line["loss"] for line in logs[run.name]],
-                    linewidth=1,
-                    label=run.name,
-                )
-        if axis.lines:
-            axis.legend(fontsize=5)
+            if run.task.name != kind or not logs[run.name]:
+                continue
+            name = re.sub(r"^seed\d+/", "", run.name)
+            label = name if name not in looks else None
+            dashes, colour = divmod(looks.setdefault(name, len(looks)), len(TAB20))
+            look = dict(color=TAB20[colour], linestyle=DASHES[dashes % len(DASHES)], linewidth=1)
+            own = [line["loss"] for line in logs[run.name]]
+            axis.plot([line["step"] for line in logs[run.name]], own, label=label, **look)
+            losses += own
+        if losses:
+            if min(losses) > 0 and max(losses) > WIDE * min(losses):
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+            beneath = dict(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+            axis.legend(fontsize=6, ncols=1 if len(looks) < 4 else 3, **beneath)
         axis.set_title(kind, fontsize=9)
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
-    figure.tight_layout()
+        axis.grid(alpha=0.3)
     return save(figure, workdir / "training.png")
 
 

@@ -165,6 +165,29 @@ def test_principal_colours_separate_what_differs_most():
     assert np.isfinite(flat).all()
 
 
+def test_panels_of_training_keep_their_size_however_many_runs(experiment, monkeypatch):
+    _, (finished, _), folder = experiment
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    runs = []
+    for number in range(90):
+        run = ml_collections.ConfigDict(finished.to_dict())
+        run.name = f"seed{number % 3}/arm{number // 3}"
+        (folder / run.name).mkdir(parents=True)
+        (folder / run.name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        runs.append(run)
+    for some in (runs[:1], runs):
+        report._draw_training(some, folder)
+        figures[-1].canvas.draw()
+    few, many = (figure.axes[0] for figure in figures)
+    assert few.bbox.size.tolist() == many.bbox.size.tolist()
+    assert len(many.lines) == 90
+    named = {line.get_label(): line for line in many.lines if line.get_label().startswith("arm")}
+    assert len(named) == len(many.get_legend().get_texts()) == 30
+    looks = {(line.get_color(), line.get_linestyle()) for line in named.values()}
+    assert len(looks) == 30
+
+
 def test_report_is_complete_and_self_contained(experiment):
     config, runs, workdir = experiment
     path = report.write_report(config, runs, workdir)
