@@ -34,7 +34,7 @@ def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
 
 
 def test_an_altered_byte_is_named_or_changes_nothing(frozen, tmp_path):
-    """Zip headers hold bytes that nothing depends on, such as dates; all others are checked."""
+    """Archives hold bits that nothing depends on, such as dates; all others are checked."""
     path = tmp_path / "codec.icmc"
     model_file.save(path, frozen, licence="CC0")
     data, about = path.read_bytes(), model_file.describe(path)
@@ -52,7 +52,8 @@ def test_an_altered_byte_is_named_or_changes_nothing(frozen, tmp_path):
 
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entry = max(archive.infolist(), key=lambda entry: entry.compress_size)
-    assert refused(entry.header_offset + entry.compress_size // 2)
+    middle = entry.header_offset + entry.compress_size // 2
+    assert sum(refused(middle + k) for k in range(8)) >= 7  # between blocks zlib leaves bits unused
     for place in range(0, len(data), len(data) // 40):
         refused(place)
 
