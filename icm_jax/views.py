@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from icm_jax.errors import IcmError
 
@@ -232,7 +233,7 @@ def _resample(image, window, size):
 
 
 def _separable(image, rows, columns):
-    return jnp.einsum("ph,hwc,qw->pqc", rows, image, columns, precision="highest")
+    return jnp.einsum("ph,hwc,qw->pqc", rows, image, columns, precision="high")
 
 
 def _nearest(mask, window, size):
@@ -245,8 +246,7 @@ def _nearest(mask, window, size):
 
 
 def _luma(image):
-    weights = jnp.asarray(LUMA, jnp.float32).reshape(1, 1, 3)
-    return (image * weights).sum(axis=-1, keepdims=True)
+    return sum(image[..., i : i + 1] * weight for i, weight in enumerate(LUMA))
 
 
 def _jitter(image, key):
@@ -265,10 +265,18 @@ def _jitter(image, key):
 
 
 def _rotate_hue(image, angle):
-    to_yiq = jnp.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    cos, sin, one, zero = jnp.cos(angle), jnp.sin(angle), jnp.float32(1), jnp.float32(0)
-    turn = jnp.array([[one, zero, zero], [zero, cos, -sin], [zero, sin, cos]])
-    return jnp.einsum("ij,hwj->hwi", jnp.linalg.inv(to_yiq) @ turn @ to_yiq, image)
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    # What stays (Y), and what cos and sin multiply; as products of channels, which are fused.
+    parts = (
+        np.diag([1.0, 0, 0]),
+        np.diag([0, 1.0, 1]),
+        np.array([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
+    )
+    stays, cosine, sine = (
+        jnp.asarray(np.linalg.inv(to_yiq) @ part @ to_yiq, jnp.float32) for part in parts
+    )
+    turn = stays + jnp.cos(angle) * cosine + jnp.sin(angle) * sine
+    return sum(image[..., i : i + 1] * turn[:, i].reshape(1, 1, 3) for i in range(3))
 
 
 def _blur(image, key):
