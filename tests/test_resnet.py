@@ -1,5 +1,6 @@
 """ResNet and ASPP against a NumPy network written out here, and their gradients."""
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,40 @@ def test_pool_is_the_windowed_maximum_with_its_gradient():
         jax.grad(lambda x, f=f: (f(x) * weight).sum())(x) for f in (resnet.max_pool, windowed)
     )
     np.testing.assert_allclose(given, expected, atol=1e-6)
+    # Of equal ones the first has it all: the upper left corner of a window within the image.
+    ties = jax.grad(lambda x: resnet.max_pool(x).sum())(jnp.zeros((1, 4, 4, 1)))
+    first = np.arange(4) < 2
+    np.testing.assert_array_equal(ties[0, :, :, 0], np.outer(first, first))
+
+
+def test_at_test_time_the_norm_is_in_the_kernel():
+    x = jnp.asarray(RNG.normal(size=(2, 6, 6, 3)), jnp.float32)
+
+    class Apart(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return resnet.BatchNorm(name="norm")(resnet.Conv(5, 3, 2, name="conv")(x), train)
+
+    class Together(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return resnet.BatchNorm(name="norm")(x, train, resnet.Conv(5, 3, 2, name="conv"))
+
+    variables = scrambled(Apart().init(jax.random.key(0), x, False))
+    fresh = Together().init(jax.random.key(0), x, False)
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, variables)
+    for train in (False, True):
+        results = []
+        for module in (Apart(), Together()):
+
+            def loss(params, module=module, train=train):
+                y, updated = module.apply(
+                    {**variables, "params": params}, x, train, mutable=["batch_stats"]
+                )
+                return jnp.sin(y).sum(), (y, updated)
+
+            results.append(jax.grad(loss, has_aux=True)(variables["params"]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *results)
 
 
 def check_gradient(module, reference, x):

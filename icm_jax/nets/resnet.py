@@ -10,7 +10,8 @@ begins with a learned code at H/8.
 
 Fast forms, measured on XLA's CPU backend at 64 × 64 px, width 16: the gradient of the plain 7×7/2
 convolution takes 70 ms against 15 ms as space-to-depth; that of a windowed max 38 ms against 6 ms
-as a maximum over shifted slices. For 3×3/2 the plain form is the fastest. Training steps of narrow
+as a maximum over shifted slices, and half of that where the place of the maximum is kept. For 3×3/2
+the plain form is the fastest. Training steps of narrow
 ResNets-50 take 0.55 to 0.8 of the time where 1×1 convolutions are differentiated as matrix products
 (`benchmarks/profile_step.py --config=configs/jpeg_dct.py`).
 """
@@ -76,11 +77,16 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float [N, H, W, C] -> dtype [N, ceil(H/stride), ceil(W/stride), features]."""
+    def __call__(self, x: jax.Array, gain: jax.Array | None = None) -> jax.Array:
+        """float [N, H, W, C] -> dtype [N, ceil(H/stride), ceil(W/stride), features].
+
+        gain: float32 [features], factors of the output, or None.
+        """
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", _HE, shape).astype(self.dtype)
-        x = x.astype(self.dtype)
+        kernel = self.param("kernel", _HE, shape)
+        if gain is not None:
+            kernel = kernel * gain.reshape(1, 1, 1, -1)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.stride == 2 and self.kernel != 3:
             return down_by_two(x, kernel)
         if self.stride == 1 and self.kernel == 1:
@@ -115,19 +121,28 @@ class BatchNorm(nn.Module):
     groups: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, conv: Conv | None = None) -> jax.Array:
         """float [..., C] -> dtype [..., C]; updates "batch_stats" if `train`.
+
+        With `conv` this is what it makes of conv(x). At test time the scale then goes into the
+        kernel, and all that is left is a bias, which GPUs add, as they take the ReLU after it,
+        before a result of the convolution is written.
 
         Raises: IcmError if `groups` does not divide the batch.
         """
-        channels, shape = x.shape[-1], x.shape
+        channels = conv.features if conv else x.shape[-1]
         initial = nn.initializers.zeros if self.zero_scale else nn.initializers.ones
         scale = self.param("scale", initial, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-        x = x.astype(jnp.float32)
-        grouped = train and self.groups > 1
+        if conv and not train:
+            gain = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            offset = (bias - running_mean.value * gain).astype(self.dtype)
+            y = conv(x, gain).astype(self.dtype)
+            return y + offset.reshape((1,) * (y.ndim - 1) + (channels,))
+        x = (conv(x) if conv else x).astype(jnp.float32)
+        shape, grouped = x.shape, train and self.groups > 1
         if grouped:
             if shape[0] % self.groups:
                 raise IcmError(f"{self.groups} groups do not divide a batch of {shape[0]} images")
@@ -188,12 +203,12 @@ class Block(nn.Module):
         for i, (features, kernel, stride) in enumerate(layers):
             dilation = self.dilation if kernel > 1 else 1
             last = i == len(layers) - 1
-            y = Conv(features, kernel, stride, dilation, self.dtype, name=f"conv{i + 1}")(y)
-            y = norm(zero_scale=last, name=f"bn{i + 1}")(y, train)
+            conv = Conv(features, kernel, stride, dilation, self.dtype, name=f"conv{i + 1}")
+            y = norm(zero_scale=last, name=f"bn{i + 1}")(y, train, conv)
             y = y if last else nn.relu(y)
         if self.stride != 1 or x.shape[-1] != out:
-            x = Conv(out, 1, self.stride, dtype=self.dtype, name="shortcut_conv")(x)
-            x = norm(name="shortcut_bn")(x, train)
+            conv = Conv(out, 1, self.stride, dtype=self.dtype, name="shortcut_conv")
+            x = norm(name="shortcut_bn")(x, train, conv)
         return end_of_block(nn.relu(x.astype(self.dtype) + y))
 
 
@@ -243,9 +258,9 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """float [N, H, W, 3], normalised -> dtype [N, H/4, W/4, feature_channels]."""
         block, depths = stages(self.variant)
-        x = Conv(self.width, 7, 2, dtype=self.dtype, name="stem")(x)  # [N, H/2, W/2, width]
+        stem = Conv(self.width, 7, 2, dtype=self.dtype, name="stem")
         norm = BatchNorm(dtype=self.dtype, groups=self.bn_groups, name="stem_bn")
-        x = nn.relu(norm(x, train))
+        x = nn.relu(norm(x, train, stem))  # [N, H/2, W/2, width]
         x = max_pool(x)  # [N, H/4, W/4, width]
         layer = partial(Layer, dtype=self.dtype, bn_groups=self.bn_groups, name="layer1")
         return layer(block, depths[0], self.width)(x, train)
@@ -300,16 +315,58 @@ class Tail(nn.Module):
         return tuple(outputs)
 
 
+@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-    """3×3/2 maximum, padding 1: float [N, H, W, C] -> [N, ceil(H/2), ceil(W/2), C]."""
-    for axis in (1, 2):
-        out = (x.shape[axis] + 1) // 2
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (1, 2 * out - x.shape[axis])
-        x = jnp.pad(x, padding, constant_values=-jnp.inf)
-        slices = [jax.lax.slice_in_dim(x, i, i + 2 * out - 1, 2, axis) for i in range(3)]
-        x = jnp.maximum(jnp.maximum(*slices[:2]), slices[2])
-    return x
+    """3×3/2 maximum, padding 1: float [N, H, W, C] -> [N, ceil(H/2), ceil(W/2), C].
+
+    The gradient goes to the first maximum of a window.
+    """
+    return _pooled(x)[0]
+
+
+def _pooled(x):
+    """The maxima, and which of the nine places of its window each is: uint8."""
+    h, w = ((side + 1) // 2 for side in x.shape[1:3])
+    pads = (0, 0), (1, 2 * h - x.shape[1]), (1, 2 * w - x.shape[2]), (0, 0)
+    x = jnp.pad(x, pads, constant_values=-jnp.inf)
+    best = at = None
+    for place in range(9):
+        top, left = divmod(place, 3)
+        own = x[:, top : top + 2 * h - 1 : 2, left : left + 2 * w - 1 : 2]
+        if best is None:
+            best, at = own, jnp.zeros(own.shape, jnp.uint8)
+        else:
+            at = jnp.where(own > best, jnp.uint8(place), at)
+            best = jnp.maximum(best, own)
+    return best, at
+
+
+def _pool_forward(x):
+    best, at = _pooled(x)
+    return best, (at, x)
+
+
+def _pool_backward(saved, gradient):
+    at, x = saved
+    n, h, w, c = at.shape
+    zero = jnp.zeros((), gradient.dtype)
+
+    def of(top, left):
+        return jnp.where(at == 3 * top + left, gradient, zero)
+
+    def following(y, axis):
+        pads = [(0, 0, 0)] * 4
+        pads[axis] = (-1, 1, 0)
+        return jax.lax.pad(y, zero, pads)
+
+    # An even row is in the middle of one window, an odd one ends one and begins the next.
+    rows = [(of(top, 1), of(top, 2) + following(of(top, 0), 2)) for top in range(3)]
+    odd = [end + following(begin, 1) for end, begin in zip(rows[2], rows[0], strict=True)]
+    y = jnp.stack([jnp.stack(pair, axis=3) for pair in (rows[1], odd)], axis=2)
+    return (y.reshape(n, 2 * h, 2 * w, c)[:, : x.shape[1], : x.shape[2]],)
+
+
+max_pool.defvjp(_pool_forward, _pool_backward)
 
 
 def global_pool(x: jax.Array) -> jax.Array:
