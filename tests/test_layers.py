@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 from small import RNG, normal
 
 from icm_jax import ops
+from icm_jax.nets import layers
 from icm_jax.nets.layers import GDN, Projector, Up, down_by_two, haar_cascade, pointwise, up_by_two
 from icm_jax.nets.transforms import ImageAnalysis, ImageSynthesis
 
@@ -57,6 +58,8 @@ def test_strided_convolution_equals_scipy(size, kernel):
         )
         np.testing.assert_allclose(given[..., out], full[::2, ::2], atol=2e-5)
     check_grads(down_by_two, (x, weights), **GRADIENT)
+    # What other platforms compute for images.
+    np.testing.assert_allclose(layers._down_by_wide_blocks(x, weights)[0], given, atol=1e-5)
 
 
 def test_pointwise_convolution_is_a_product_of_channels():
@@ -77,10 +80,11 @@ def test_transposed_convolution_equals_its_definition(size, side):
     for row, column in np.ndindex(*size):
         stamp = np.einsum("c,abcf->abf", x[0, row, column], kernel)
         full[2 * row : 2 * row + side, 2 * column : 2 * column + side] += stamp
-    given = up_by_two(x, kernel)[0]
+    bias = normal(2)
+    given = up_by_two(x, kernel, bias)[0]
     rows, columns = (slice(side // 2, side // 2 + 2 * length) for length in size)
-    np.testing.assert_allclose(given, full[rows, columns], atol=2e-5)
-    check_grads(lambda w: up_by_two(x, w), (kernel,), **GRADIENT)
+    np.testing.assert_allclose(given, full[rows, columns] + np.asarray(bias), atol=2e-5)
+    check_grads(lambda w, b: up_by_two(x, w, b), (kernel, bias), **GRADIENT)
 
 
 def test_sub_pixel_convolution_doubles_the_sides():

@@ -78,40 +78,44 @@ class Down(nn.Module):
         return y
 
 
-def on_cpu_differentiated_as(form):
-    """Decorator of a convolution f(x, kernel) of which `form` is an equal one.
+def _by_platform(on_cpu, backward_on_cpu, elsewhere):
+    """One convolution f(x, kernel) out of equal forms of it.
 
-    Programs for CPUs compute the gradient of `form`, all others that of the convolution itself:
-    what XLA is quick at forward is not what it is quick at backward.
+    Programs for CPUs compute `on_cpu` and the gradient of `backward_on_cpu`, as what XLA is quick
+    at forward is not what it is quick at backward; all others compute `elsewhere` and its gradient.
     """
 
-    def decorate(convolution):
-        def backward(saved, gradient):
-            # By the platform that the program is for, which a plan's is not the one it is made on.
-            return jax.lax.platform_dependent(
-                *saved,
-                gradient,
-                cpu=lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient),
-                default=lambda x, kernel, gradient: jax.vjp(convolution, x, kernel)[1](gradient),
-            )
+    def gradient_of(form):
+        return lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
 
-        faster = jax.custom_vjp(convolution)
-        faster.defvjp(lambda x, kernel: (convolution(x, kernel), (x, kernel)), backward)
-        return faster
+    # By the platform that the program is for, which a plan's is not the one it is made on.
+    def forward(x, kernel):
+        if on_cpu is elsewhere:
+            return on_cpu(x, kernel)
+        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
-    return decorate
+    def backward(saved, gradient):
+        forms = {"cpu": gradient_of(backward_on_cpu), "default": gradient_of(elsewhere)}
+        return jax.lax.platform_dependent(*saved, gradient, **forms)
+
+    convolution = jax.custom_vjp(forward)
+    convolution.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
+    return convolution
 
 
 def _matrix_product(x, kernel):
     return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
 
 
-@on_cpu_differentiated_as(_matrix_product)
-def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """1×1 convolution: [N, H, W, C], [1, 1, C, F] -> [N, H, W, F]."""
+def _pointwise(x, kernel):
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """1×1 convolution: [N, H, W, C], [1, 1, C, F] -> [N, H, W, F]."""
+    return _by_platform(_pointwise, _matrix_product, _pointwise)(x, kernel)
 
 
 def _even(x):
@@ -140,13 +144,29 @@ def _down_by_blocks(x, kernel):
     )
 
 
-@on_cpu_differentiated_as(_down_by_blocks)
-def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Stride-2 cross-correlation with zero padding k // 2 on the left, as many as needed right."""
+def _down_by_wide_blocks(x, kernel):
+    """`_down_by_blocks` of images, with a fourth channel of zeros."""
+    missing = -x.shape[-1] % 4
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    return _down_by_blocks(x, jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0))))
+
+
+def _down_as_it_is(x, kernel):
+    # The last column of zeros on the right meets no window; uneven padding is a copy on GPUs.
     x, pad = _even(x), kernel.shape[0] // 2
     return jax.lax.conv_general_dilated(
-        x, kernel, (2, 2), [(pad, max(pad - 1, 0))] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (2, 2), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Stride-2 cross-correlation with zero padding k // 2; odd sides are padded to even ones.
+
+    [N, H, W, C], [k, k, C, F] -> [N, ceil(H/2), ceil(W/2), F].
+    """
+    # Matrix units take channels by eight or more: of an image, most would be zeros.
+    elsewhere = _down_by_wide_blocks if x.shape[-1] < 5 else _down_as_it_is
+    return _by_platform(_down_as_it_is, _down_by_blocks, elsewhere)(x, kernel)
 
 
 def orthogonal_window(size: int):
@@ -256,10 +276,10 @@ class TransposedUp(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return up_by_two(x.astype(self.dtype), kernel) + bias.reshape(1, 1, 1, -1)
+        return up_by_two(x.astype(self.dtype), kernel, bias)
 
 
-def up_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def up_by_two(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Stride-2 transposed convolution, k×k for k = 3 or 5, padding k // 2, output padding 1."""
     n, h, w, _ = x.shape
     c, features = kernel.shape[2:]
@@ -271,6 +291,7 @@ def up_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
     y = jax.lax.conv_general_dilated(
         x, taps, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+    y = y + jnp.tile(bias, 4).reshape(1, 1, 1, -1)  # where GPUs add it within the convolution
     y = y.reshape(n, h, w, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
     return y.reshape(n, 2 * h, 2 * w, features)
 
