@@ -239,10 +239,10 @@ class FilteredResNet(nn.Module):
         """[N, 3, H, W] on 0...255 -> (unit embedding [N, D], bits [N] in training, f, f')."""
         with half():
             f = self.head(normalise(images))
-        y = self.encoder(f.float())
+            y = self.encoder(f).float()
         bits = self.prior(noisy(y)) if self.training else None
-        passed = self.decoder(rounded(y))
         with half():
+            passed = self.decoder(rounded(y)).float()
             embedding = self.projector(self.tail(passed).float().mean((2, 3)))
         return functional.normalize(embedding.float()), bits, f, passed
 

@@ -13,8 +13,9 @@
 Each library runs in a process of its own, in turn; images are random bytes on the device, weights
 are random. PyTorch computes through torch.compile (where a C compiler is found), channels-last,
 cuDNN's autotuner, fused optimisers, and autocast around just those networks that compute in
-bfloat16 in ours: ResNet and projector, analysis and synthesis. All else is float32, of which
-matrix units see TF32 in both: XLA's default, and PyTorch's once it is allowed for matrix products.
+bfloat16 in ours: ResNet, filter and projector, analysis and synthesis. All else is float32, of
+which matrix units see TF32 in both: XLA's default, and PyTorch's once it is allowed for matrix
+products.
 
 Our side is in accelerator_cases.py, PyTorch's, with what differs, in accelerator_torch.py.
 

@@ -176,6 +176,22 @@ def test_gain_interpolates_logarithms():
     np.testing.assert_allclose(given.ravel(), expected, rtol=1e-6)
 
 
+def test_filter_of_half_precision_is_near_the_exact_one():
+    exact, fast = (filter_codec("18", 8, 6, (4, 8, 8), dtype) for dtype in ("float32", "bfloat16"))
+    batch = images(2, 32, 32, 3)
+    variables = jax.jit(exact.init)(jax.random.key(1), batch)
+    for name, decoded in (("y", None), ("feature", exact.analyse(variables, {"image": batch}))):
+        given, expected = (
+            one.analyse(variables, {"image": batch})["y"]
+            if name == "y"
+            else one.outputs["feature"](variables, decoded, (32, 32))
+            for one in (fast, exact)
+        )
+        assert given.dtype == jnp.float32
+        error = np.abs(given - expected).mean() / np.abs(expected).mean()
+        assert 0 < error < 0.02
+
+
 def test_training_mode_gives_noise_and_gradients():
     built = filter_codec("18", 8, 6, (4, 8, 8))
     batch = images(2, 32, 32, 3)

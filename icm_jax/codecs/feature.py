@@ -34,11 +34,13 @@ class InformationFilter(nn.Module):
     features: int
     channels: int
     widths: tuple[int, int, int]
+    dtype: str = "float32"
 
     def setup(self):
-        self.encoder = Analysis(self.channels, self.widths)
+        dtype = jnp.dtype(self.dtype)
+        self.encoder = Analysis(self.channels, self.widths, dtype=dtype)
         self.prior = entropy.Factorised()
-        self.decoder = Synthesis(self.features, self.widths)
+        self.decoder = Synthesis(self.features, self.widths, dtype=dtype)
 
     def __call__(self, f):
         y = self.encoder(f)
@@ -88,11 +90,20 @@ class FeatureCodec(nn.Module):
 
 
 @functools.cache
-def filter_codec(variant: str, width: int, channels: int, widths: tuple[int, int, int]) -> Codec:
-    """The information filter as a codec of its own: segment y, output "feature" (f')."""
+def filter_codec(
+    variant: str,
+    width: int,
+    channels: int,
+    widths: tuple[int, int, int],
+    dtype: str = "float32",
+) -> Codec:
+    """The information filter as a codec of its own: segment y, output "feature" (f').
+
+    `dtype` is that of the filter's encoder and decoder; y, bits and f' are float32.
+    """
     _require_widths("filter", widths, 3)
     head = resnet.Head(variant, width)
-    module = InformationFilter(resnet.feature_channels(variant, width), channels, widths)
+    module = InformationFilter(resnet.feature_channels(variant, width), channels, widths, dtype)
 
     def run(variables, *args, method):
         return module.apply({"params": variables["params"]["filter"]}, *args, method=method)
@@ -108,7 +119,13 @@ def filter_codec(variant: str, width: int, channels: int, widths: tuple[int, int
     return Codec(
         config=(
             "omni_filter",
-            (("variant", variant), ("width", width), ("channels", channels), ("widths", widths)),
+            (
+                ("variant", variant),
+                ("width", width),
+                ("channels", channels),
+                ("widths", widths),
+                ("dtype", dtype),
+            ),
         ),
         parts=("head", "filter"),
         init=init,

@@ -88,7 +88,11 @@ def contrastive(config) -> Task:
     tail = resnet.Tail(config.variant, config.width, dtype=dtype, bn_groups=groups)
     projector = Projector(config.projector_hidden, config.embedding, dtype)
     codec = filter_codec(
-        config.variant, config.width, config.filter_channels, tuple(config.filter_widths)
+        config.variant,
+        config.width,
+        config.filter_channels,
+        tuple(config.filter_widths),
+        config.dtype,
     )
     pixels = config.size**2
 
