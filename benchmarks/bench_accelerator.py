@@ -92,7 +92,7 @@ def profile(call, wait) -> list[dict]:
     for name, own in families.items():
         microseconds = sum(event["dur"] for event in own)
         arguments = max(own, key=lambda event: event["dur"]).get("args", {})
-        origin = arguments.get("tf_op") or arguments.get("name") or arguments.get("hlo_op", "")
+        origin = arguments.get("tf_op") or arguments.get("hlo_op", "")
         found.append(
             {
                 "name": name,
