@@ -31,11 +31,8 @@ def _count(jaxpr) -> int:
                 left[axis] for axis in contracted
             )
         for name, value in equation.params.items():
-            inner = [
-                getattr(v, "jaxpr", v)
-                for v in (value if isinstance(value, tuple | list) else (value,))
-            ]
+            values = value if isinstance(value, tuple | list) else (value,)
+            inner = (getattr(own, "jaxpr", own) for own in values)
             counts = [_count(own) for own in inner if hasattr(own, "eqns")]
-            if counts:
-                total += min(counts) if name == "branches" else sum(counts)
+            total += min(counts) if name == "branches" else sum(counts)
     return total

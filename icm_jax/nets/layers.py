@@ -107,15 +107,18 @@ def _matrix_product(x, kernel):
     return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
 
 
-def _pointwise(x, kernel):
+def _pointwise_as_it_is(x, kernel):
     return jax.lax.conv_general_dilated(
         x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
+_pointwise = _by_platform(_pointwise_as_it_is, _matrix_product, _pointwise_as_it_is)
+
+
 def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """1×1 convolution: [N, H, W, C], [1, 1, C, F] -> [N, H, W, F]."""
-    return _by_platform(_pointwise, _matrix_product, _pointwise)(x, kernel)
+    return _pointwise(x, kernel)
 
 
 def _even(x):
@@ -159,14 +162,17 @@ def _down_as_it_is(x, kernel):
     )
 
 
+_down = _by_platform(_down_as_it_is, _down_by_blocks, _down_as_it_is)
+# Matrix units take channels by eight or more: of an image, most would be zeros.
+_down_of_image = _by_platform(_down_as_it_is, _down_by_blocks, _down_by_wide_blocks)
+
+
 def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Stride-2 cross-correlation with zero padding k // 2; odd sides are padded to even ones.
 
     [N, H, W, C], [k, k, C, F] -> [N, ceil(H/2), ceil(W/2), F].
     """
-    # Matrix units take channels by eight or more: of an image, most would be zeros.
-    elsewhere = _down_by_wide_blocks if x.shape[-1] < 5 else _down_as_it_is
-    return _by_platform(_down_as_it_is, _down_by_blocks, elsewhere)(x, kernel)
+    return (_down_of_image if x.shape[-1] < 5 else _down)(x, kernel)
 
 
 def orthogonal_window(size: int):

@@ -11,9 +11,9 @@ begins with a learned code at H/8.
 Fast forms, measured on XLA's CPU backend at 64 × 64 px, width 16: the gradient of the plain 7×7/2
 convolution takes 70 ms against 15 ms as space-to-depth; that of a windowed max 38 ms against 6 ms
 as a maximum over shifted slices, and half of that where the place of the maximum is kept. For 3×3/2
-the plain form is the fastest. Training steps of narrow
-ResNets-50 take 0.55 to 0.8 of the time where 1×1 convolutions are differentiated as matrix products
-(`benchmarks/profile_step.py --config=configs/jpeg_dct.py`).
+the plain form is the fastest. Training steps of narrow ResNets-50 take 0.55 to 0.8 of the time
+where 1×1 convolutions are differentiated as matrix products (`benchmarks/profile_step.py
+--config=configs/jpeg_dct.py`).
 """
 
 from functools import partial
