@@ -79,7 +79,7 @@ def count(tree) -> int:
 
 
 def our_stage1(sizes: Sizes, options) -> Case:
-    from icm_jax.cost import multiply_accumulates
+    from icm_jax.engine.cost import multiply_accumulates
     from icm_jax.tasks import build_task
 
     run = our_run("omni_icm", "imagenet", "omni/stage1")
@@ -116,10 +116,10 @@ def our_hyperprior(sizes: Sizes, options, dtype: str) -> Case:
 
 
 def our_training(run, task, batch: dict):
-    """(fresh state, (() -> the loss of one more step)) by the functions of `icm_jax.train`."""
+    """(fresh state, (() -> the loss of one more step)) by `icm_jax.engine.train`."""
     import jax
 
-    from icm_jax import optim, sharding, train
+    from icm_jax.engine import optim, sharding, train
 
     mesh = sharding.make_mesh(1, jax.devices()[:1])
     optimiser = optim.make_optimiser(run.optim, run.steps, len(batch["image"]))
@@ -144,7 +144,7 @@ def codec_multiply_accumulates(codec, variables, images) -> tuple[float, float]:
     import jax
 
     from icm_jax.codecs.codec import forward
-    from icm_jax.cost import multiply_accumulates
+    from icm_jax.engine.cost import multiply_accumulates
 
     shape = images.shape[1:3]
     quality = jax.ShapeDtypeStruct(images.shape[:1], "float32")
@@ -194,9 +194,10 @@ def our_classifier(sizes: Sizes, options) -> Case:
     import flax.linen
     import jax
 
-    from icm_jax import ops, views
-    from icm_jax.cost import multiply_accumulates
+    from icm_jax import ops
+    from icm_jax.engine.cost import multiply_accumulates
     from icm_jax.nets import resnet
+    from icm_jax.tasks import views
 
     class Classifier(flax.linen.Module):
         @flax.linen.compact

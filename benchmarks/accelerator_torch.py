@@ -304,7 +304,7 @@ def update(loss, parameters, optimiser) -> None:
 
 
 def torch_views(images, size: int):
-    """What `icm_jax.views.contrastive` does: uint8 [N, 3, S, S] -> float32 [N, 3, size, size]."""
+    """As `icm_jax.tasks.views.contrastive`: uint8 [N, 3, S, S] -> float32 [N, 3, size, size]."""
     n, side, device = len(images), images.shape[2], images.device
 
     def uniform(low=0.0, high=1.0):

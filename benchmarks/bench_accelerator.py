@@ -20,9 +20,9 @@ products.
 Our side is in accelerator_cases.py, PyTorch's, with what differs, in accelerator_torch.py.
 
 FLOPs are counted once, for both, on our forward pass: two per multiply-accumulate of a convolution
-or matrix product, by `icm_jax.cost`, three times that for a training step, and once more for the
-momentum encoder. Views, the queue and updates are left out. The synthesis transform is counted as
-its mirror, the analysis transform: the form in which we compute it would add taps that are zero.
+or matrix product, by `icm_jax.engine.cost`, three times that for a training step, and once more for
+the momentum encoder. Views, the queue and updates are left out. The synthesis transform is counted
+as its mirror, the analysis transform: the form in which we compute it would add taps that are zero.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def device_of_jax() -> dict:
     """Name and peak of the device, FLOP/s in bfloat16 or None."""
     import jax
 
-    from icm_jax import plan
+    from icm_jax.engine import plan
 
     chip = plan.open_target("local").chip
     return {"device": jax.devices()[0].device_kind, "peak": chip.flops if chip else None}

@@ -52,8 +52,8 @@ def ours(part: str) -> dict:
     import optax
 
     from icm_jax.codecs import bitstream, image_codec
+    from icm_jax.engine.train import TrainState, make_step
     from icm_jax.tasks import build_task
-    from icm_jax.train import TrainState, make_step
 
     codec = image_codec("scale_hyperprior", WIDTH, CHANNELS)
     if part == "codec":

@@ -113,7 +113,7 @@ def step_rate(config: str, rounds: int = 3) -> float:
     import jax
     import jax.numpy as jnp
 
-    from icm_jax import plan
+    from icm_jax.engine import plan
     from icm_jax.main import load_experiment
 
     path, _, scale = config.partition(":")

@@ -16,10 +16,10 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from icm_jax import checkpoint
 from icm_jax.codecs import bitstream
 from icm_jax.codecs.codec import forward
-from icm_jax.evaluate import freeze
+from icm_jax.engine import checkpoint
+from icm_jax.measure.evaluate import freeze
 from icm_jax.tasks import build_task
 
 QUALITIES = (0, 25, 50, 75, 100)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from icm_jax.codecs import bitstream, image_codec, scalable_codec
 from icm_jax.coding import container
-from icm_jax.cost import multiply_accumulates
+from icm_jax.engine.cost import multiply_accumulates
 from icm_jax.tasks import build_task
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from icm_jax import throughput
 from icm_jax.codecs import bitstream
+from icm_jax.measure import throughput
 from icm_jax.nets.dct import WIRINGS
 from icm_jax.tasks import build_task
 

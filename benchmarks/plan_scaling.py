@@ -15,7 +15,7 @@ import sys
 
 import jax
 
-from icm_jax import plan
+from icm_jax.engine import plan
 from icm_jax.files import write_whole
 from icm_jax.main import load_experiment
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icm_jax import plan
+from icm_jax.engine import plan
 from icm_jax.main import load_experiment
 
 ENCLOSING = ("while", "call", "conditional")  # their time is that of what they hold

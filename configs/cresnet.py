@@ -27,7 +27,7 @@ Embedded data see the autoencoder, r50 and c51 alone; `arms` adds networks, `joi
 import ml_collections
 
 from icm_jax.data import DATASETS
-from icm_jax.experiment import make_run
+from icm_jax.engine.run import make_run
 
 CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")

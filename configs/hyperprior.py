@@ -11,7 +11,7 @@ On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 
 import ml_collections
 
-from icm_jax.experiment import make_run
+from icm_jax.engine.run import make_run
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
 """The field's λ for the mean squared error on 0...255 (papers.md 6.2)."""

@@ -20,7 +20,7 @@ exact crops and flips of coefficients; `data.crop=(0.35,1.0)` with `model.size` 
 
 import ml_collections
 
-from icm_jax.experiment import make_run
+from icm_jax.engine.run import make_run
 
 WIRINGS = (
     "upsampling",

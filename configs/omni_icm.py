@@ -18,7 +18,7 @@ Runs, in this order and for every seed:
 import ml_collections
 
 from icm_jax.data import DATASETS
-from icm_jax.experiment import make_run
+from icm_jax.engine.run import make_run
 
 ARMS = ("omni", "unfiltered")
 BACKBONE = ("params/head", "params/tail", "batch_stats/head", "batch_stats/tail")

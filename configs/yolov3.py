@@ -12,7 +12,7 @@
 
 import ml_collections
 
-from icm_jax.experiment import make_run
+from icm_jax.engine.run import make_run
 
 
 def get_config(arg: str = "demo") -> ml_collections.ConfigDict:

@@ -316,8 +316,8 @@ def _verify(options) -> int:
 def _eval(options) -> int:
     import tqdm
 
-    from icm_jax import rate_distortion
     from icm_jax.data.sources import SUFFIXES
+    from icm_jax.measure import rate_distortion
 
     if not options.rates[0] < options.rates[1]:
         raise IcmError("--rates takes the lower rate first")

@@ -131,8 +131,8 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
 
 def plan_experiment(experiment, config, workdir: pathlib.Path) -> list[dict]:
     """Compiles the step of every run for --topology; prints a table and writes plan.json."""
-    from icm_jax import plan
-    from icm_jax.checkpoint import write_json
+    from icm_jax.engine import plan
+    from icm_jax.engine.checkpoint import write_json
 
     plan.prepare_host(TOPOLOGY.value)
     target = plan.open_target(TOPOLOGY.value)
@@ -151,11 +151,11 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
     """Trains and evaluates every run, then writes the report; returns its path."""
     import jax
 
-    from icm_jax.checkpoint import write_json
-    from icm_jax.evaluate import evaluate
-    from icm_jax.optim import make_optimiser
-    from icm_jax.report import write_report
-    from icm_jax.train import train as train_run
+    from icm_jax.engine.checkpoint import write_json
+    from icm_jax.engine.optim import make_optimiser
+    from icm_jax.engine.train import train as train_run
+    from icm_jax.measure.evaluate import evaluate
+    from icm_jax.report.page import write_report
 
     first = jax.process_index() == 0
     if first:

@@ -109,7 +109,7 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 def ms_ssim(x: jax.Array, y: jax.Array) -> jax.Array:
     """Multi-scale SSIM (Wang et al. 2003) as a loss sees it: float32 [N, H, W, C] twice -> [N].
 
-    The same definition as `icm_jax.evaluators.metrics.ms_ssim`, on 0...255; sides at least 176.
+    The same definition as `icm_jax.measure.metrics.ms_ssim`, on 0...255; sides at least 176.
     Negative means of a scale are kept above zero, so that the gradient stays finite.
     """
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2

@@ -16,7 +16,7 @@ from PIL import Image
 
 import icm_jax
 from icm_jax.codecs import bitstream, model_file
-from icm_jax.evaluators import classical, metrics
+from icm_jax.measure import classical, metrics
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 IN_ANOTHER_PROCESS = """

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icm_jax import boxes
+from icm_jax.tasks import boxes
 
 SIDE = 12
 FEW = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)

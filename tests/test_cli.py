@@ -15,7 +15,7 @@ from PIL import Image
 import icm_jax
 from icm_jax import cli
 from icm_jax.codecs import bitstream, filter_codec, image_codec, model_file
-from icm_jax.evaluators import classical
+from icm_jax.measure import classical
 
 RNG = np.random.default_rng(5)
 

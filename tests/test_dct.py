@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 from test_resnet import block, norm
 
-from icm_jax import ops, views
+from icm_jax import ops
 from icm_jax.data import jpeg, pipeline
 from icm_jax.errors import IcmError
 from icm_jax.nets import dct
-from icm_jax.tasks import build_task
+from icm_jax.tasks import build_task, views
 
 RNG = np.random.default_rng(0)
 PLANES = [RNG.normal(0, 30, (2, *size, 64)).astype(np.float32) for size in ((7, 8), (4, 4), (4, 4))]

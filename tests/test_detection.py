@@ -7,9 +7,8 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from icm_jax import boxes
 from icm_jax.errors import IcmError
-from icm_jax.tasks import build_task
+from icm_jax.tasks import boxes, build_task
 from icm_jax.tasks.detection import anchors, detections, losses
 
 TRUTH = np.float32([[[0.1, 0.2, 0.3, 0.25], [0.3, 0.1, 0.95, 0.9], [0, 0, 0, 0]]])

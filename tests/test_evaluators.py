@@ -5,7 +5,7 @@ import pytest
 import scipy.interpolate
 
 from icm_jax.errors import IcmError
-from icm_jax.evaluators import Accuracy, AveragePrecision, MeanIoU, classical, metrics
+from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, metrics
 
 
 def test_accuracy_counts_valid_rows_once_in_any_batching():

@@ -16,11 +16,12 @@ import pytest
 from small import UNOPTIMISED
 
 import icm_jax
-from icm_jax import checkpoint
-from icm_jax.nets import darknet, yolo
-from icm_jax.pictures import principal_colours
-from icm_jax.report import curves_of
+from icm_jax.engine import checkpoint
+from icm_jax.nets import yolo
+from icm_jax.report.page import curves_of
+from icm_jax.report.pictures import principal_colours
 from icm_jax.tasks import build_task
+from icm_jax.weights import darknet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCALES = {

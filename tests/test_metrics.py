@@ -8,7 +8,7 @@ import scipy.ndimage
 
 from icm_jax import ops
 from icm_jax.errors import IcmError
-from icm_jax.evaluators import Accuracy, MeanIoU, metrics
+from icm_jax.measure import Accuracy, MeanIoU, metrics
 
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 VALID = np.array([True])

@@ -14,8 +14,9 @@ import optax
 import pytest
 from test_main import ROOT, main
 
-from icm_jax import ops, optim, plan, sharding, train
+from icm_jax import ops
 from icm_jax.data import DATASETS, open_source, pipeline
+from icm_jax.engine import optim, plan, sharding, train
 from icm_jax.errors import IcmError
 from icm_jax.main import load_experiment
 from icm_jax.nets.layers import GDN

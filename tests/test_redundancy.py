@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from icm_jax.errors import IcmError
-from icm_jax.evaluators.redundancy import fibres, uncertainty_coefficient
+from icm_jax.measure.redundancy import fibres, uncertainty_coefficient
 
 RNG = np.random.default_rng(0)
 N = 6000

@@ -7,7 +7,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from icm_jax import pictures, report
+from icm_jax.report import page as report
+from icm_jax.report import pictures
 
 CLASSIFY = report.MEASURES[0]
 RATES = (0.1, 0.2, 0.4, 0.8)
@@ -15,7 +16,7 @@ SHARES = (0.50, 0.60, 0.66, 0.70)
 
 
 def stream(arm, point, bpp, top1, seed=0):
-    """A record as `icm_jax.evaluate` writes it for the learned codec."""
+    """A record as `icm_jax.measure.evaluate` writes it for the learned codec."""
     run = f"seed{seed}/{arm}/classify-{point}"
     own = {"curve": "classify", "arm": arm, "point": point, "seed": seed, "kind": "stream"}
     rates = {"bpp": bpp, "bpp_estimated": 0.9 * bpp, "bpp_header": 0.1 * bpp, "images": 20}

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icm_jax import plan, sharding
-from icm_jax.cost import multiply_accumulates
+from icm_jax.engine import plan, sharding
+from icm_jax.engine.cost import multiply_accumulates
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.deeplab import ASPP

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from icm_jax import views
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
-from icm_jax.tasks import build_task
+from icm_jax.tasks import build_task, views
 from icm_jax.tasks.contrastive import info_nce
 
 RNG = np.random.default_rng(0)

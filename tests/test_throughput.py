@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icm_jax import throughput
 from icm_jax.errors import IcmError
+from icm_jax.measure import throughput
 
 IMAGES = np.kron(np.arange(0, 250, 7).reshape(2, 3, 2, 3), np.ones((1, 16, 16, 1))).astype(np.uint8)
 

@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 from small import UNOPTIMISED
 
-from icm_jax import checkpoint, log, optim, sharding, train
 from icm_jax.codecs import bitstream, feature_codec
 from icm_jax.data.sources import Source
+from icm_jax.engine import checkpoint, log, optim, sharding, train
 from icm_jax.errors import IcmError
 from icm_jax.tasks.task import Aux, Task
 

@@ -7,8 +7,8 @@ import pytest
 import scipy.fft
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from icm_jax import views
 from icm_jax.errors import IcmError
+from icm_jax.tasks import views
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (4, 20, 28, 3)).astype(np.uint8)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from icm_jax.errors import IcmError
-from icm_jax.nets import darknet, resnet, yolo
+from icm_jax.nets import resnet, yolo
+from icm_jax.weights import darknet
 
 SMALL = yolo.layers(3, width=1 / 16, depth=0.25)
 FULL = yolo.layers(80)

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from icm_jax import ops
 
 BLOCK = "block"
-"""The name of what `end_of_block` marks, for `icm_jax.train.REMAT`."""
+"""The name of what `end_of_block` marks, for `icm_jax.engine.train.REMAT`."""
 _PEDESTAL = 2.0**-36
 
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from icm_jax import views
 from icm_jax.codecs.autoencoder import PART, relaxed
 from icm_jax.codecs.codec import Codec, forward
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
+from icm_jax.tasks import views
 from icm_jax.tasks.task import TRAIN, Aux, Task, apply, autoencoder_of, mean_of, merge
 
 _CENTRES_WEIGHT = 0.1

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from icm_jax import views
 from icm_jax.errors import IcmError
 from icm_jax.nets.resnet import global_pool
+from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, mean_of, merge
 
 

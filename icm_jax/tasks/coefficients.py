@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from icm_jax import ops, views
+from icm_jax import ops
 from icm_jax.errors import IcmError
 from icm_jax.nets import dct, resnet
+from icm_jax.tasks import views
 from icm_jax.tasks.classification import classifier_task
 from icm_jax.tasks.task import TRAIN, Task, apply, merge
 

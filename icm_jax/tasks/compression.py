@@ -10,10 +10,10 @@ this a λ means the same for both. `relative=False` gives the plain error.
 import jax
 import jax.numpy as jnp
 
-from icm_jax import views
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.feature import filter_codec, filtered
 from icm_jax.nets import resnet
+from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, build_feature_codec, merge
 
 

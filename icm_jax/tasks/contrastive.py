@@ -15,13 +15,14 @@ straight-through rounded ones.
 import jax
 import jax.numpy as jnp
 
-from icm_jax import ops, views
+from icm_jax import ops
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.feature import filter_codec, filtered
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.layers import Projector
 from icm_jax.nets.resnet import global_pool
+from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, merge
 
 NEGATIVES = ("queue", "batch", "both")

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from icm_jax import boxes, views
 from icm_jax.errors import IcmError
 from icm_jax.nets import yolo
+from icm_jax.tasks import boxes, views
 from icm_jax.tasks.task import TRAIN, Aux, Task, apply
 
 IGNORED = 0.5

@@ -13,10 +13,11 @@ largest, drown the gradients of the others.
 import jax
 import jax.numpy as jnp
 
-from icm_jax import ops, views
+from icm_jax import ops
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.hyperprior import image_codec
 from icm_jax.errors import IcmError
+from icm_jax.tasks import views
 from icm_jax.tasks.task import TRAIN, Aux, Task
 
 

@@ -9,10 +9,10 @@ different scales, and with this a weight w means the same for both. MSE is on 0.
 import jax
 import jax.numpy as jnp
 
-from icm_jax import views
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.scalable import DETECTOR, scalable_codec
 from icm_jax.nets import yolo
+from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
 
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from icm_jax import views
 from icm_jax.nets.deeplab import ASPP
+from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, merge
 
 IGNORE = 255

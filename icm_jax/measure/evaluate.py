@@ -35,15 +35,15 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from icm_jax import checkpoint, sharding, throughput, views
 from icm_jax.codecs import bitstream, model_file
 from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
+from icm_jax.engine import checkpoint, sharding
+from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
-from icm_jax.evaluators import Accuracy, AveragePrecision, MeanIoU, classical, metrics
-from icm_jax.evaluators.metrics import bpp
-from icm_jax.tasks import build_task
-from icm_jax.train import complete
+from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, metrics, throughput
+from icm_jax.measure.metrics import bpp
+from icm_jax.tasks import build_task, views
 
 CALIBRATION = 64  # training images that set the ranges of integer networks
 

@@ -1,5 +1,5 @@
 """Scores of predictions: sums and counts over batches, then scalars."""
 
-from icm_jax.evaluators.scores import Accuracy, AveragePrecision, MeanIoU, Score
+from icm_jax.measure.scores import Accuracy, AveragePrecision, MeanIoU, Score
 
 __all__ = ["Accuracy", "AveragePrecision", "MeanIoU", "Score"]

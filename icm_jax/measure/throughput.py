@@ -11,8 +11,8 @@ import numpy as np
 import simplejpeg
 
 from icm_jax.codecs import bitstream
-from icm_jax.cost import multiply_accumulates
 from icm_jax.data import pipeline
+from icm_jax.engine.cost import multiply_accumulates
 
 
 class Path(NamedTuple):

@@ -24,15 +24,17 @@ import optax
 import tqdm
 from jax.experimental import multihost_utils
 
-from icm_jax import checkpoint, ops, optim, sharding, views
+from icm_jax import ops
 from icm_jax.codecs.codec import forward
 from icm_jax.data import open_source, pipeline
+from icm_jax.engine import checkpoint, optim, sharding
+from icm_jax.engine.log import Log
 from icm_jax.errors import IcmError
-from icm_jax.log import Log
-from icm_jax.nets import darknet, yolo
+from icm_jax.nets import yolo
 from icm_jax.nets.layers import BLOCK
-from icm_jax.tasks import Task, build_task
+from icm_jax.tasks import Task, build_task, views
 from icm_jax.tasks.task import TRAIN
+from icm_jax.weights import darknet
 
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split

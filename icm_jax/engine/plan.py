@@ -1,6 +1,6 @@
 """What a run needs, before it is paid for: the true training step compiled for devices not at hand.
 
-The acts are those of `icm_jax.train` up to the compiled step, with shapes in place of arrays. For a
+The acts are those of `engine.train` up to the compiled step, with shapes in place of arrays. For a
 TPU the program is made by libtpu for the topology that is named, so memory, FLOPs and collectives
 are read off the very program that would run there. Step times are a roofline's lower bounds:
 nothing is executed.
@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icm_jax import optim, sharding
 from icm_jax.codecs.codec import forward
 from icm_jax.data import DATASETS, open_source, pipeline
+from icm_jax.engine import optim, sharding
+from icm_jax.engine.train import compiled_step, initial
 from icm_jax.errors import IcmError, reason
 from icm_jax.tasks import build_task
-from icm_jax.train import compiled_step, initial
 
 GIB = 2**30
 

@@ -3,7 +3,7 @@
 import ml_collections
 
 OWN_RATE = ("plateau", "rate_scaling", "rate_batch")
-"""Settings of the learning rate that not every experiment has; see `icm_jax.optim`."""
+"""Settings of the learning rate that not every experiment has; see `icm_jax.engine.optim`."""
 
 
 def make_run(
@@ -17,7 +17,7 @@ def make_run(
     labels: dict,
     **own,
 ) -> ml_collections.ConfigDict:
-    """One run; see `icm_jax.train.train` and `icm_jax.evaluate.evaluate` for its fields.
+    """One run; `engine.train.train` and `measure.evaluate.evaluate` tell its fields.
 
     Args:
       config: the experiment; `data` and what all runs share in `train`: batch_size, log_every,

@@ -1,7 +1,7 @@
 """From the records of finished runs to tables, curves and pictures: report.md and report.html.
 
-Reads records.json and metrics.jsonl of each run (schema: `icm_jax.evaluate`). What a run has not
-produced yet is named in the report instead of being drawn.
+Reads records.json and metrics.jsonl of each run (schema: `icm_jax.measure.evaluate`). What a run
+has not produced yet is named in the report instead of being drawn.
 """
 
 import base64
@@ -22,10 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from icm_jax import pictures
-from icm_jax.evaluators.metrics import bd_rate
 from icm_jax.files import write_whole
-from icm_jax.pictures import NAMES, save, title_of
+from icm_jax.measure.metrics import bd_rate
+from icm_jax.report import pictures
+from icm_jax.report.pictures import NAMES, save, title_of
 
 
 class Measure(NamedTuple):

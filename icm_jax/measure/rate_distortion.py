@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from icm_jax.codecs import bitstream
-from icm_jax.evaluators import classical, metrics
 from icm_jax.files import write_whole
+from icm_jax.measure import classical, metrics
 
 RIVALS = {  # points of each; of JPEG 2000 in dB, of VVC quantisation parameters
     "jpeg": (5, 10, 20, 40, 60, 80, 90),

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from icm_jax import sharding
+from icm_jax.engine import sharding
 from icm_jax.errors import IcmError, reason
 from icm_jax.files import write_whole
 

@@ -1,7 +1,7 @@
 """Pictures of what codecs decode, what a detector finds there, and what latents hold.
 
 Each function draws one part of a report from finished runs: a list of (kind, content), as
-`icm_jax.report` writes them, with the PNG file in the experiment's folder.
+`icm_jax.report.page` writes them, with the PNG file in the experiment's folder.
 """
 
 import pathlib
@@ -13,14 +13,14 @@ import tqdm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from icm_jax import checkpoint, views
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.codecs.codec import forward
 from icm_jax.coding import container
 from icm_jax.data import open_source, pipeline
-from icm_jax.evaluators.redundancy import CLUSTERS, fibres, uncertainty_coefficient
-from icm_jax.tasks import build_task
-from icm_jax.train import complete
+from icm_jax.engine import checkpoint
+from icm_jax.engine.train import complete
+from icm_jax.measure.redundancy import CLUSTERS, fibres, uncertainty_coefficient
+from icm_jax.tasks import build_task, views
 
 DRAWN = 0.4
 """Least score of a box that is drawn."""

@@ -1,0 +1,1 @@
+"""Running an experiment: its runs, the training loop, checkpoints, devices and plans."""
