@@ -1,0 +1,1 @@
+"""What strangers add to icm_jax; see test_extending.py."""
