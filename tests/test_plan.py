@@ -242,7 +242,7 @@ def test_without_libtpu_one_line_says_what_to_install(tmp_path):
     code = (
         "from icm_jax.engine import plan; plan.prepare_host('v5e:2x2'); plan.open_target('v5e:2x2')"
     )
-    hidden = "import sys; sys.modules['libtpu'] = None\n"
+    hidden = "import sys; sys.modules['libtpu'] = None; T = 'v5e:2x2'\n"
     environment = {k: v for k, v in os.environ.items() if k != "TPU_LIBRARY_PATH"}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
