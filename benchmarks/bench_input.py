@@ -100,7 +100,7 @@ def with_pillow(data: bytes, kind: str, canvas, rng) -> np.ndarray:
 def all_cores(folder: pathlib.Path, size: int, seconds: float = 5.0) -> float:
     """Images per second of `pipeline.batches` of the folder, after a first batch."""
     source = open_source(ml_collections.ConfigDict(dict(name="photos", path=str(folder))), "train")
-    batches = pipeline.batches(source, batch_size=64, seed=0, canvas=(size, size), stop=10**6)
+    batches = pipeline.batches(source, pipeline.BatchSpec(64, (size, size)), seed=0, stop=10**6)
     next(batches)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:

@@ -1,15 +1,19 @@
 """Batches over processes and epochs, and pixels on their way to the canvas."""
 
+import dataclasses
 import io
+import json
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import simplejpeg
+from ml_collections import ConfigDict
 from PIL import Image
 
 from icm_jax.data import geometry, jpeg, pipeline
+from icm_jax.data.pipeline import BatchSpec
 from icm_jax.data.resize import bilinear
 from icm_jax.data.sources import Objects, Source
 from icm_jax.errors import IcmError
@@ -46,14 +50,10 @@ def test_batches_depend_on_seed_and_step_alone(length, rows, processes, seed, st
     def labels(first, process=0, among=1):
         steps = pipeline.batches(
             numbered(length),
-            batch_size=rows,
+            BatchSpec(rows, CANVAS, process=process, processes=among, threads=2),
             seed=seed,
-            canvas=CANVAS,
             start=first,
             stop=6,
-            process=process,
-            processes=among,
-            threads=2,
         )
         return [batch["label"] for batch in steps]
 
@@ -83,17 +83,8 @@ def test_evaluation_is_complete_on_any_number_of_processes(
     source = numbered(length, unlabelled, masks=True)
     seen, counts = [], set()
     for process in range(processes):
-        batches = list(
-            pipeline.evaluation_batches(
-                source,
-                batch_size=own * processes,
-                canvas=CANVAS,
-                limit=limit,
-                process=process,
-                processes=processes,
-                threads=2,
-            )
-        )
+        spec = BatchSpec(own * processes, CANVAS, process=process, processes=processes, threads=2)
+        batches = list(pipeline.evaluation_batches(source, spec, limit=limit))
         counts.add(len(batches))
         for batch in batches:
             assert {k: v.shape[0] for k, v in batch.items()} == dict.fromkeys(
@@ -112,9 +103,7 @@ def test_evaluation_is_complete_on_any_number_of_processes(
 
 
 def test_padding_is_blank_and_ignored():
-    batches = list(
-        pipeline.evaluation_batches(numbered(5, masks=True), batch_size=4, canvas=CANVAS)
-    )
+    batches = list(pipeline.evaluation_batches(numbered(5, masks=True), BatchSpec(4, CANVAS)))
     last = batches[-1]
     assert last["valid"].tolist() == [True, False, False, False]
     assert not last["image"][1:].any() and np.all(last["mask"][1:] == geometry.IGNORE)
@@ -123,23 +112,23 @@ def test_padding_is_blank_and_ignored():
 def test_masks_that_nobody_asks_for_are_not_read():
     whole = numbered(5, masks=True)
     source = Source("s", 5, (), lambda n: {**whole.load(n), "mask": b"no picture"}, ("0",))
-    options = dict(batch_size=4, canvas=CANVAS)
+    spec = BatchSpec(4, CANVAS, masks=False)
+    cropped = dataclasses.replace(spec, crop=(0.5, 1.0))
     for batches in (
-        pipeline.batches(source, seed=0, stop=1, masks=False, crop=(0.5, 1.0), **options),
-        pipeline.in_order(source, masks=False, **options),
+        pipeline.batches(source, cropped, seed=0, stop=1),
+        pipeline.in_order(source, spec),
     ):
         assert sorted(next(batches)) == ["image", "label", "valid"]
     with pytest.raises(IcmError, match="cannot read"):
-        next(pipeline.in_order(source, **options))
+        next(pipeline.in_order(source, BatchSpec(4, CANVAS)))
 
 
 def test_features_take_the_place_of_their_own_images():
     source, features = numbered(5, unlabelled=(1,)), np.arange(5.0).reshape(5, 1, 1, 1)
-    options = dict(batch_size=5, seed=3, canvas=CANVAS, stop=2)
-    plain = list(pipeline.batches(source, **options))
-    for batch, other in zip(
-        pipeline.batches(source, features=features, **options), plain, strict=True
-    ):
+    spec, order = BatchSpec(5, CANVAS), dict(seed=3, stop=2)
+    plain = list(pipeline.batches(source, spec, **order))
+    given = pipeline.batches(source, spec, **order, features=features)
+    for batch, other in zip(given, plain, strict=True):
         assert "image" not in batch
         np.testing.assert_array_equal(batch["valid"], other["valid"])
         numbers = other["image"][:, 0, 0, 0] - 1  # which every image shows
@@ -148,17 +137,18 @@ def test_features_take_the_place_of_their_own_images():
 
 def test_in_order_keeps_the_order_of_examples_without_a_label():
     source = numbered(5, unlabelled=(0, 3))
-    batches = list(pipeline.in_order(source, batch_size=4, canvas=CANVAS))
+    batches = list(pipeline.in_order(source, BatchSpec(4, CANVAS)))
     shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
     np.testing.assert_array_equal(shown, [1, 2, 3, 4, 5, 0, 0, 0])
 
 
 def test_epochs_differ_and_are_complete_when_the_batch_is_larger():
-    batch = next(pipeline.batches(numbered(6), batch_size=20, seed=1, canvas=CANVAS, stop=1))
+    spec = BatchSpec(20, CANVAS)
+    batch = next(pipeline.batches(numbered(6), spec, seed=1, stop=1))
     epochs = batch["label"][:18].reshape(3, 6)
     assert [sorted(epoch) for epoch in epochs.tolist()] == [list(range(6))] * 3
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
-    other = next(pipeline.batches(numbered(6), batch_size=20, seed=2, canvas=CANVAS, stop=1))
+    other = next(pipeline.batches(numbered(6), spec, seed=2, stop=1))
     assert not np.array_equal(other["label"], batch["label"])
 
 
@@ -171,7 +161,7 @@ def test_starting_late_loads_nothing_earlier():
         return source.load(index % 200)
 
     spied = Source("spied", 1000, (), load, source.mask_classes)
-    late = pipeline.batches(spied, batch_size=2, seed=0, canvas=CANVAS, start=400, stop=403)
+    late = pipeline.batches(spied, BatchSpec(2, CANVAS), seed=0, start=400, stop=403)
     assert len(list(late)) == 3 and len(loaded) == 6
 
 
@@ -184,7 +174,7 @@ def test_what_is_loaded_ahead_does_not_grow_with_threads_times_batch():
         return source.load(index)
 
     spied = Source("spied", 200, (), load, source.mask_classes)
-    batches = pipeline.batches(spied, batch_size=8, seed=0, canvas=CANVAS, stop=25, threads=8)
+    batches = pipeline.batches(spied, BatchSpec(8, CANVAS, threads=8), seed=0, stop=25)
     next(batches)
     assert len(loaded) <= 8 + 3 * 16
 
@@ -194,18 +184,29 @@ def test_an_error_in_a_thread_reaches_the_loop():
         return {"image": b"no image", "label": 0, "name": f"picture {index}"}
 
     with pytest.raises(IcmError, match="cannot read the image picture"):
-        next(
-            pipeline.batches(Source("s", 3, (), load), batch_size=2, seed=0, canvas=(4, 4), stop=2)
-        )
+        next(pipeline.batches(Source("s", 3, (), load), BatchSpec(2, (4, 4)), seed=0, stop=2))
 
 
-@pytest.mark.parametrize("call", [dict(seed=-1), dict(batch_size=3, processes=2)])
-def test_bad_arguments(call):
-    arguments = dict(batch_size=2, seed=0, canvas=CANVAS, stop=1) | call
-    with pytest.raises(IcmError):
-        pipeline.batches(numbered(3), **arguments)
+def test_bad_arguments():
+    with pytest.raises(IcmError, match="2 processes do not divide the batch size 3"):
+        BatchSpec(3, CANVAS, processes=2)
+    with pytest.raises(IcmError, match="seed must not be negative"):
+        pipeline.batches(numbered(3), BatchSpec(2, CANVAS), seed=-1, stop=1)
     with pytest.raises(IcmError, match="no examples"):
-        next(pipeline.evaluation_batches(numbered(0), batch_size=2, canvas=CANVAS))
+        next(pipeline.evaluation_batches(numbered(0), BatchSpec(2, CANVAS)))
+
+
+def test_a_spec_is_made_of_a_runs_data_fields():
+    data = ConfigDict(dict(name="folder", path="x", canvas=(16, 32), crop=(0.5, 1.0)))
+    spec = pipeline.batch_spec(data, 4, masks=False)
+    assert spec == BatchSpec(4, (16, 32), crop=(0.5, 1.0), masks=False)
+    assert pipeline.batch_spec(dict(canvas=48, boxes=3), 2) == BatchSpec(2, (48, 48), boxes=3)
+    assert pipeline.image_spec(data, 4) == BatchSpec(4, (16, 32), masks=False)
+    read_back = ConfigDict(json.loads(data.to_json()))  # where a tuple has become a list
+    assert pipeline.batch_spec(read_back, 4) == pipeline.batch_spec(data, 4)
+    for size in (0, (1, 2, 3), (4, 0.5), "large"):
+        with pytest.raises(IcmError, match="a whole number of pixels or"):
+            geometry.sides(size)
 
 
 def stored(array, kind, **options):
@@ -300,10 +301,10 @@ def shown(boxes, labels, ignored, size=(30, 20)):
 def test_boxes_come_letterboxed_largest_first():
     given = [[0, 0, 0.5, 0.2], [0, 0, 1, 1], [0.25, 0.5, 0.75, 1], [0, 0, 0.1, 0.1]]
     source = shown(given, [0, 1, 1, 0], [False, True, False, False])
-    options = dict(batch_size=2, canvas=(16, 12), boxes=3)
+    spec = BatchSpec(2, (16, 12), boxes=3)
     for batch in (
-        next(pipeline.in_order(source, **options)),
-        next(pipeline.batches(source, seed=0, stop=1, **options)),
+        next(pipeline.in_order(source, spec)),
+        next(pipeline.batches(source, spec, seed=0, stop=1)),
     ):
         assert batch["image"].shape == (2, 16, 12, 3) and batch["valid"][0]
         assert batch["extent"][0].tolist() == [8, 12]
@@ -315,15 +316,15 @@ def test_boxes_come_letterboxed_largest_first():
         assert batch["box_labels"][0].tolist() == [1, 1, 0]
         assert batch["box_valid"][0].tolist() == [False, True, True]
         assert batch["box_ignored"][0].tolist() == [True, False, False]
-    few = next(pipeline.in_order(source, batch_size=1, canvas=(16, 12), boxes=6))
+    few = next(pipeline.in_order(source, BatchSpec(1, (16, 12), boxes=6)))
     assert few["box_valid"].sum() == 3 and few["box_ignored"].sum() == 1
-    padding = next(pipeline.in_order(source, **options))
+    padding = next(pipeline.in_order(source, spec))
     assert not padding["valid"][1] and not padding["box_valid"][1].any()
 
 
 def test_boxes_of_data_without_any():
     with pytest.raises(IcmError, match=r"has no boxes; data\.boxes asks for them"):
-        next(pipeline.batches(numbered(3), batch_size=1, seed=0, canvas=CANVAS, stop=1, boxes=2))
+        next(pipeline.batches(numbered(3), BatchSpec(1, CANVAS, boxes=2), seed=0, stop=1))
 
 
 @hypothesis.given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(1, 40))
@@ -357,8 +358,8 @@ def test_coefficients_are_those_of_the_file_or_of_one_written_anew():
     image = noisy(50, 70)
     colour = stored(image, "JPEG", quality=90)
     grey = stored(image[..., 0], "JPEG", quality=80)
-    options = dict(batch_size=2, seed=0, canvas=(32, 48), stop=1)
-    (batch,) = pipeline.batches(files(colour, grey), coefficients="file", **options)
+    spec, order = BatchSpec(2, (32, 48), coefficients="file"), dict(seed=0, stop=1)
+    (batch,) = pipeline.batches(files(colour, grey), spec, **order)
     assert "image" not in batch and batch["luma"].dtype == np.int16
     rows = {int(label): row for row, label in enumerate(batch["label"])}
     own = jpeg.read_coefficients(colour)
@@ -367,11 +368,12 @@ def test_coefficients_are_those_of_the_file_or_of_one_written_anew():
     np.testing.assert_array_equal(batch["chroma"][rows[0], ..., 64:], own.planes[2][:2, :3])
     np.testing.assert_array_equal(batch["steps"][rows[0]], np.concatenate(own.tables))
     assert not batch["chroma"][rows[1]].any() and batch["luma"][rows[1]].any()
-    (anew,) = pipeline.batches(files(colour, grey), coefficients="75", **options)
+    spec = dataclasses.replace(spec, coefficients="75")
+    (anew,) = pipeline.batches(files(colour, grey), spec, **order)
     fitted = geometry.fit(geometry.decode_image(colour, ""), (32, 48))
     again = jpeg.read_coefficients(simplejpeg.encode_jpeg(fitted, 75, "RGB", "420"))
     np.testing.assert_array_equal(anew["luma"][rows[0]], again.planes[0])
-    (whole,) = pipeline.in_order(files(colour), batch_size=1, canvas=(32, 48), coefficients="75")
+    (whole,) = pipeline.in_order(files(colour), BatchSpec(1, (32, 48), coefficients="75"))
     np.testing.assert_array_equal(whole["luma"][0], anew["luma"][rows[0]])
 
 
@@ -392,7 +394,7 @@ def test_coefficients_are_those_of_the_file_or_of_one_written_anew():
 )
 def test_coefficients_that_cannot_be_had(file, wanted, canvas, message):
     with pytest.raises(IcmError, match=message):
-        list(pipeline.in_order(files(file), batch_size=1, canvas=canvas, coefficients=wanted))
+        list(pipeline.in_order(files(file), BatchSpec(1, canvas, coefficients=wanted)))
 
 
 @pytest.mark.parametrize("canvas", [(32, 48), (64, 32)])
@@ -424,17 +426,21 @@ def test_random_windows_show_a_part_of_the_image(canvas):
 def test_windows_are_cut_before_an_image_is_written():
     """The same window as pixels and as coefficients; another in the next epoch."""
     image = stored(noisy(64, 64), "PNG")
-    options = dict(batch_size=1, seed=3, canvas=(32, 32), stop=2, crop=(0.3, 0.6))
-    pixels = list(pipeline.batches(files(image), **options))
-    planes = list(pipeline.batches(files(image), coefficients="90", **options))
+    spec, order = BatchSpec(1, (32, 32), crop=(0.3, 0.6)), dict(seed=3, stop=2)
+    pixels = list(pipeline.batches(files(image), spec, **order))
+    coded = dataclasses.replace(spec, coefficients="90")
+    planes = list(pipeline.batches(files(image), coded, **order))
     for one, other in zip(pixels, planes, strict=True):
         written = pipeline.write_jpeg(one["image"][0], 90)
         own = pipeline.read_planes(written, "", (32, 32))
         np.testing.assert_array_equal(own["luma"], other["luma"][0])
     assert (pixels[0]["image"] != pixels[1]["image"]).any()
-    (late,) = pipeline.batches(files(image), start=1, **options)
+    (late,) = pipeline.batches(files(image), spec, start=1, **order)
     np.testing.assert_array_equal(late["image"], pixels[1]["image"])
+    for changes in (dict(coefficients="file"), dict(boxes=2)):
+        with pytest.raises(IcmError, match="coefficients at a quality alone"):
+            dataclasses.replace(spec, **changes)
     with pytest.raises(IcmError, match="coefficients at a quality alone"):
-        pipeline.batches(files(image), coefficients="file", **options)
+        pipeline.batches(files(image), spec, **order, features=np.zeros((1, 2, 2, 3)))
     with pytest.raises(IcmError, match="share of the area"):
-        pipeline.batches(files(image), **(options | dict(crop=(0.0, 1.0))))
+        dataclasses.replace(spec, crop=(0.0, 1.0))

@@ -106,9 +106,10 @@ def test_groups_that_cannot_be_read_are_not_guessed():
 def test_layout_is_that_of_real_batches(tmp_path, options):
     run = tiny_run("omni_icm", "seed0/omni/stage1", tmp_path)
     source = open_source(run.data, "train")
-    batches = pipeline.batches(source, batch_size=4, seed=0, canvas=(32, 32), stop=1, **options)
+    spec = pipeline.BatchSpec(4, (32, 48), **options)
+    batches = pipeline.batches(source, spec, seed=0, stop=1)
     real = {name: (value.shape, value.dtype) for name, value in next(batches).items()}
-    assert real == pipeline.layout(DATASETS["scenes"].keys, 4, (32, 32), **options)
+    assert real == pipeline.layout(DATASETS["scenes"].keys, spec)
     counts = len(source.classes), len(source.mask_classes)
     assert counts == (DATASETS["scenes"].classes, DATASETS["scenes"].mask_classes)
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from icm_jax.data import open_source, pipeline
+from icm_jax.data.pipeline import BatchSpec
 from icm_jax.errors import IcmError
 
 F = tfds.features
@@ -174,7 +175,7 @@ def test_prepared_tfds_data(prepared, name, classes):
     source = open_source(ConfigDict(dict(name=name, path=prepared)), "validation")
     assert (source.length, len(source.classes)) == (5, classes)
     seen = {}
-    for batch in pipeline.evaluation_batches(source, batch_size=3, canvas=(16, 16)):
+    for batch in pipeline.evaluation_batches(source, BatchSpec(3, (16, 16))):
         assert np.all(np.diff(batch["valid"].astype(int)) <= 0)  # valid rows come first
         for row in np.flatnonzero(batch["valid"]):
             seen[round(batch["image"][row].mean() / 40)] = int(batch["label"][row])
@@ -182,7 +183,7 @@ def test_prepared_tfds_data(prepared, name, classes):
     if name != "imagenet2012":
         labels = EXPECTED[name.split("/")[0]]
     assert seen == {i: label for i, label in enumerate(labels) if label is not None}
-    rows = next(pipeline.batches(source, batch_size=5, seed=0, canvas=(16, 16), stop=1))
+    rows = next(pipeline.batches(source, BatchSpec(5, (16, 16)), seed=0, stop=1))
     assert rows["valid"].sum() == len(seen)
 
 
@@ -228,7 +229,7 @@ def test_real_folders(real_data, config, classes, keys):
     for split in ("train", "validation"):
         source = open_source(config, split)
         assert len(source.classes or source.mask_classes) == classes
-        batch = next(pipeline.evaluation_batches(source, batch_size=8, canvas=(64, 64)))
+        batch = next(pipeline.evaluation_batches(source, BatchSpec(8, (64, 64))))
         assert set(batch) == {"image", "valid"} | keys
         assert 20 < batch["image"].mean() < 235 and batch["image"].std() > 20
         if "mask" in batch:
@@ -267,7 +268,7 @@ def test_photos_need_no_classes(tmp_path):
 
 def first_batch(config, split="train"):
     source = open_source(ConfigDict(config), split)
-    return next(pipeline.evaluation_batches(source, batch_size=2, canvas=(8, 8)))
+    return next(pipeline.evaluation_batches(source, BatchSpec(2, (8, 8))))
 
 
 def test_bad_data_gets_one_clear_error(tmp_path):
@@ -411,9 +412,7 @@ def test_masks_fit_their_image_and_classes(tmp_path, mask, message):
     save(tmp_path / "masks/1.png", **{"mode": "L", **mask})
     (tmp_path / "train.txt").write_text("1\n")
     (tmp_path / "classes.txt").write_text("a\nb\n")
-    batches = pipeline.evaluation_batches(
-        opened("mask_folder", tmp_path), batch_size=1, canvas=(8, 8)
-    )
+    batches = pipeline.evaluation_batches(opened("mask_folder", tmp_path), BatchSpec(1, (8, 8)))
     if message is None:
         assert np.all(next(batches)["mask"] == mask["value"])
     else:
@@ -437,7 +436,7 @@ def test_the_folder_of_pascal_voc(tmp_path):
     train, validation = (open_source(config, split) for split in ("train", "validation"))
     assert (train.length, validation.length, len(train.mask_classes)) == (1, 1, 21)
     assert train.mask_classes[20] == "tvmonitor"
-    (batch,) = pipeline.in_order(validation, batch_size=1, canvas=(8, 8))
+    (batch,) = pipeline.in_order(validation, BatchSpec(1, (8, 8)))
     assert np.all(batch["mask"] == 20)
     more = ConfigDict(dict(config, list="trainaug", masks="SegmentationClassAug"))
     assert open_source(more, "train").length == 2

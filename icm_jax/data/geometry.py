@@ -15,6 +15,21 @@ GREY = 128
 """Of the bars beside a letterboxed image."""
 
 
+def sides(size) -> tuple[int, int]:
+    """(height, width) of a size in a config: one number for both, or both.
+
+    >>> sides(96), sides((512, 1024))
+    ((96, 96), (512, 1024))
+
+    Raises: IcmError for anything else.
+    """
+    given = (size,) if isinstance(size, int) else tuple(size)
+    whole = all(isinstance(side, int) and side > 0 for side in given)
+    if not whole or len(given) not in (1, 2):
+        raise IcmError(f"a size is a whole number of pixels or (height, width), not {size!r}")
+    return given[0], given[-1]
+
+
 def decode_image(data: bytes, name: str, smallest: int = 0) -> np.ndarray:
     """RGB uint8 [H, W, 3] of a JPEG (or any format that Pillow reads).
 

@@ -6,10 +6,11 @@ every random view is made on the device. Examples are loaded by threads, which i
 library and Pillow's resizing both let other threads run.
 """
 
+import dataclasses
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
@@ -24,40 +25,94 @@ WHOLE = (1.0, 1.0)
 """The crop that is none."""
 
 
-def batches(
-    source: Source,
-    *,
-    batch_size: int,
-    seed: int,
-    canvas: tuple[int, int],
-    start: int = 0,
-    stop: int,
-    features: np.ndarray | None = None,
-    boxes: int = 0,
-    coefficients: str = "",
-    crop: tuple[float, float] = WHOLE,
-    masks: bool = True,
-    process: int = 0,
-    processes: int = 1,
-    threads: int | None = None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Training batches of steps start ... stop - 1, this process's rows.
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+    """What a batch is; `batches` and `in_order` tell what is in it.
 
-    Args:
-      source: where examples come from.
+    Attributes:
       batch_size: B, rows of the global batch; `processes` must divide it.
-      seed: of the order of examples; every epoch has its own permutation.
       canvas: (height, width) of the images.
-      features: [source.length, ...], given in place of the images as "feature".
       boxes: above 0, images are letterboxed and come with their objects, at most so many, the
         largest.
       coefficients: give images as the DCT coefficients of JPEG 4:2:0, for canvases that are
         multiples of 16: a quality as "95", at which the image on its canvas is written and read
         again; or "file", those of the file itself, whose middle is cut out at a multiple of 16.
-      crop: other than (1, 1), the canvas shows a random window of so much of the area, mirrored or
-        not (`geometry.random_view`): augmentation before an image is written at a quality.
+      crop: other than (1, 1), the canvas of a training image shows a random window of so much of
+        the area, mirrored or not (`geometry.random_view`): augmentation before an image is written
+        at a quality. Boxes and a file's own coefficients have none.
       masks: whether to give the masks of a source that has them; without, they are not decoded.
-      threads: decoding threads; default: all cores.
+      process, processes: whose rows, B / processes of each, are made here.
+      threads: decoding threads; None: as many as there are cores.
+
+    Raises: IcmError for values that no batch can have.
+    """
+
+    batch_size: int
+    canvas: tuple[int, int]
+    boxes: int = 0
+    coefficients: str = ""
+    crop: tuple[float, float] = WHOLE
+    masks: bool = True
+    process: int = 0
+    processes: int = 1
+    threads: int | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.batch_size % self.processes:
+            raise IcmError(
+                f"{self.processes} processes do not divide the batch size {self.batch_size}"
+            )
+        given = self.coefficients
+        if given not in ("", "file") and not (given.isdecimal() and 1 <= int(given) <= 100):
+            raise IcmError(f'coefficients are "file" or a quality from 1 to 100, not {given!r}')
+        if given and (self.canvas[0] % 16 or self.canvas[1] % 16):
+            raise IcmError(f"coefficients need a canvas of multiples of 16, not {self.canvas}")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise IcmError(f"data.crop is a least and a largest share of the area, not {self.crop}")
+        if self.crop != WHOLE and (self.boxes or given == "file"):
+            raise IcmError("data.crop goes with images and with coefficients at a quality alone")
+
+    @property
+    def rows(self) -> range:
+        """Places in the global batch of this process's rows."""
+        count = self.batch_size // self.processes
+        return range(self.process * count, (self.process + 1) * count)
+
+
+def batch_spec(data: Mapping, batch_size: int, **changes) -> BatchSpec:
+    """The batches that a run's data fields ask for.
+
+    Args:
+      data: canvas, a number or (height, width), and where they are not the defaults boxes,
+        coefficients and crop; other fields are left alone.
+      changes: fields of `BatchSpec` in place of those.
+    """
+    fields = {name: data[name] for name in ("boxes", "coefficients", "crop") if name in data}
+    fields |= {"canvas": geometry.sides(data["canvas"])} | changes
+    fields["crop"] = tuple(fields.get("crop", WHOLE))
+    return BatchSpec(batch_size, **fields)
+
+
+def image_spec(data: Mapping, batch_size: int) -> BatchSpec:
+    """Batches of images alone, on the canvas of a run's data fields."""
+    return BatchSpec(batch_size, geometry.sides(data["canvas"]), masks=False)
+
+
+def batches(
+    source: Source,
+    spec: BatchSpec,
+    *,
+    seed: int,
+    start: int = 0,
+    stop: int,
+    features: np.ndarray | None = None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Training batches of steps start ... stop - 1, this process's rows.
+
+    Args:
+      source: where examples come from.
+      seed: of the order of examples; every epoch has its own permutation.
+      features: [source.length, ...], given in place of the images as "feature".
 
     Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
       "mask": uint8 [b, *canvas] where the source has them}, b = B / processes. Rows whose
@@ -69,17 +124,13 @@ def batches(
       "chroma" int16 [b, height / 16, width / 16, 128], Cb and Cr, both quantised, and "steps"
       int32 [b, 192], what to multiply the 64 + 128 of a place with; masks are left out.
 
-    Raises: IcmError if B does not divide, the source is empty or has no objects where they are
-      asked for, an image cannot be read or has not the coefficients asked for, or a crop is asked
-      for where none is made: of boxes, decoded features, masks or a file's own coefficients.
+    Raises: IcmError if the source is empty or has no objects where they are asked for, an image
+      cannot be read or has not the coefficients asked for, or a crop is asked for where none is
+      made: of decoded features or masks.
     """
-    rows = _own_rows(batch_size, process, processes)
-    _check(source, coefficients, canvas)
-    crop = tuple(crop)
-    if crop != WHOLE and (boxes or features is not None or coefficients == "file"):
+    _check(source)
+    if spec.crop != WHOLE and features is not None:
         raise IcmError("data.crop goes with images and with coefficients at a quality alone")
-    if not 0 < crop[0] <= crop[1] <= 1:
-        raise IcmError(f"data.crop is a least and a largest share of the area, not {crop}")
     if seed < 0:
         raise IcmError(f"the seed must not be negative, not {seed}")
 
@@ -89,82 +140,67 @@ def batches(
 
     def load(position):
         number = int(permutation(position // source.length)[position % source.length])
-        if boxes:
-            return _boxed_example(source, number, canvas, boxes)
+        if spec.boxes:
+            return _boxed_example(source, number, spec)
         feature = None if features is None else features[number]
-        rng = None if crop == WHOLE else np.random.default_rng([seed, 1, position])
-        return _example(source, number, canvas, feature, coefficients, crop, rng, masks)
+        rng = None if spec.crop == WHOLE else np.random.default_rng([seed, 1, position])
+        return _example(source, number, spec, feature, rng)
 
-    return _parallel(load, rows, batch_size, start, stop, threads)
+    return _parallel(load, spec, start, stop)
 
 
-def layout(
-    keys: tuple[str, ...],
-    batch_size: int,
-    canvas: tuple[int, int],
-    boxes: int = 0,
-    coefficients: str = "",
-    masks: bool = True,
-) -> dict[str, tuple[tuple[int, ...], type]]:
-    """{name: (shape, dtype)} of a batch of `batches` with these arguments, of a data set whose
-    examples have these `keys`; nothing is read."""
-    (height, width), rows = canvas, (batch_size,)
+def layout(keys: tuple[str, ...], spec: BatchSpec) -> dict[str, tuple[tuple[int, ...], type]]:
+    """{name: (shape, dtype)} of a global batch of `batches`, of a data set whose examples have
+    these `keys`; nothing is read."""
+    (height, width), rows = spec.canvas, (spec.batch_size,)
     image = {"valid": (rows, np.bool_), "image": ((*rows, height, width, 3), np.uint8)}
-    if boxes:
-        flags = ((*rows, boxes), np.bool_)
+    if spec.boxes:
+        flags = ((*rows, spec.boxes), np.bool_)
         return image | {
             "extent": ((*rows, 2), np.int32),
-            "boxes": ((*rows, boxes, 4), np.float32),
-            "box_labels": ((*rows, boxes), np.int32),
+            "boxes": ((*rows, spec.boxes, 4), np.float32),
+            "box_labels": ((*rows, spec.boxes), np.int32),
             "box_valid": flags,
             "box_ignored": flags,
         }
     found = dict(image)
-    if coefficients:
+    if spec.coefficients:
         del found["image"]
         found["luma"] = (*rows, height // 8, width // 8, 64), np.int16
         found["chroma"] = (*rows, height // 16, width // 16, 128), np.int16
         found["steps"] = (*rows, 192), np.int32
     if "label" in keys:
         found["label"] = rows, np.int32
-    if masks and "mask" in keys and not coefficients:
+    if spec.masks and "mask" in keys and not spec.coefficients:
         found["mask"] = (*rows, height, width), np.uint8
     return found
 
 
-def evaluation_batches(source: Source, **options) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of `in_order`, which takes the options; within each the "valid" rows come first."""
-    for batch in in_order(source, **options):
+def evaluation_batches(
+    source: Source, spec: BatchSpec, *, limit: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of `in_order`; within each the "valid" rows come first."""
+    for batch in in_order(source, spec, limit=limit):
         order = np.argsort(~batch["valid"], kind="stable")
         yield {key: value[order] for key, value in batch.items()}
 
 
 def in_order(
-    source: Source,
-    *,
-    batch_size: int,
-    canvas: tuple[int, int],
-    limit: int | None = None,
-    boxes: int = 0,
-    coefficients: str = "",
-    masks: bool = True,
-    process: int = 0,
-    processes: int = 1,
-    threads: int | None = None,
+    source: Source, spec: BatchSpec, *, limit: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order; the last batch is padded with rows that are not "valid".
+    """Every example (or the first `limit`) once, whole and in order; the last batch is padded with
+    rows that are not "valid".
 
     Every process gets as many batches with the same keys, though all rows of its last may be
     padding.
     """
-    rows = _own_rows(batch_size, process, processes)
-    _check(source, coefficients, canvas)
+    _check(source)
     length = source.length if limit is None else min(limit, source.length)
 
     def whole(number):
-        if boxes:
-            return _boxed_example(source, number, canvas, boxes)
-        return _example(source, number, canvas, coefficients=coefficients, masks=masks)
+        if spec.boxes:
+            return _boxed_example(source, number, spec)
+        return _example(source, number, spec)
 
     def load(position):
         if position < length:
@@ -173,42 +209,30 @@ def in_order(
         blanks = {"mask": geometry.IGNORE}
         return {key: np.full_like(value, blanks.get(key, 0)) for key, value in example.items()}
 
-    return _parallel(load, rows, batch_size, 0, -(-length // batch_size), threads)
+    return _parallel(load, spec, 0, -(-length // spec.batch_size))
 
 
-def _check(source: Source, coefficients: str, canvas: tuple[int, int]) -> None:
+def _check(source: Source) -> None:
     if source.length < 1:
         raise IcmError(f"{source.name} has no examples")
-    known = coefficients in ("", "file") or (
-        coefficients.isdecimal() and 1 <= int(coefficients) <= 100
-    )
-    if not known:
-        raise IcmError(f'coefficients are "file" or a quality from 1 to 100, not {coefficients!r}')
-    if coefficients and (canvas[0] % 16 or canvas[1] % 16):
-        raise IcmError(f"coefficients need a canvas of multiples of 16, not {canvas}")
 
 
-def _own_rows(batch_size: int, process: int, processes: int) -> range:
-    if batch_size < 1 or batch_size % processes:
-        raise IcmError(f"{processes} processes do not divide the batch size {batch_size}")
-    own = batch_size // processes
-    return range(process * own, (process + 1) * own)
-
-
-def _parallel(load, rows: range, batch_size: int, start: int, stop: int, threads: int | None):
+def _parallel(load, spec: BatchSpec, start: int, stop: int):
     """Batches of the examples at positions step·B + row, loaded ahead in threads, in order.
 
     What is ahead is counted in examples, not batches: memory does not grow with cores times B.
     """
     if stop <= start:
         return iter(())
-    own, threads = len(rows), threads or os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * own, 2 * threads))
-    positions = grain.MapDataset.range(start * own, stop * own).map(
-        lambda n: n // own * batch_size + rows[n % own]
+    rows, threads = spec.rows, spec.threads or os.cpu_count() or 1
+    count = len(rows)
+    ahead = 2 * max(count, threads)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    positions = grain.MapDataset.range(start * count, stop * count).map(
+        lambda n: n // count * spec.batch_size + rows[n % count]
     )
     examples = positions.map(load).to_iter_dataset(options)
-    return iter(examples.batch(own, drop_remainder=True, batch_fn=_stack))
+    return iter(examples.batch(count, drop_remainder=True, batch_fn=_stack))
 
 
 def _stack(examples) -> dict[str, np.ndarray]:
@@ -218,31 +242,29 @@ def _stack(examples) -> dict[str, np.ndarray]:
 def _example(
     source: Source,
     number: int,
-    canvas: tuple[int, int],
+    spec: BatchSpec,
     feature: np.ndarray | None = None,
-    coefficients: str = "",
-    crop: tuple[float, float] = WHOLE,
     rng: np.random.Generator | None = None,
-    masks: bool = True,
 ) -> dict[str, np.ndarray]:
     """One row of a batch; with `rng`, a random window."""
-    loaded = source.load(number)
-    example, masked = {"valid": np.bool_(True)}, masks and "mask" in loaded and not coefficients
-    if coefficients == "file":
+    loaded, canvas = source.load(number), spec.canvas
+    masked = spec.masks and "mask" in loaded and not spec.coefficients
+    example = {"valid": np.bool_(True)}
+    if spec.coefficients == "file":
         example |= read_planes(loaded["image"], loaded["name"], canvas)
     elif feature is not None:
         example["feature"] = feature
     else:
-        least = math.ceil(max(canvas) / math.sqrt(crop[0]))
+        least = math.ceil(max(canvas) / math.sqrt(spec.crop[0] if rng else 1.0))
         image = geometry.decode_image(loaded["image"], loaded["name"], least)
         if rng is None:
             view = geometry.fit(image, canvas)
         elif masked:
             raise IcmError(f"{source.name} has masks, which data.crop would leave behind")
         else:
-            view = geometry.random_view(image, canvas, crop, rng)
-        if coefficients:
-            example |= read_planes(write_jpeg(view, int(coefficients)), loaded["name"], canvas)
+            view = geometry.random_view(image, canvas, spec.crop, rng)
+        if spec.coefficients:
+            example |= read_planes(write_jpeg(view, int(spec.coefficients)), loaded["name"], canvas)
         else:
             example["image"] = view
     if "label" in loaded:
@@ -290,9 +312,9 @@ def read_planes(data: bytes, name: str, canvas: tuple[int, int]) -> dict[str, np
     }
 
 
-def _boxed_example(source: Source, number: int, canvas: tuple[int, int], rows: int) -> dict:
+def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     """One row of a batch with boxes."""
-    loaded = source.load(number)
+    loaded, canvas, rows = source.load(number), spec.canvas, spec.boxes
     if "objects" not in loaded:
         raise IcmError(f"{source.name} has no boxes; data.boxes asks for them")
     image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 from icm_jax import ops
 from icm_jax.codecs.codec import forward
-from icm_jax.data import open_source, pipeline
+from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.engine import checkpoint, optim, sharding
 from icm_jax.engine.log import Log
 from icm_jax.errors import IcmError
@@ -91,21 +91,15 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
         state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
         if not run.steps and not checkpoints.all_steps():
             checkpoint.save(checkpoints, 0, state)
-        batches = pipeline.batches(
-            source,
-            batch_size=run.batch_size,
-            seed=run.seed,
-            canvas=(run.data.canvas,) * 2,
-            start=first,
-            stop=run.steps,
-            features=features,
-            boxes=run.data.get("boxes", 0),
-            coefficients=run.data.get("coefficients", ""),
-            crop=run.data.get("crop", pipeline.WHOLE),
+        spec = pipeline.batch_spec(
+            run.data,
+            run.batch_size,
             masks="mask" in run.needs,
             process=jax.process_index(),
             processes=jax.process_count(),
         )
+        order = dict(seed=run.seed, start=first, stop=run.steps)
+        batches = pipeline.batches(source, spec, **order, features=features)
         metrics = steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
     if jax.process_index() == 0:
         checkpoint.write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
@@ -132,8 +126,7 @@ def decoded_split(codec, variables, source, run, base) -> np.ndarray:
         inputs = {"image": views.centre(images, side)}
         return forward(codec, variables, inputs, (side, side)).outputs["feature"]
 
-    canvas = (run.data.canvas,) * 2
-    batches = pipeline.in_order(source, batch_size=DECODED_AT_ONCE, canvas=canvas, masks=False)
+    batches = pipeline.in_order(source, pipeline.image_spec(run.data, DECODED_AT_ONCE))
     total = -(-source.length // DECODED_AT_ONCE)
     hidden = jax.process_index() > 0
     bar = tqdm.tqdm(batches, f"{run.name} decoding", total, unit="batch", disable=hidden)
@@ -184,7 +177,7 @@ def quickly(mesh) -> dict | None:
 
 def initial(task: Task, optimiser, run, mesh):
     """((key, constants) -> a fresh state, that state's shapes and places on the mesh)."""
-    shape = (run.batch_size, run.data.canvas, run.data.canvas, 3)
+    shape = (run.batch_size, *geometry.sides(run.data.canvas), 3)
 
     def init(key, constants):
         variables = task.init(key, {"image": jnp.zeros(shape, jnp.uint8)})

@@ -111,14 +111,8 @@ def written_here(run, point: str) -> bool:
 def freeze(codec, variables, run, config) -> bitstream.FrozenCodec:
     """The run's codec, its integer networks calibrated on some of the training images."""
     source = open_source(run.data, "train")
-    batches = pipeline.batches(
-        source,
-        batch_size=min(CALIBRATION, source.length),
-        seed=run.seed,
-        canvas=(run.data.canvas,) * 2,
-        stop=1,
-        masks=False,
-    )
+    spec = pipeline.image_spec(run.data, min(CALIBRATION, source.length))
+    batches = pipeline.batches(source, spec, seed=run.seed, stop=1)
     images = views.centre(next(batches)["image"], config.size)
     weights = run.get("codec_file", {}).get("weights", "float32")
     return bitstream.freeze(codec, variables, np.asarray(images), weights=weights)
@@ -133,14 +127,8 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
     side, output = config.size, output_for(config)
     on_device = jax.device_put(variables, jax.local_devices()[0])
     sizes, parts = [], []
-    batches = pipeline.evaluation_batches(
-        source,
-        batch_size=run.batch_size,
-        canvas=(run.data.canvas,) * 2,
-        boxes=run.data.get("boxes", 0),
-        coefficients=run.data.get("coefficients", ""),
-        masks="mask" in run.needs,
-    )
+    spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
+    batches = pipeline.evaluation_batches(source, spec)
     total = -(-source.length // run.batch_size)
     for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {point}", unit="batch"):
         count = int(batch["valid"].sum())
@@ -178,8 +166,8 @@ def output_for(config) -> str:
 
 def speed(task, variables, frozen, point: str, source, run, config) -> dict:
     """What `throughput.measure` says of one batch of validation images."""
-    count, canvas = int(point.partition("-")[2]), (run.data.canvas,) * 2
-    batch = next(pipeline.in_order(source, batch_size=count, canvas=canvas))
+    count = int(point.partition("-")[2])
+    batch = next(pipeline.in_order(source, pipeline.image_spec(run.data, count)))
     images = np.asarray(views.centre(batch["image"], config.size))
     if frozen is not None:
         path = throughput.stream_path(task.predict, variables, images, frozen, output_for(config))
@@ -240,9 +228,9 @@ def score_detection(frozen, run, base) -> dict:
     variables = jax.device_put(checkpoint.load_variables(folder), jax.local_devices()[0])
     output = "feature" if "feature" in frozen.codec.outputs else "image"
     tally, parts = AveragePrecision(config.classes), []
-    options = dict(batch_size=run.batch_size, canvas=(own.data.canvas,) * 2, boxes=own.data.boxes)
+    spec = pipeline.batch_spec(own.data, run.batch_size)
     total = -(-source.length // run.batch_size)
-    batches = pipeline.evaluation_batches(source, **options)
+    batches = pipeline.evaluation_batches(source, spec)
     for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} detect", unit="batch"):
         count = int(batch["valid"].sum())
         layers = 1 if output == "feature" else None
@@ -278,7 +266,7 @@ def score_images(frozen, point: str, source, run) -> dict:
     where an image is too small for them.
     """
     method, _, quality = point.partition("-")
-    side, canvas = run.get("side", 0), (run.data.canvas,) * 2
+    side, canvas = run.get("side", 0), geometry.sides(run.data.canvas)
 
     def code(number: int) -> tuple:
         """(sizes, {metric: value or None}) of an image."""

@@ -72,9 +72,7 @@ def decoded(config, runs, workdir) -> list[tuple[str, object]]:
     if not columns:
         return [("p", "No frozen codec yet.")]
     source = open_source(config.data, "validation")
-    batch = next(
-        pipeline.evaluation_batches(source, batch_size=4, canvas=(config.data.canvas,) * 2)
-    )
+    batch = next(pipeline.evaluation_batches(source, pipeline.image_spec(config.data, 4)))
     images = np.asarray(views.centre(batch["image"], config.model.size))
     figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.8 * len(images)), dpi=110)
     axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
@@ -118,9 +116,8 @@ def detections(run, codecs, workdir) -> list[tuple[str, object]]:
     finds there: behind a scalable codec from the base layer alone.
     """
     source, count = open_source(run.data, "validation"), 6
-    size = (run.data.canvas,) * 2
-    options = dict(batch_size=count, canvas=size, boxes=run.data.boxes, limit=count)
-    batch = next(pipeline.evaluation_batches(source, **options))
+    spec = pipeline.batch_spec(run.data, count)
+    batch = next(pipeline.evaluation_batches(source, spec, limit=count))
     task = build_task(complete(run.task, source))
     variables = checkpoint.load_variables(workdir / run.name)
     predict = jax.jit(task.predict)
@@ -154,11 +151,12 @@ def detections(run, codecs, workdir) -> list[tuple[str, object]]:
             axis.imshow(pictures[row, :height, :width])
             axis.set_xlabel(captions[row], fontsize=7)
             for box in batch["boxes"][row][batch["box_valid"][row]]:
-                _draw_box(axis, box, size, "white", "--")
+                _draw_box(axis, box, spec.canvas, "white", "--")
             for i in np.flatnonzero(found["valid"][row] & (found["scores"][row] >= DRAWN)):
                 label = int(found["labels"][row, i])
                 text = f"{source.classes[label]} {found['scores'][row, i]:.2f}"
-                _draw_box(axis, found["boxes"][row, i], size, f"C{label % 10}", "-", text)
+                box = found["boxes"][row, i]
+                _draw_box(axis, box, spec.canvas, f"C{label % 10}", "-", text)
     figure.tight_layout()
     text = f"Dashed: the truth. Lines: boxes with a score of at least {DRAWN}."
     if codecs:
@@ -182,10 +180,9 @@ def _draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: s
 def latents(runs, workdir) -> list[tuple[str, object]]:
     """Of scalable codecs: what one latent tells of the other, and the channels that cost most."""
     source = open_source(runs[0].data, "validation")
-    size = (runs[0].data.canvas,) * 2
     count = min(REDUNDANCY_IMAGES, source.length)
-    batches = pipeline.in_order(source, batch_size=count, canvas=size, limit=count)
-    images = next(batches)["image"]
+    spec = pipeline.image_spec(runs[0].data, count)
+    images = next(pipeline.in_order(source, spec, limit=count))["image"]
     table = [["codec", "λ", "seed", "of y_b, y_e tells", "of y_e, y_b tells"]]
     rows = []  # of the figure
     for run in tqdm.tqdm(runs, "redundancy", unit="codec"):

@@ -46,14 +46,8 @@ def abstract_step(
     task = build_task(counted(run))
     optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     _, state = initial(task, optimiser, run, mesh)
-    sizes = pipeline.layout(
-        DATASETS[run.data.name].keys,
-        run.batch_size,
-        (run.data.canvas,) * 2,
-        run.data.get("boxes", 0),
-        run.data.get("coefficients", ""),
-        "mask" in run.needs,
-    )
+    spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
+    sizes = pipeline.layout(DATASETS[run.data.name].keys, spec)
     if run.decode_once:
         side = run.task.size
         image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), jnp.uint8)
