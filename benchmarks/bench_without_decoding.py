@@ -6,7 +6,7 @@
 Weights are random, which changes no shape. Images of a folder, or else smooth random ones, become
 JPEG files of the size; each arm of configs/jpeg_dct.py reads them and predicts. Prints images per
 second of inference, of the network alone and of the whole path, medians over the rounds, with
-ratios to ResNet-50 on RGB beside those of Gueguen et al. 2018 (papers.md 2.5; theirs on a GPU),
+ratios to ResNet-50 on RGB beside those of Gueguen et al. 2018 (docs/papers.md 2.5; on a GPU),
 multiply-accumulates, and how many of them the network alone does in a second: where these are
 equal, the count explains the time. Then cResNet-51 on the code of an autoencoder (N = 128, C = 32)
 beside ResNet-50 on what it decodes, from its files on (1.5 to 2 times fewer operations in Torfason

@@ -121,7 +121,7 @@ def streets() -> dict:
 
 
 def imagenet() -> dict:
-    """Published widths at 224 pixels; schedules after papers.md 1.5."""
+    """Published widths at 224 pixels; schedules after docs/papers.md 1.5."""
     config = photos()
     config.update(seeds=(0,), arms=tuple(VARIANTS))
     config["data"] = dict(name="imagenet2012", path="", canvas=256)

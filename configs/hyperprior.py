@@ -14,7 +14,7 @@ import ml_collections
 from icm_jax.engine.run import make_run
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
-"""The field's λ for the mean squared error on 0...255 (papers.md 6.2)."""
+"""The field's λ for the mean squared error on 0...255 (docs/papers.md 6.2)."""
 LAMBDAS_MS_SSIM = (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00)
 
 

@@ -101,7 +101,7 @@ def photos() -> dict:
 
 
 def imagenet() -> dict:
-    """As the paper: 224 pixels; 90 epochs, the rest as papers.md 2.2."""
+    """As the paper: 224 pixels; 90 epochs, the rest as docs/papers.md 2.2."""
     config = demo()
     config["arms"] = PIXELS + THINNED + COEFFICIENTS + LEARNED
     config["data"] = dict(

@@ -173,7 +173,7 @@ def tiny() -> dict:
 
 
 def imagenet() -> dict:
-    """ResNet-50 at 224 px, queue 65,536 (MoCo v2); rate weights after papers.md 5.2."""
+    """ResNet-50 at 224 px, queue 65,536 (MoCo v2); rate weights after docs/papers.md 5.2."""
     config = demo()
     config["data"] = dict(name="imagenet2012", path="", canvas=256)
     config["model"].update(

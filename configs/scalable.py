@@ -19,7 +19,7 @@ import ml_collections
 from icm_jax.engine.run import make_run
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
-"""The field's λ for the mean squared error on 0...255 (papers.md 3.4)."""
+"""The field's λ for the mean squared error on 0...255 (docs/papers.md 3.4)."""
 SMALL_LAMBDAS = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 DETECTOR = ("params/detector", "batch_stats/detector")
 
@@ -101,7 +101,7 @@ def photos() -> dict:
 
 
 def coco() -> dict:
-    """Full widths: YOLOv3 at 416 pixels, N = 128, C_b = 128, C_e = 64, as papers.md 3 and 4."""
+    """Full widths: YOLOv3 at 416 pixels, N = C_b = 128, C_e = 64, as docs/papers.md 3 and 4."""
     config = demo() | detector("coco")
     config["model"].update(width=128, base=128, enhancement=64, lambdas=LAMBDAS, size=256)
     config["single"].update(width=128, channels=192, lambdas=LAMBDAS)

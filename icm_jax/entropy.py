@@ -183,7 +183,7 @@ def _log_normal_cdf(x):
 
 
 def scale_of(index: jax.Array) -> jax.Array:
-    """The scale at a real-valued place of the 64-entry table, kept inside it (papers.md 6.2)."""
+    """The scale at a real-valued place of the 64-entry table, within it (docs/papers.md 6.2)."""
     top = len(tables.SCALES) - 1
     index = ops.upper_bound(ops.lower_bound(index.astype(jnp.float32), 0.0), float(top))
     low, high = math.log(tables.SCALES[0]), math.log(tables.SCALES[-1])

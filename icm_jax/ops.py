@@ -32,7 +32,7 @@ def on_each_device(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def lower_bound(x: jax.Array, bound: float) -> jax.Array:
-    """max(x, bound) whose gradient also passes where it would push x back up (papers.md 6.1)."""
+    """max(x, bound) whose gradient also passes where it pushes x back up (docs/papers.md 6.1)."""
     return jnp.maximum(x, jnp.asarray(bound, x.dtype))
 
 

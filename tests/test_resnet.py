@@ -281,7 +281,7 @@ def test_unknown_variants_and_strides_are_refused():
     [("50", 3, 3.858), ("71", 3, 5.387), ("c39", 8, 2.948), ("c51", 32, 3.833), ("c72", 8, 5.350)],
 )
 def test_multiply_accumulates_are_those_of_the_paper(variant, channels, macs):
-    """Torfason et al. 2018, with the stride in the first 1×1 and 1000 classes (papers.md 1.2)."""
+    """Torfason et al. 2018, stride in the first 1×1, 1000 classes (docs/papers.md 1.2)."""
     tail, head = resnet.Tail(variant, stride_in_1x1=True), resnet.Head(variant)
     side = 28 if variant[0] == "c" else 224
 

@@ -1,4 +1,4 @@
-"""Omni-ICM's two codecs of backbone features (Feng et al. 2022; papers.md 5).
+"""Omni-ICM's two codecs of backbone features (Feng et al. 2022; docs/papers.md 5).
 
     image -> head -> f -> filter: encoder -> y -> decoder -> f'        (stage 1, factorised prior)
     image -> head -> f -> filter -> f' -> analysis -> y, z -> synthesis -> f_hat      (stage 2)

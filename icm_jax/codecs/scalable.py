@@ -1,9 +1,9 @@
 """Scalable codecs: the first layer of a file serves a detector, both layers give the picture.
 
-    disentangled (Özyılkan et al. 2023, papers.md 3):
+    disentangled (Özyılkan et al. 2023, docs/papers.md 3):
         f, x at 1/8 -> base analysis -> y_b -> base synthesis -> f_hat
         x -> analysis -> y_e;  y_e, y_b -> synthesis -> x_hat
-    split (Choi and Bajić 2022, papers.md 4):
+    split (Choi and Bajić 2022, docs/papers.md 4):
         x -> analysis -> y_b, y_e -> synthesis -> x_hat;  y_b -> latent-space transform -> f_hat
     residual (Yan et al. 2021, SSSIC):
         f -> base analysis -> y_b -> base synthesis -> f_hat -> prediction -> x'

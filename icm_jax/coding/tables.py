@@ -140,7 +140,7 @@ def quantise_pmf(pmf: np.ndarray, precision: int) -> np.ndarray:
     """Integers >= 1 that sum to 2^precision, at the least cost in expected bits.
 
     Starts from the rounded probabilities, then takes from (or gives to) one entry at a time where
-    that costs least (gains most); ties go to the lowest index (papers: TFC's rule, made total).
+    that costs least (gains most); ties go to the lowest index (docs/papers.md 7.1).
 
     Args:
       pmf: float64 [L]; precision: 1 to 16.
@@ -173,7 +173,7 @@ def gaussian_tables(
 ) -> Tables:
     """Tables of a zero-mean Gaussian convolved with U(-1/2, 1/2), one row per scale.
 
-    The support is cut at the quantiles tail_mass/2 of the noise-free density (papers.md 7.1).
+    The support is cut at the quantiles tail_mass/2 of the noise-free density (docs/papers.md 7.1).
     """
     pmfs, offsets = [], []
     quantile = statistics.NormalDist().inv_cdf(1 - tail_mass / 2)

@@ -2,10 +2,11 @@
 
     x -> CodeAnalysis -> y [H/8] -> nearest of L centres -> q -> CodeSynthesis -> x_hat
 
-Layers follow papers.md 1.1: convolutions see their input mirrored at the edges, the decoder goes up
-by sub-pixel convolution. Images are normalised by the constants of Mentzer et al. 2018. Where the
-paper says nothing, of initial values, both begin as a wavelet packet and its inverse, see `packet`:
-from random ones the code holds little but the mean of each 8×8 pixels for hundreds of steps.
+Layers follow docs/papers.md 1.1: convolutions see their input mirrored at the edges, the decoder
+goes up by sub-pixel convolution. Images are normalised by the constants of Mentzer et al. 2018.
+Where the paper says nothing, of initial values, both begin as a wavelet packet and its inverse, see
+`packet`: from random ones the code holds little but the mean of each 8×8 pixels for hundreds of
+steps.
 """
 
 from typing import Any, NamedTuple

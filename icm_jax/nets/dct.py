@@ -1,4 +1,4 @@
-"""ResNet-50 on the DCT coefficients of JPEG files (Gueguen et al. 2018; papers.md 2.3).
+"""ResNet-50 on the DCT coefficients of JPEG files (Gueguen et al. 2018; docs/papers.md 2.3).
 
     Y [N, H/8, W/8, 64], Cb and Cr [N, H/16, W/16, 64] -> blocks of each -> concatenation
         -> blocks -> [N, H/32, W/32, 2048]
@@ -67,7 +67,7 @@ WIRINGS = {
         (Bottleneck(1, 128, 256),),
     ),
 }
-"""Filters of "downsampling" and "late_concat" are not in the paper: papers.md 2.3 derives them."""
+"""Filters of "downsampling" and "late_concat" were not found: docs/papers.md 2.3 derives them."""
 
 
 def wiring(name: str) -> Wiring:

@@ -2,7 +2,7 @@
 
     c4 [H/8] -> 3×3 at each rate -> sum -> logits [H/8]
 
-Torfason et al. 2018 use the same with rates 6, 12, 18 and 24 (papers.md 1.3).
+Torfason et al. 2018 use the same with rates 6, 12, 18 and 24 (docs/papers.md 1.3).
 """
 
 from typing import Any

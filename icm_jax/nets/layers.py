@@ -26,7 +26,7 @@ class GDN(nn.Module):
 
     y_i = x_i / sqrt(β_i + Σ_j γ_ij x_j²); `simplified` is tensorflow-compression's default,
     y_i = x_i / (β_i + Σ_j γ_ij |x_j|). The inverse multiplies. β >= 1e-6 and γ >= 0 are kept by
-    storing sqrt(value + 2^-36) under a lower bound with a helpful gradient (papers.md 6.1).
+    storing sqrt(value + 2^-36) under a lower bound with a helpful gradient (docs/papers.md 6.1).
     γ has the layout (in, out).
     """
 

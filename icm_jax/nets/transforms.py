@@ -9,8 +9,8 @@
     prediction (Yan et al. 2021)                      f [H/8] -> x [H]
     hyperprior of y (Ballé et al. 2018)               y -> z [/4] -> scale index of y
 
-Layer lists follow papers.md 5.2 and 6.3; synthesis goes by sub-pixel convolution. Sizes that do not
-divide are rounded up on the way down and cropped by the caller on the way up.
+Layer lists follow docs/papers.md 5.2 and 6.3; synthesis goes by sub-pixel convolution. Sizes that
+do not divide are rounded up on the way down and cropped by the caller on the way up.
 """
 
 import itertools
@@ -163,7 +163,7 @@ class _Residual(nn.Module):
 
 
 class ResidualAnalysis(nn.Module):
-    """The analysis of Cheng et al. 2020, which Choi and Bajić 2022 build on (papers.md 4).
+    """The analysis of Cheng et al. 2020, which Choi and Bajić 2022 build on (docs/papers.md 4).
 
     Attributes:
       channels: M, of the latent. widths: at 1/2, 1/4 and 1/8 of the sides.
@@ -228,8 +228,8 @@ class BaseSynthesis(nn.Module):
 
 
 class LatentTransform(nn.Module):
-    """The latent-space transform of Choi and Bajić 2022 (papers.md 4): residual blocks, the second
-    of them after a doubling of the sides, then 3×3 to the features."""
+    """The latent-space transform of Choi and Bajić 2022 (docs/papers.md 4): residual blocks, the
+    second of them after a doubling of the sides, then 3×3 to the features."""
 
     features: int
     width: int

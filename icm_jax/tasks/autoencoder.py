@@ -1,7 +1,7 @@
 """Training of the compressive autoencoder, alone or with a classifier on its code.
 
-    L_codec = MSE + β · max(H(q) - H_t, 0)                    (Torfason et al. 2018, papers.md 1.1)
-    L_joint = γ · L_codec + cross-entropy                     (papers.md 1.4)
+    L_codec = MSE + β · max(H(q) - H_t, 0)                    (docs/papers.md 1.1)
+    L_joint = γ · L_codec + cross-entropy                     (docs/papers.md 1.4)
 
 MSE is on 0...255; H(q) is the entropy of a symbol in bits, from the batch's histograms (one per
 channel, as the range coder has tables per channel), and H_t what a target in bits per pixel leaves

@@ -8,8 +8,8 @@ BatchNorm cannot leak between query and key: the key encoder normalises with an 
 average of the query's running statistics (EMAN, Cai et al. 2021) instead of statistics of its
 batch, so that a key depends on its own image alone; no shuffling between devices is needed.
 
-Rate and decoder see y differently, as in papers.md 5.2: the prior gets noisy latents, the decoder
-straight-through rounded ones.
+Rate and decoder see y differently, as in docs/papers.md 5.2: the prior gets noisy latents, the
+decoder straight-through rounded ones.
 """
 
 import jax
@@ -27,7 +27,7 @@ from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, merge
 
 NEGATIVES = ("queue", "batch", "both")
 PARTS = ("head", "filter", "tail", "projector")
-L1_WEIGHT = 128.0  # of filter pre-training (papers.md 5.2, stage 0)
+L1_WEIGHT = 128.0  # of filter pre-training (docs/papers.md 5.2, stage 0)
 
 
 def info_nce(query, keys, queue, temperature: float, negatives: str):
@@ -73,7 +73,7 @@ def contrastive(config) -> Task:
     """The task; fields of `config`: variant, width, size, crop, dtype, bn_groups, filter_channels,
     filter_widths, projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
     pretrain_filter. `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances
-    do not need to be told apart (papers.md 5.2); the paper's own loss has l1 = 0.
+    do not need to be told apart (docs/papers.md 5.2); the paper's own loss has l1 = 0.
 
     `pretrain_filter` trains the filter alone, by bits + 128 · L1(f, f') on frozen weights of the
     backbone. The head's BatchNorm statistics follow the data even then: those of an untrained head

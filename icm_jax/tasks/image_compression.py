@@ -1,8 +1,8 @@
 """Rate and distortion of image codecs: L = bits per pixel + λ · D.
 
 D is the mean squared error on 0...255 over pixels and channels, or 1 - MS-SSIM, or both: MSE +
-ms_ssim_weight · (1 - MS-SSIM). In the field's lists of λ (papers.md 6.2) 1 - MS-SSIM weighs 1,220
-to 1,330 times as much as MSE.
+ms_ssim_weight · (1 - MS-SSIM). In the field's lists of λ (docs/papers.md 6.2) 1 - MS-SSIM weighs
+1,220 to 1,330 times as much as MSE.
 
 A codec with qualities sees every λ between the ends of `lambdas`: the examples of a batch have
 qualities q at equal distances from a random start, modulo 1, and log λ goes linearly with q. An

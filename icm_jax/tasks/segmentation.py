@@ -1,4 +1,4 @@
-"""Semantic segmentation: dilated tail and ASPP on pixels or decoded features (papers.md 1.3)."""
+"""Semantic segmentation: dilated tail, ASPP, on pixels or decoded features (docs/papers.md 1.3)."""
 
 import jax
 import jax.numpy as jnp
