@@ -26,21 +26,13 @@ Embedded data see the autoencoder, r50 and c51 alone; `arms` adds networks, `joi
 
 import ml_collections
 
-from icm_jax.data import DATASETS
+from configs import common
 from icm_jax.engine.run import make_run
 
 CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")
 TRUNK = ("params/head", "batch_stats/head", "params/tail", "batch_stats/tail")
 VARIANTS = {"r50": "50", "r71": "71", "c39": "c39", "c51": "c51", "c72": "c72"}
-
-
-def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
-    """Settings of one scale; every field can be overridden on the command line."""
-    scales = dict(demo=demo, photos=photos, streets=streets, imagenet=imagenet, voc=voc, tiny=tiny)
-    if arg not in scales:
-        raise ValueError(f"cresnet.py has no scale {arg!r}; choose one of {', '.join(scales)}")
-    return ml_collections.ConfigDict(scales[arg]())
 
 
 def demo() -> dict:
@@ -50,46 +42,17 @@ def demo() -> dict:
         seeds=(0,),
         points=((0.33, 16), (0.63, 32)),  # bits per pixel, C of the code
         arms=("r50", "c51"),
-        data=dict(
-            name="scenes",
-            path="",
-            canvas=96,
-            # the rest is of scenes
-            size=96,
-            train=4500,
-            validation=600,
-            seed=0,
-            quality=95,
-        ),
+        data=common.scenes(train=4500, validation=600),
         model=dict(width=16, size=96, crop=(0.5, 1.0), dtype="float32"),
         code=dict(width=32, centres=6, learned=True, blocks=3, beta=300.0, size=64),
-        train=dict(
-            batch_size=16,
-            log_every=20,
-            save_every=200,
-            clip_norm=1.0,
-            fsdp=1,
-            remat="none",
-            accumulate=1,
-            ema=0.0,
+        train=common.loop(),
+        codec=common.stage(steps=400, learning_rate=3e-3, warmup_steps=50),
+        classify=common.stage(steps=400, learning_rate=3e-3, warmup_steps=50),
+        # Of 0 steps: left out.
+        segment=common.stage(
+            steps=0, learning_rate=3e-3, warmup_steps=50, aspp_rates=(1, 2, 3, 4), output_stride=8
         ),
-        codec=dict(steps=400, learning_rate=3e-3, optimiser="adamw", warmup_steps=50),
-        classify=dict(steps=400, learning_rate=3e-3, optimiser="adamw", warmup_steps=50),
-        segment=dict(
-            steps=0,  # 0: left out
-            learning_rate=3e-3,
-            optimiser="adamw",
-            warmup_steps=50,
-            aspp_rates=(1, 2, 3, 4),
-            output_stride=8,
-        ),
-        joint=dict(
-            steps=0,  # 0: left out
-            learning_rate=3e-4,
-            optimiser="adamw",
-            warmup_steps=20,
-            gamma=0.001,
-        ),
+        joint=common.stage(steps=0, learning_rate=3e-4, warmup_steps=20, gamma=0.001),
         files=tuple(f"{f}-{q}" for f, qs in FILES.items() for q in qs),
         speed=16,  # images of a batch when speed is measured; 0: it is not
     )
@@ -113,10 +76,10 @@ def photos() -> dict:
 def streets() -> dict:
     """Photographs with masks, 128 pixels; DeepLab from scratch."""
     config = photos()
-    config["data"] = dict(name="mask_folder", path="", canvas=128, images="images")
     config["model"].update(size=128)
     config["train"].update(batch_size=16)
     config["segment"].update(steps=500)
+    config["data"] = dict(name="mask_folder", path="", canvas=128, images="images")
     return config
 
 
@@ -154,19 +117,21 @@ def tiny() -> dict:
     """A few steps of everything, for tests."""
     config = demo()
     config.update(points=((0.5, 4),), arms=("r50", "c39"), files=("jpeg-20",), speed=2)
-    config["data"].update(canvas=32, size=32, train=16, validation=8)
+    config["data"] = common.scenes(train=16, validation=8, canvas=32)
     config["model"].update(width=2, size=32)
     config["code"].update(width=4, blocks=1, size=32)
-    config["train"].update(batch_size=4, log_every=2, save_every=4)
+    config["train"].update(common.few())
     for stage in ("codec", "classify", "segment", "joint"):
         config[stage].update(steps=4, warmup_steps=1)
     return config
 
 
+get_config = common.scales(demo, photos, streets, imagenet, voc, tiny)
+
+
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     """All runs, in the order in which they depend on each other."""
-    keys = DATASETS[config.data.name].keys if config.data.name in DATASETS else ("label",)
-    listed = []
+    keys, listed = common.label_keys(config), []
     for seed in config.seeds:
         for point, channels in config.points:
             listed += point_runs(config, keys, seed, point, channels)

@@ -11,6 +11,7 @@ On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 
 import ml_collections
 
+from configs import common
 from icm_jax.engine.run import make_run
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
@@ -18,29 +19,12 @@ LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
 LAMBDAS_MS_SSIM = (2.40, 4.58, 8.73, 16.64, 31.73, 60.50, 115.37, 220.00)
 
 
-def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
-    """Settings of one scale; every field can be overridden on the command line."""
-    scales = {"demo": demo, "sweep": sweep, "large": large, "boxed": boxed, "tiny": tiny}
-    if arg not in scales:
-        raise ValueError(f"hyperprior.py has no scale {arg!r}; choose one of {', '.join(scales)}")
-    return ml_collections.ConfigDict(scales[arg]())
-
-
 def demo() -> dict:
     """One small variable-rate mean-scale hyperprior on the embedded data."""
     return dict(
         name="hyperprior",
         seeds=(0,),
-        data=dict(
-            name="scenes",
-            path="",
-            canvas=96,
-            size=96,
-            train=2000,
-            validation=24,
-            seed=0,
-            quality=95,
-        ),
+        data=common.scenes(train=2000, validation=24),
         model=dict(
             kinds=("mean_scale_hyperprior",),
             width=32,  # or four, see `icm_jax.codecs.hyperprior.image_codec`
@@ -54,19 +38,8 @@ def demo() -> dict:
             size=64,  # of training views
             straight_through=False,
         ),
-        train=dict(
-            steps=1500,
-            batch_size=16,
-            learning_rate=1e-3,
-            optimiser="adamw",
-            warmup_steps=100,
-            clip_norm=1.0,
-            log_every=20,
-            save_every=500,
-            fsdp=1,
-            remat="none",
-            accumulate=1,
-            ema=0.0,
+        train=common.loop(
+            save_every=500, **common.stage(steps=1500, learning_rate=1e-3, warmup_steps=100)
         ),
         before=dict(model=dict(), train=dict()),  # a first run with these changes, if there are any
         codec_file=dict(weights="float32", licence="", description=""),
@@ -87,7 +60,7 @@ def sweep() -> dict:
         lambdas=LAMBDAS,
         size=256,
     )
-    config["data"].update(canvas=256, size=256, train=20000)
+    config["data"] = common.scenes(train=20_000, validation=24, canvas=256)
     config["train"].update(steps=1_000_000, batch_size=8, learning_rate=1e-4, save_every=5000)
     return config
 
@@ -139,11 +112,14 @@ def boxed() -> dict:
 def tiny() -> dict:
     """A few steps of the demo, for tests."""
     config = demo()
-    config["data"].update(canvas=64, size=64, train=24, validation=3)
+    config["data"] = common.scenes(train=24, validation=3, canvas=64)
     config["model"].update(width=8, channels=8, levels=3)
-    config["train"].update(steps=6, batch_size=4, warmup_steps=2, log_every=2, save_every=4)
+    config["train"].update(common.few(), steps=6, warmup_steps=2)
     config.update(qualities=(0, 100), jpeg=(10, 40), webp=(10, 40))
     return config
+
+
+get_config = common.scales(demo, sweep, large, boxed, tiny)
 
 
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:

@@ -20,6 +20,7 @@ exact crops and flips of coefficients; `data.crop=(0.35,1.0)` with `model.size` 
 
 import ml_collections
 
+from configs import common
 from icm_jax.engine.run import make_run
 
 WIRINGS = (
@@ -35,14 +36,8 @@ PIXELS = ("rgb-50", "ycbcr-50")
 THINNED = ("rgb-44", "rgb-26", "rgb-50@0.75")
 COEFFICIENTS = tuple(f"jpeg-{wiring}" for wiring in WIRINGS)
 LEARNED = tuple(f"{start}-upsampling" for start in ("dct", "dct_kept", "random", "random_kept"))
-
-
-def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
-    """Settings of one scale; every field can be overridden on the command line."""
-    scales = {"demo": demo, "photos": photos, "imagenet": imagenet, "tiny": tiny}
-    if arg not in scales:
-        raise ValueError(f"jpeg_dct.py has no scale {arg!r}; choose one of {', '.join(scales)}")
-    return ml_collections.ConfigDict(scales[arg]())
+READING = dict(coefficients="95", crop=(1.0, 1.0))
+"""Fields of the data: how canvases become coefficients."""
 
 
 def demo() -> dict:
@@ -56,34 +51,10 @@ def demo() -> dict:
             "jpeg-late_concat_rfa_thinner",
             "jpeg-downsampling",
         ),
-        data=dict(
-            name="scenes",
-            path="",
-            canvas=96,
-            coefficients="95",
-            crop=(1.0, 1.0),
-            # the rest is of scenes
-            size=96,
-            train=4500,
-            validation=600,
-            seed=0,
-            quality=95,
-        ),
+        data=common.scenes(train=4500, validation=600, **READING),
         model=dict(width=0.25, size=96, dtype="float32"),
-        train=dict(
-            steps=600,
-            batch_size=16,
-            learning_rate=3e-3,
-            optimiser="adamw",
-            weight_decay=1e-4,
-            warmup_steps=50,
-            clip_norm=1.0,
-            log_every=20,
-            save_every=200,
-            fsdp=1,
-            remat="none",
-            accumulate=1,
-            ema=0.0,
+        train=common.loop(
+            **common.stage(steps=600, learning_rate=3e-3, warmup_steps=50, weight_decay=1e-4)
         ),
         speed=16,  # images of a batch when speed is measured; 0: it is not
     )
@@ -94,7 +65,7 @@ def photos() -> dict:
     config = demo()
     config["seeds"] = (0, 1, 2)
     config["arms"] = PIXELS + THINNED + COEFFICIENTS + LEARNED
-    config["data"] = dict(name="folder", path="", canvas=128, coefficients="95", crop=(1.0, 1.0))
+    config["data"] = dict(name="folder", path="", canvas=128, **READING)
     config["model"].update(size=96)
     config["train"].update(steps=1200, batch_size=32)
     return config
@@ -104,9 +75,7 @@ def imagenet() -> dict:
     """As the paper: 224 pixels; 90 epochs, the rest as docs/papers.md 2.2."""
     config = demo()
     config["arms"] = PIXELS + THINNED + COEFFICIENTS + LEARNED
-    config["data"] = dict(
-        name="imagenet2012", path="", canvas=256, coefficients="95", crop=(1.0, 1.0)
-    )
+    config["data"] = dict(name="imagenet2012", path="", canvas=256, **READING)
     config["model"].update(width=1.0, size=224, dtype="bfloat16")
     config["train"].update(steps=450_000, batch_size=256, learning_rate=0.1, optimiser="sgd")
     config["train"].update(weight_decay=5e-5, warmup_steps=25_000, save_every=5000)
@@ -117,11 +86,14 @@ def tiny() -> dict:
     """A few steps of three arms, for tests."""
     config = demo()
     config["arms"] = ("rgb-26", "jpeg-late_concat_rfa_thinner", "dct_kept-upsampling")
-    config["data"].update(canvas=32, size=32, train=16, validation=8)
+    config["data"] = common.scenes(train=16, validation=8, canvas=32, **READING)
     config["model"].update(width=1 / 32, size=32)
-    config["train"].update(steps=4, batch_size=4, warmup_steps=1, log_every=2, save_every=4)
+    config["train"].update(common.few(), steps=4, warmup_steps=1)
     config["speed"] = 2
     return config
+
+
+get_config = common.scales(demo, photos, imagenet, tiny)
 
 
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:

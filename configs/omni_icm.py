@@ -17,7 +17,7 @@ Runs, in this order and for every seed:
 
 import ml_collections
 
-from icm_jax.data import DATASETS
+from configs import common
 from icm_jax.engine.run import make_run
 
 ARMS = ("omni", "unfiltered")
@@ -28,31 +28,13 @@ CODEC = ("params/feature_codec", "batch_stats/feature_codec")
 NEEDS = {"classify": "label", "linear": "label", "segment": "mask"}
 
 
-def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
-    """Settings of one scale; every field can be overridden on the command line."""
-    scales = {"demo": demo, "study": study, "tiny": tiny, "imagenet": imagenet}
-    if arg not in scales:
-        raise ValueError(f"omni_icm.py has no scale {arg!r}; choose one of {', '.join(scales)}")
-    return ml_collections.ConfigDict(scales[arg]())
-
-
 def demo() -> dict:
     """One seed, few rates, a narrow ResNet-18 on 96 px scenes."""
     return dict(
         name="omni_icm",
         seeds=(0,),
-        data=dict(
-            name="scenes",
-            path="",
-            canvas=96,
-            images="images",  # of mask_folder: another folder, relative to the path
-            # the rest is of scenes
-            size=96,
-            train=4500,
-            validation=600,
-            seed=0,
-            quality=95,
-        ),
+        # images: of mask_folder, another folder of them, relative to the path
+        data=common.scenes(train=4500, validation=600, images="images"),
         model=dict(
             variant="18",
             width=16,
@@ -68,38 +50,19 @@ def demo() -> dict:
             projector_hidden=128,
             embedding=64,
         ),
-        train=dict(
-            batch_size=16,
-            log_every=20,
-            save_every=200,
-            clip_norm=1.0,
-            fsdp=1,
-            remat="none",
-            accumulate=1,
+        train=common.loop(
             rate_scaling="none",  # or linear, sqrt: learning rates are then for rate_batch images
             rate_batch=256,
-            ema=0.0,
         ),
-        pretrain=dict(  # steps=0: the arms share the filter alone
-            steps=300,
-            batch_size=64,  # contrast wants many images at once
-            learning_rate=3e-3,
-            optimiser="adamw",
-            warmup_steps=20,
-        ),
-        stage0=dict(  # steps=0: no pre-training of the information filter
-            steps=450,
-            batch_size=0,  # 0: train.batch_size
-            learning_rate=3e-3,
-            optimiser="adamw",
-            warmup_steps=20,
-        ),
-        stage1=dict(
+        # Contrast wants many images at once. Of 0 steps: the arms share the filter alone.
+        pretrain=common.stage(steps=300, learning_rate=3e-3, warmup_steps=20, batch_size=64),
+        # Of 0 steps: no pre-training of the information filter. batch_size 0: that of `train`.
+        stage0=common.stage(steps=450, learning_rate=3e-3, warmup_steps=20, batch_size=0),
+        stage1=common.stage(
             steps=60,
-            batch_size=64,
             learning_rate=1e-3,
-            optimiser="adamw",
             warmup_steps=20,
+            batch_size=64,
             alpha=1.0,
             l1=30.0,
             negatives="batch",
@@ -107,22 +70,20 @@ def demo() -> dict:
             momentum=0.9,
             temperature=0.2,
         ),
-        stage2=dict(
+        stage2=common.stage(
             steps=250,
-            batch_size=0,
             learning_rate=3e-3,
-            optimiser="adamw",
             warmup_steps=20,
+            batch_size=0,
             lambdas=(0.2, 1.0),
             feature_weights=(1.0, 1.0, 1.0),
         ),
-        stage3=dict(
+        stage3=common.stage(
+            learning_rate=1e-2,
+            warmup_steps=20,
             decode_once=True,  # train on features decoded beforehand; they are kept in memory
             tasks=dict(classify=900, linear=0, segment=0),  # steps of each; 0 leaves it out
             batch_size=0,
-            learning_rate=1e-2,
-            optimiser="adamw",
-            warmup_steps=20,
             aspp_rates=(1, 2, 3),
             output_stride=16,
         ),
@@ -149,20 +110,11 @@ def study() -> dict:
 def tiny() -> dict:
     """Every run of the demo in a few steps: for tests and for a first look in a notebook."""
     config = demo()
-    config["data"].update(canvas=32, size=32, train=64, validation=24)
-    config["model"].update(
-        variant="10",
-        width=8,
-        size=32,
-        filter_channels=8,
-        filter_widths=(8, 8, 8),
-        codec_channels=8,
-        codec_widths=(8, 8),
-        hyper_channels=8,
-        projector_hidden=16,
-        embedding=16,
-    )
-    config["train"].update(batch_size=8, log_every=2, save_every=4)
+    config["data"].update(common.scenes(train=64, validation=24, canvas=32))
+    config["model"].update(variant="10", width=8, size=32, projector_hidden=16, embedding=16)
+    config["model"].update(filter_channels=8, filter_widths=(8, 8, 8))
+    config["model"].update(codec_channels=8, codec_widths=(8, 8), hyper_channels=8)
+    config["train"].update(common.few(batch_size=8))
     config["pretrain"].update(steps=6, batch_size=0, warmup_steps=2)
     config["stage0"].update(steps=4, warmup_steps=2)
     config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
@@ -176,20 +128,10 @@ def imagenet() -> dict:
     """ResNet-50 at 224 px, queue 65,536 (MoCo v2); rate weights after docs/papers.md 5.2."""
     config = demo()
     config["data"] = dict(name="imagenet2012", path="", canvas=256)
-    config["model"].update(
-        variant="50",
-        width=64,
-        size=224,
-        crop=(0.25, 1.0),
-        dtype="bfloat16",
-        filter_channels=192,
-        filter_widths=(128, 128, 128),
-        codec_channels=192,
-        codec_widths=(128, 128),
-        hyper_channels=128,
-        projector_hidden=2048,
-        embedding=128,
-    )
+    config["model"].update(variant="50", width=64, size=224, crop=(0.25, 1.0), dtype="bfloat16")
+    config["model"].update(filter_channels=192, filter_widths=(128, 128, 128))
+    config["model"].update(codec_channels=192, codec_widths=(128, 128), hyper_channels=128)
+    config["model"].update(projector_hidden=2048, embedding=128)
     config["train"].update(batch_size=256, log_every=100, save_every=5000)
     moco = dict(batch_size=0, optimiser="sgd", warmup_steps=0)
     config["pretrain"].update(moco, steps=4_000_000, learning_rate=0.03)  # 800 epochs
@@ -216,10 +158,12 @@ def imagenet() -> dict:
     return config
 
 
+get_config = common.scales(demo, study, tiny, imagenet)
+
+
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     """All runs, each complete in itself, in the order in which they depend on each other."""
-    keys = DATASETS[config.data.name].keys if config.data.name in DATASETS else ("label",)
-    listed = []
+    keys, listed = common.label_keys(config), []
     for seed in config.seeds:
         for arm in ARMS:
             listed += arm_runs(config, keys, seed, arm)

@@ -11,11 +11,9 @@ kind is trained in full, and each one after it starts from the one before. The r
 detector's precision over the bits of the base layer, and the picture's quality over those of both.
 """
 
-import importlib.util
-import pathlib
-
 import ml_collections
 
+from configs import common, yolov3
 from icm_jax.engine.run import make_run
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
@@ -24,26 +22,9 @@ SMALL_LAMBDAS = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 DETECTOR = ("params/detector", "batch_stats/detector")
 
 
-def yolov3():
-    """The module configs/yolov3.py."""
-    path = pathlib.Path(__file__).parent / "yolov3.py"
-    spec = importlib.util.spec_from_file_location("yolov3", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
-    """Settings of one scale; every field can be overridden on the command line."""
-    scales = {"demo": demo, "photos": photos, "coco": coco, "tiny": tiny}
-    if arg not in scales:
-        raise ValueError(f"scalable.py has no scale {arg!r}; choose one of {', '.join(scales)}")
-    return ml_collections.ConfigDict(scales[arg]())
-
-
 def detector(scale: str) -> dict:
     """{"data", "detector"}: a scale of configs/yolov3.py, its data apart."""
-    config = getattr(yolov3(), scale)()
+    config = getattr(yolov3, scale)()
     for name in ("name", "seeds"):
         del config[name]
     if scale != "tiny":
@@ -71,23 +52,13 @@ def demo() -> dict:
             straight_through=True,
         ),
         single=dict(width=(16, 32, 64, 32), channels=152, lambdas=SMALL_LAMBDAS),
-        train=dict(
-            steps=2000,
-            following_steps=700,  # of every λ but the first; 0: each λ by itself, `steps` long
-            batch_size=16,
-            learning_rate=1e-3,
-            optimiser="adamw",
-            schedule="cosine",
-            plateau=dict(interval=5000, patience=10),  # with schedule="plateau"
-            warmup_steps=100,
-            clip_norm=1.0,
-            log_every=20,
+        train=common.loop(
             save_every=500,
             keep_every=500,  # for the redundancy during training; a multiple of save_every
-            fsdp=1,
-            remat="none",
-            accumulate=1,
-            ema=0.0,
+            following_steps=700,  # of every λ but the first; 0: each λ by itself, `steps` long
+            schedule="cosine",
+            plateau=dict(interval=5000, patience=10),  # with schedule="plateau"
+            **common.stage(steps=2000, learning_rate=1e-3, warmup_steps=100),
         ),
     )
 
@@ -116,9 +87,11 @@ def tiny() -> dict:
     config["model"].update(kinds=("disentangled",), width=6, base=4, enhancement=5, size=64)
     config["model"].update(lambdas=(0.01,))
     config["single"].update(width=6, channels=8, lambdas=())
-    config["train"].update(steps=4, batch_size=4, warmup_steps=2, log_every=2, save_every=2)
-    config["train"].update(keep_every=2)
+    config["train"].update(common.few(save_every=2), steps=4, warmup_steps=2, keep_every=2)
     return config
+
+
+get_config = common.scales(demo, photos, coco, tiny)
 
 
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
@@ -127,7 +100,7 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
     with with_data.unlocked():
         with_data.data, with_data.seeds = config.data, config.seeds
     listed = []
-    for first in yolov3().runs(with_data):
+    for first in yolov3.runs(with_data):
         listed.append(first)
         codecs = []
         for kind in config.model.kinds:

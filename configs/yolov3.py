@@ -12,15 +12,8 @@
 
 import ml_collections
 
+from configs import common
 from icm_jax.engine.run import make_run
-
-
-def get_config(arg: str = "demo") -> ml_collections.ConfigDict:
-    """Settings of one scale; every field can be overridden on the command line."""
-    scales = {"demo": demo, "photos": photos, "coco": coco, "tiny": tiny}
-    if arg not in scales:
-        raise ValueError(f"yolov3.py has no scale {arg!r}; choose one of {', '.join(scales)}")
-    return ml_collections.ConfigDict(scales[arg]())
 
 
 def demo() -> dict:
@@ -28,17 +21,7 @@ def demo() -> dict:
     return dict(
         name="yolov3",
         seeds=(0,),
-        data=dict(
-            name="scenes",
-            path="",
-            canvas=96,
-            size=96,
-            train=5000,
-            validation=400,
-            seed=0,
-            quality=95,
-            boxes=4,  # of an image at most
-        ),
+        data=common.scenes(train=5000, validation=400, boxes=4),  # boxes of an image at most
         model=dict(
             width=0.25,
             depth=0.34,
@@ -50,20 +33,10 @@ def demo() -> dict:
             overlap=0.45,
             limit=100,
         ),
-        train=dict(
-            steps=4000,
-            batch_size=16,
-            learning_rate=1e-3,
-            optimiser="adamw",
-            weight_decay=1e-4,
-            warmup_steps=200,
+        train=common.loop(
             clip_norm=10.0,
-            log_every=20,
             save_every=500,
-            fsdp=1,
-            remat="none",
-            accumulate=1,
-            ema=0.0,
+            **common.stage(steps=4000, learning_rate=1e-3, warmup_steps=200, weight_decay=1e-4),
         ),
         weights="",  # a Darknet file to start from; with train.steps=0 it is taken as it is
         # "heif-30" (HEVC intra), "vvc-37" (VVC intra, at this quantisation parameter) and
@@ -95,11 +68,14 @@ def coco() -> dict:
 def tiny() -> dict:
     """A few steps of the demo, for tests."""
     config = demo()
-    config["data"].update(canvas=64, size=64, train=16, validation=4)
+    config["data"] = common.scenes(train=16, validation=4, canvas=64, boxes=4)
     config["model"].update(width=1 / 16, depth=0.1, size=64, anchor_scale=64 / 416)
-    config["train"].update(steps=4, batch_size=4, warmup_steps=1, log_every=2, save_every=4)
+    config["train"].update(common.few(), steps=4, warmup_steps=1)
     config.update(files=("jpeg-20", "webp-20"))
     return config
+
+
+get_config = common.scales(demo, photos, coco, tiny)
 
 
 def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:

@@ -10,8 +10,10 @@ import os
 import pathlib
 import sys
 import traceback
+import types
 import warnings
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -59,8 +61,8 @@ def main(argv: list[str]) -> None:
 
     from icm_jax.errors import IcmError
 
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
-    experiment = load_experiment(path.partition(".py:")[0].removesuffix(".py") + ".py")
+    path, _ = split_scale(config_flags.get_config_filename(flags.FLAGS["config"]))
+    experiment = load_experiment(path)
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name).absolute()
     try:
@@ -178,10 +180,57 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
     return workdir
 
 
-def load_experiment(path: str):
-    """The config file as a module: it also has `runs(config)`."""
-    spec = importlib.util.spec_from_file_location("experiment", path)
+class ExperimentParser(flags.ArgumentParser):
+    """`FILE.py` or `FILE.py:scale` to the config that stands there. The flag's own parser loads a
+    file by itself, which then cannot import what lies beside it."""
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        """The locked config; ValueError, OSError or whatever the file raises."""
+        path, scale = split_scale(argument)
+        config = load_experiment(path).get_config(*([scale] if scale else []))
+        return config.lock()
+
+
+flags.FLAGS["config"].parser = ExperimentParser()
+
+
+def split_scale(argument: str) -> tuple[str, str]:
+    """("FILE.py", "scale") of "FILE.py:scale"; without a colon no scale."""
+    stem, _, scale = argument.partition(".py:")
+    return stem.removesuffix(".py") + ".py", scale
+
+
+def load_experiment(path: str | pathlib.Path) -> types.ModuleType:
+    """The config file as a module: it has `get_config(scale)` and `runs(config)`.
+
+    A file in a package may import what lies beside it by the package's name, wherever the command
+    is given: `from configs import common`.
+
+    Raises: ValueError where the package's name is taken by another one; whatever the file raises.
+    """
+    path = pathlib.Path(path).resolve()
+    package = path.parent
+    while (package.parent / "__init__.py").is_file():
+        package = package.parent
+    if (package / "__init__.py").is_file():
+        _import_file(package.name, package / "__init__.py")
+    return _import_file("experiment", path, again=True)
+
+
+def _import_file(name: str, path: pathlib.Path, again: bool = False) -> types.ModuleType:
+    """A file as the module `name`. Of a package its name alone becomes visible, not what lies
+    beside it, as on `sys.path`: a clone's `icm_jax` must not stand in for the installed one."""
+    present = sys.modules.get(name)
+    if present and not again:
+        if pathlib.Path(present.__file__ or "").resolve() != path:
+            raise ValueError(
+                f"the config lies in the package {path.parent}, but {name!r} is already "
+                f"{present.__file__}; give the folder another name"
+            )
+        return present
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -204,8 +253,10 @@ def _parse(argv: list[str]) -> list[str]:
     """absl's parser, with one line in place of a traceback where a config field does not exist."""
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).split())
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
+        text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        if isinstance(error, ImportError):
+            text += "; a config that imports its neighbours must stay in their folder"
         print(f"error: the config cannot be read as asked: {text}", file=sys.stderr)
         sys.exit(2)
 

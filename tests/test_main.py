@@ -1,6 +1,5 @@
 """The main job at its smallest, as a user types it, and what bad input prints."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from small import UNOPTIMISED
 
 import icm_jax
 from icm_jax.engine import checkpoint
+from icm_jax.main import load_experiment
 from icm_jax.nets import yolo
 from icm_jax.report.page import curves_of
 from icm_jax.report.pictures import principal_colours
@@ -206,10 +206,7 @@ def test_a_workdir_of_another_experiment_is_refused(finished):
 
 
 def load(name="omni_icm"):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_experiment(ROOT / "configs" / f"{name}.py")
 
 
 class Recorder(ml_collections.ConfigDict):

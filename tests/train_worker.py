@@ -3,7 +3,6 @@
 python train_worker.py BASE OVERRIDES_JSON [COORDINATOR COUNT INDEX]
 """
 
-import importlib.util
 import json
 import pathlib
 import sys
@@ -16,13 +15,12 @@ if len(sys.argv) > 3:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
 
-from icm_jax import train  # noqa: E402
+from icm_jax.engine import train  # noqa: E402
+from icm_jax.main import load_experiment  # noqa: E402
 
 base = pathlib.Path(sys.argv[1])
 path = pathlib.Path(__file__).resolve().parent.parent / "configs" / "omni_icm.py"
-spec = importlib.util.spec_from_file_location("omni_icm", path)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+module = load_experiment(path)
 config = module.get_config("tiny")
 config.data.path = str(base.parent / "data")
 config.stage1.learning_rate = 1e-4  # gentle: rounding differences must not be amplified

@@ -1,0 +1,1 @@
+"""The experiments of this repository, one a file; `common` is what they share."""

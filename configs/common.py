@@ -1,0 +1,52 @@
+"""What the experiments share: scales by name, the embedded data, the loop's settings.
+
+Every function returns a new dict (or what is made of one), so that a scale may change its own.
+"""
+
+from collections.abc import Callable
+
+import ml_collections
+
+from icm_jax.data import DATASETS
+
+
+def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.ConfigDict]:
+    """`get_config` of a file: settings of the scale that stands behind the colon, or the first."""
+    known = {scale.__name__: scale for scale in functions}
+
+    def get_config(arg: str = functions[0].__name__) -> ml_collections.ConfigDict:
+        """Settings of one scale; every field can be overridden on the command line."""
+        if arg not in known:
+            raise ValueError(f"there is no scale {arg!r}; choose one of {', '.join(known)}")
+        return ml_collections.ConfigDict(known[arg]())
+
+    return get_config
+
+
+def scenes(train: int, validation: int, canvas: int = 96, **fields) -> dict:
+    """The embedded data set: so many images, of `canvas` pixels; `fields` are of the pipeline."""
+    data = dict(name="scenes", path="", canvas=canvas, **fields)
+    return data | dict(size=canvas, train=train, validation=validation, seed=0, quality=95)
+
+
+def label_keys(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """What the images of `config.data` come with; a data set that TFDS knows: classes."""
+    known = config.data.name in DATASETS
+    return DATASETS[config.data.name].keys if known else ("label",)
+
+
+def loop(**changes) -> dict:
+    """The part of `train` that all runs of an experiment share."""
+    settings = dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0)
+    settings |= dict(fsdp=1, remat="none", accumulate=1, ema=0.0)
+    return settings | changes
+
+
+def stage(*, learning_rate: float, warmup_steps: int, **more) -> dict:
+    """The optimiser of one kind of run, its `steps`, and `more` that is its alone."""
+    return dict(learning_rate=learning_rate, optimiser="adamw", warmup_steps=warmup_steps) | more
+
+
+def few(batch_size: int = 4, save_every: int = 4) -> dict:
+    """Changes of `train` with which a test is over in a few steps."""
+    return dict(batch_size=batch_size, log_every=2, save_every=save_every)
