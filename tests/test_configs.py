@@ -72,5 +72,7 @@ def test_what_cannot_be_found_is_named(folders):
 
 
 def test_two_packages_of_one_name_are_refused(folders):
-    text = parsed(folders, "project", "--config=../clone/configs/yolov3.py", before="import configs")
+    text = parsed(
+        folders, "project", "--config=../clone/configs/yolov3.py", before="import configs"
+    )
     assert "give the folder another name" in text
