@@ -1,21 +1,28 @@
-"""Parameter-free array functions: bounds, rounding, noise, colour scaling, places on devices."""
+"""Parameter-free array functions: bounds, rounding, noise, colour, layout, places on devices."""
 
 import contextlib
 import contextvars
+from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
-_mesh: contextvars.ContextVar = contextvars.ContextVar("mesh", default=None)
+_mesh: contextvars.ContextVar[jax.sharding.Mesh | None] = contextvars.ContextVar(
+    "mesh", default=None
+)
 
 
 @contextlib.contextmanager
-def traced_on(mesh):
+def traced_on(mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Within, functions are traced for the devices of this mesh."""
     token = _mesh.set(mesh)
     try:
@@ -102,7 +109,24 @@ def crop_to(x: jax.Array, height: int, width: int) -> jax.Array:
     return x[:, :height, :width]
 
 
-SSIM_WINDOW = 11
+def pad_to(image: Array, factor: int) -> Array:
+    """[N, H, W, C] with its last row and column repeated up to multiples of `factor`."""
+    pads = [(0, -side % factor) for side in image.shape[1:3]]
+    if isinstance(image, np.ndarray):
+        return np.pad(image, ((0, 0), *pads, (0, 0)), mode="edge")
+    return jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge")
+
+
+def depth_to_space(x: jax.Array) -> jax.Array:
+    """[N, h, w, 4F] -> [N, 2h, 2w, F]; channels are (row, column, feature)."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, 2 * h, 2 * w, c // 4)
+
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+SSIM_CONSTANTS = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+"""C1 and C2 of Wang et al. 2004, for values on 0...255."""
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
@@ -112,14 +136,14 @@ def ms_ssim(x: jax.Array, y: jax.Array) -> jax.Array:
     The same definition as `icm_jax.measure.metrics.ms_ssim`, on 0...255; sides at least 176.
     Negative means of a scale are kept above zero, so that the gradient stays finite.
     """
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    c1, c2 = SSIM_CONSTANTS
 
     def band(length):
-        """[length - 10, length]: the Gaussian window of σ = 1.5 at every place where it fits."""
+        """[length - 10, length]: the Gaussian window at every place where it fits."""
         rows = jnp.arange(length - SSIM_WINDOW + 1, dtype=jnp.float32)[:, None]
         distance = jnp.arange(length, dtype=jnp.float32)[None, :] - rows - SSIM_WINDOW // 2
         inside = jnp.abs(distance) <= SSIM_WINDOW // 2
-        weights = jnp.where(inside, jnp.exp(-0.5 * jnp.square(distance / 1.5)), 0.0)
+        weights = jnp.where(inside, jnp.exp(-0.5 * jnp.square(distance / SSIM_SIGMA)), 0.0)
         return weights / weights.sum(axis=1, keepdims=True)
 
     def blurred(image):
@@ -131,7 +155,7 @@ def ms_ssim(x: jax.Array, y: jax.Array) -> jax.Array:
         even = image[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
         return even.mean(axis=(2, 4))
 
-    product = 1.0
+    product = jnp.ones((x.shape[0], x.shape[3]))
     for scale, weight in enumerate(MS_SSIM_WEIGHTS):
         mean_x, mean_y = blurred(x), blurred(y)
         variances = blurred(x * x) - mean_x**2 + blurred(y * y) - mean_y**2

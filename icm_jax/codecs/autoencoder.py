@@ -94,7 +94,8 @@ def autoencoder_codec(
         return module.apply(own_part(variables), *args, method=method)
 
     def analyse(variables, inputs):
-        return {"y": run(variables, _padded(inputs["image"]), method="symbols")}
+        image = ops.pad_to(inputs["image"], 8).astype(jnp.float32)
+        return {"y": run(variables, image, method="symbols")}
 
     def prior(variables, decoded, shape):
         del decoded
@@ -148,9 +149,3 @@ def relaxed(codec: Codec, variables, image: jax.Array):
 
 def own_part(variables) -> dict:
     return {name: variables[name][PART] for name in ("params", "batch_stats")}
-
-
-def _padded(image):
-    """Repeats the last row and column until 8 divides the sides."""
-    pads = [(0, -side % 8) for side in image.shape[1:3]]
-    return jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge").astype(jnp.float32)

@@ -154,9 +154,7 @@ def image_codec(
         return module.apply({"params": variables["params"][PART]}, *args, method=method)
 
     def front(variables, inputs):
-        image = inputs["image"]
-        pads = [(0, -side % 16) for side in image.shape[1:3]]
-        image = jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge").astype(jnp.float32)
+        image = ops.pad_to(inputs["image"], 16).astype(jnp.float32)
         return run(variables, image, inputs.get("quality"), method="front")
 
     def analyse(variables, inputs):

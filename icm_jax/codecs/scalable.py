@@ -289,5 +289,4 @@ def scalable_codec(
 
 def padded(image: jax.Array) -> jax.Array:
     """uint8 or float [N, H, W, 3] -> float32, last row and column repeated up to `GRID`."""
-    pads = [(0, -side % GRID) for side in image.shape[1:3]]
-    return jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge").astype(jnp.float32)
+    return ops.pad_to(image, GRID).astype(jnp.float32)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from icm_jax import ops
+
 WINDOW = 1024  # pixels a side; larger images are cut
 
 
@@ -45,15 +47,9 @@ def needed(height: int, width: int, window: int = WINDOW) -> bool:
     return max(height, width) > window
 
 
-def pad(image: np.ndarray, factor: int) -> np.ndarray:
-    """Repeats the last row and column of [N, H, W, 3] up to multiples of `factor`."""
-    pads = [(0, -side % factor) for side in image.shape[1:3]]
-    return np.pad(image, ((0, 0), *pads, (0, 0)), mode="edge")
-
-
 def analyse(tiling: Tiling, run: Callable, image: np.ndarray, window: int = WINDOW) -> np.ndarray:
     """y of a uint8 image [1, H, W, 3]; `run` computes `tiling.front` of a window of it."""
-    image = pad(image, tiling.factor)
+    image = ops.pad_to(image, tiling.factor)
     return _in_windows(run, image, window, tiling.halo, 1, tiling.factor)
 
 

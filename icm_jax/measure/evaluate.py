@@ -35,6 +35,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
+from icm_jax import ops
 from icm_jax.codecs import bitstream, model_file
 from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
@@ -283,7 +284,7 @@ def score_images(frozen, point: str, source, run) -> dict:
             given, size = classical.decode(file), _file_sizes(file, method, *image.shape[:2])
         scores = {"psnr": metrics.psnr(image, given)}
         for name, similarity, least in (
-            ("ssim_db", metrics.ssim, metrics.WINDOW),
+            ("ssim_db", metrics.ssim, ops.SSIM_WINDOW),
             ("ms_ssim_db", metrics.ms_ssim, metrics.SMALLEST),
         ):
             if min(image.shape[:2]) >= least:

@@ -3,10 +3,9 @@
 import numpy as np
 
 from icm_jax.errors import IcmError
+from icm_jax.ops import MS_SSIM_WEIGHTS, SSIM_CONSTANTS, SSIM_SIGMA, SSIM_WINDOW
 
-WINDOW = 11
-SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-SMALLEST = WINDOW << (len(SCALE_WEIGHTS) - 1)
+SMALLEST = SSIM_WINDOW << (len(MS_SSIM_WEIGHTS) - 1)
 """Sides of an image from which on MS-SSIM is defined."""
 
 
@@ -26,7 +25,7 @@ def ssim(reference: np.ndarray, given: np.ndarray) -> float:
 
     Raises: IcmError if shapes differ or a side is shorter than the window of 11 pixels.
     """
-    return float(_similarity(*_planes(reference, given, WINDOW))[0].mean())
+    return float(_similarity(*_planes(reference, given, SSIM_WINDOW))[0].mean())
 
 
 def ms_ssim(reference: np.ndarray, given: np.ndarray) -> float:
@@ -39,9 +38,9 @@ def ms_ssim(reference: np.ndarray, given: np.ndarray) -> float:
     """
     x, y = _planes(reference, given, SMALLEST)
     product = np.ones(len(x))
-    for scale, weight in enumerate(SCALE_WEIGHTS):
+    for scale, weight in enumerate(MS_SSIM_WEIGHTS):
         whole, structure = _similarity(x, y)
-        last = scale == len(SCALE_WEIGHTS) - 1
+        last = scale == len(MS_SSIM_WEIGHTS) - 1
         product *= np.maximum(whole if last else structure, 0) ** weight
         x, y = _halved(x), _halved(y)
     return float(product.mean())
@@ -65,7 +64,7 @@ def _planes(reference, given, smallest: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _similarity(x, y) -> tuple[np.ndarray, np.ndarray]:
     """(SSIM, its contrast-structure factor), each [C]: means over the windows that fit."""
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    c1, c2 = SSIM_CONSTANTS
     mean_x, mean_y = _blurred(x), _blurred(y)
     variances = _blurred(x * x) - mean_x**2 + _blurred(y * y) - mean_y**2
     structure = (2 * (_blurred(x * y) - mean_x * mean_y) + c2) / (variances + c2)
@@ -75,11 +74,11 @@ def _similarity(x, y) -> tuple[np.ndarray, np.ndarray]:
 
 def _blurred(x: np.ndarray) -> np.ndarray:
     """Gaussian window of 11 pixels, σ = 1.5, without padding: [C, H - 10, W - 10]."""
-    at = np.arange(WINDOW) - WINDOW // 2
-    window = np.exp(-(at**2) / (2 * 1.5**2))
+    at = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    window = np.exp(-(at**2) / (2 * SSIM_SIGMA**2))
     window /= window.sum()
     for axis in (1, 2):
-        x = np.lib.stride_tricks.sliding_window_view(x, WINDOW, axis=axis) @ window
+        x = np.lib.stride_tricks.sliding_window_view(x, SSIM_WINDOW, axis=axis) @ window
     return x
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icm_jax.nets.integer import depth_to_space
+from icm_jax import ops
 from icm_jax.nets.layers import around, down_by_two, end_of_block, haar_cascade
 
 MEAN = (121.854, 113.589, 100.637)
@@ -168,13 +168,13 @@ class CodeSynthesis(nn.Module):
     def __call__(self, q: jax.Array) -> jax.Array:
         """float [N, h, w, C] -> float32 [N, 8h, 8w, 3] on about 0...255."""
         first, second, last = (around(w) for w in packet(self.width, q.shape[-1])[1])
-        x = depth_to_space(MirrorConv(4 * self.width, 3, 1, self.dtype, first, name="up0")(q))
+        x = ops.depth_to_space(MirrorConv(4 * self.width, 3, 1, self.dtype, first, name="up0")(q))
         for number in range(self.blocks):
             x = MirrorBlock(self.dtype, name=f"block{number}")(x)
         half = 4 * max(1, self.width // 2)
-        x = depth_to_space(MirrorConv(half, 3, 1, self.dtype, second, name="up1")(x))
+        x = ops.depth_to_space(MirrorConv(half, 3, 1, self.dtype, second, name="up1")(x))
         x = MirrorConv(12, 3, 1, self.dtype, last, name="last")(_leaky(x))
-        x = depth_to_space(x).astype(jnp.float32)
+        x = ops.depth_to_space(x).astype(jnp.float32)
         mean, variance = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, 3) for v in (MEAN, VARIANCE))
         return x * jnp.sqrt(variance) + mean
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.fft
 
+from icm_jax import ops
 from icm_jax.errors import IcmError
 from icm_jax.nets.resnet import BatchNorm, Block, Conv
 
@@ -129,10 +130,8 @@ class CoefficientTrunk(nn.Module):
 
     def _deconvolved(self, plane, name, like):
         """A transposed convolution, 2×2 with stride 2: no two windows overlap."""
-        n, h, w, channels = plane.shape
-        up = Conv(4 * channels, 1, dtype=self.dtype, name=f"up_{name}")(plane)
-        up = up.reshape(n, h, w, 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-        return up.reshape(n, 2 * h, 2 * w, channels)[:, : like.shape[1], : like.shape[2]]
+        up = Conv(4 * plane.shape[-1], 1, dtype=self.dtype, name=f"up_{name}")(plane)
+        return ops.crop_to(ops.depth_to_space(up), *like.shape[1:3])
 
 
 def _doubled(plane: jax.Array, like: jax.Array) -> jax.Array:

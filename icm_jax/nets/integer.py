@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icm_jax import ops
 from icm_jax.errors import IcmError
 
 LEVELS = 127
@@ -63,7 +64,7 @@ def run_float(layers: Sequence[FloatLayer], x: np.ndarray) -> list[np.ndarray]:
         ) + jnp.asarray(layer.bias, jnp.float32).reshape(1, 1, 1, -1)
         x = jax.nn.relu(x) if layer.relu else x
         outputs.append(np.asarray(x))
-        x = depth_to_space(x) if layer.up else x
+        x = ops.depth_to_space(x) if layer.up else x
     return outputs
 
 
@@ -145,7 +146,7 @@ def run(stack: Mapping[str, dict], x: jax.Array, ups: Sequence[bool]) -> jax.Arr
     for number, up in enumerate(ups):
         layer = stack[f"layer_{number}"]
         x = _rescaled(_convolved(x.astype(jnp.int8), layer["kernel"]), layer)
-        x = depth_to_space(x) if up else x
+        x = ops.depth_to_space(x) if up else x
     return x
 
 
@@ -177,10 +178,3 @@ def _shifted(x: jax.Array, bits: jax.Array) -> jax.Array:
     """x / 2^bits, rounded to nearest, halves up; bits may be 0."""
     half = jnp.where(bits > 0, jnp.left_shift(1, jnp.maximum(bits - 1, 0)), 0)
     return jnp.right_shift(x + half, bits)
-
-
-def depth_to_space(x: jax.Array) -> jax.Array:
-    """[N, h, w, 4F] -> [N, 2h, 2w, F]; channels are (row, column, feature)."""
-    n, h, w, c = x.shape
-    x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, 2 * h, 2 * w, c // 4)

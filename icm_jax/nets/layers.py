@@ -253,11 +253,9 @@ class Up(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, C] -> float [N, 2H, 2W, features]."""
-        n, h, w, _ = x.shape
         init = orthogonal_window(1)
         x = nn.Conv(4 * self.features, (3, 3), dtype=self.dtype, kernel_init=init)(x)
-        x = x.reshape(n, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)
-        return x.reshape(n, 2 * h, 2 * w, self.features)
+        return ops.depth_to_space(x)
 
 
 class TransposedUp(nn.Module):
@@ -287,7 +285,6 @@ class TransposedUp(nn.Module):
 
 def up_by_two(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Stride-2 transposed convolution, k×k for k = 3 or 5, padding k // 2, output padding 1."""
-    n, h, w, _ = x.shape
     c, features = kernel.shape[2:]
     missing = (5 - kernel.shape[0]) // 2
     kernel = jnp.pad(kernel, ((missing, missing),) * 2 + ((0, 0), (0, 0)))
@@ -297,9 +294,8 @@ def up_by_two(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     y = jax.lax.conv_general_dilated(
         x, taps, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    y = y + jnp.tile(bias, 4).reshape(1, 1, 1, -1)  # where GPUs add it within the convolution
-    y = y.reshape(n, h, w, 2, 2, features).transpose(0, 1, 3, 2, 4, 5)
-    return y.reshape(n, 2 * h, 2 * w, features)
+    # The bias here, where GPUs add it within the convolution.
+    return ops.depth_to_space(y + jnp.tile(bias, 4).reshape(1, 1, 1, -1))
 
 
 class ResidualBlock(nn.Module):
