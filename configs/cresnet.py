@@ -1,13 +1,31 @@
 """Classes and segments from a learned code, without decoding it (Torfason et al., ICLR 2018).
 
-    python -m icm_jax.main --config=configs/cresnet.py               # narrow, embedded data
-    python -m icm_jax.main --config=configs/cresnet.py:photos --config.data.path=FOLDER
-                                                                     # narrow, a folder of classes
-    python -m icm_jax.main --config=configs/cresnet.py:streets --config.data.path=FOLDER
-                                                                     # narrow, a folder of masks
-    python -m icm_jax.main --config=configs/cresnet.py:imagenet      # published widths
-    python -m icm_jax.main --config=configs/cresnet.py:voc --config.data.path=VOCdevkit/VOC2012
-                                                                     # the same, masks
+    Command: python -m icm_jax.main --config=configs/cresnet.py
+    Takes:   14 min 45 s
+    On:      2 CPU cores, tests beside it
+    Expect:  curves of r50 and c51 at two rates; no number of them is kept
+
+    Command: python -m icm_jax.main --config=configs/cresnet.py:photos --config.data.path=FOLDER
+    Takes:   1 h 45 min
+    On:      2 CPU cores
+    Expect:  25 classes of Caltech-101, top-1 on the code 53.3, 56.2 and 59.5 % at 0.161, 0.369 and
+             0.665 bpp; on decoded images 55.4, 56.9 and 62.7 % (docs/without_decoding.md)
+
+    Command: python -m icm_jax.main --config=configs/cresnet.py:streets --config.data.path=FOLDER \\
+                 --config.seeds='(0,)' --config.points='((0.33,16),)'
+    Takes:   44 minutes
+    On:      2 CPU cores that two other jobs shared
+    Expect:  CamVid: 44.0 % mIoU on the code, 42.4 % on decoded images, at 0.290 bpp
+
+    Command: python -m icm_jax.main --config=configs/cresnet.py:imagenet
+    Takes:   not run here: five networks, 560,000 steps of 64 images each
+    On:      accelerators; `--mode=plan` says which
+    Expect:  no number of ours: published schedule
+
+    Command: python -m icm_jax.main --config=configs/cresnet.py:voc --config.data.path=FOLDER
+    Takes:   not run here; FOLDER is VOCdevkit/VOC2012
+    On:      accelerators; `--mode=plan` says which
+    Expect:  no number of ours: published schedule
 
 Runs, for every seed, at each operating point (bits per pixel):
 

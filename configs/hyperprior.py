@@ -1,10 +1,25 @@
 """Image codecs for humans: rate against PSNR and MS-SSIM, with JPEG and WebP beside them.
 
-    python -m icm_jax.main --config=configs/hyperprior.py          # one variable-rate model
-    python -m icm_jax.main --config=configs/hyperprior.py:sweep    # a model per λ, three kinds
-    python -m icm_jax.main --config=configs/hyperprior.py:large    # N = 192, M = 320
-    python -m icm_jax.main --config=configs/hyperprior.py:boxed --config.data.path=PHOTOS
-                                                                   # the model in the package
+    Command: python -m icm_jax.main --config=configs/hyperprior.py
+    Takes:   not timed: 1,500 steps of 16 × 64 × 64 pixels
+    On:      2 CPU cores
+    Expect:  no number of ours: a first look at one variable-rate model
+
+    Command: python -m icm_jax.main --config=configs/hyperprior.py:sweep
+    Takes:   not run here: three kinds, a model per λ, 1,000,000 steps of each
+    On:      accelerators; `--mode=plan` says which
+    Expect:  no number of ours: published schedule
+
+    Command: python -m icm_jax.main --config=configs/hyperprior.py:large
+    Takes:   not run here to its end (N = 192, M = 320; 1,000,000 steps)
+    On:      one H100 trains 2,677 images of 256 × 256 pixels a second at batch 32 (docs/gpu.md)
+    Expect:  no number of ours: published schedule
+
+    Command: python -m icm_jax.main --config=configs/hyperprior.py:boxed --config.data.path=PHOTOS
+    Takes:   65 minutes
+    On:      2 CPU cores
+    Expect:  the model in the package: on Kodak 1 to 12, 33 % fewer bits than JPEG at equal PSNR,
+             51 % fewer at equal MS-SSIM (icm_jax/models/photo.md)
 
 On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 """

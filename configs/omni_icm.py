@@ -1,8 +1,19 @@
 """Omni-ICM (Feng et al., ECCV 2022): all three stages, and what one would use otherwise.
 
-    python -m icm_jax.main --config=configs/omni_icm.py            # embedded data, minutes
-    python -m icm_jax.main --config=configs/omni_icm.py:study      # 3 seeds, more rates, hours
-    python -m icm_jax.main --config=configs/omni_icm.py:imagenet   # the paper's scale
+    Command: python -m icm_jax.main --config=configs/omni_icm.py
+    Takes:   15 to 20 minutes
+    On:      2 CPU cores of a shared machine
+    Expect:  76 % top-1 at 0.184 bpp, its α = 0 twin 80 % at 0.186, WebP 86 % at 0.255
+
+    Command: python -m icm_jax.main --config=configs/omni_icm.py:study
+    Takes:   1 h 5 min
+    On:      2 CPU cores
+    Expect:  at equal accuracy 37 ± 9 % fewer bits than WebP, 60 ± 5 % fewer than JPEG
+
+    Command: python -m icm_jax.main --config=configs/omni_icm.py:imagenet
+    Takes:   not run here
+    On:      a TPU slice; `--mode=plan` says which
+    Expect:  no number of ours: published schedule
 
 Runs, in this order and for every seed:
 

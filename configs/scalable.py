@@ -1,9 +1,20 @@
 """Scalable codecs for a detector and for humans, beside their rivals (Özyılkan et al. 2023).
 
-    python -m icm_jax.main --config=configs/scalable.py              # small, on the embedded data
-    python -m icm_jax.main --config=configs/scalable.py:photos --config.data.path=FOLDER
-                                                                     # small, on COCO JSON
-    python -m icm_jax.main --config=configs/scalable.py:coco         # full widths, COCO 2014
+    Command: python -m icm_jax.main --config=configs/scalable.py
+    Takes:   2 hours
+    On:      2 CPU cores
+    Expect:  the disentangled base layer 78 % fewer bits than the split one at equal mAP@.5
+
+    Command: python -m icm_jax.main --config=configs/scalable.py:photos --config.data.path=FOLDER \\
+                 "--config.model.kinds=('disentangled','split')" "--config.single.lambdas=()"
+    Takes:   1 h 30 min for 116 photographs of raccoons in COCO's layout
+    On:      2 CPU cores
+    Expect:  84.5 % mAP@.5 at 0.128 bpp of the base layer; 81.3 % on pixels
+
+    Command: python -m icm_jax.main --config=configs/scalable.py:coco
+    Takes:   not run here to its end: a step of a codec takes 15.1 s on 2 CPU cores
+    On:      accelerators; `--mode=plan` says which
+    Expect:  no number of ours: published schedule
 
 A detector is trained first (`configs/yolov3.py`), then a codec per kind and λ with the detector
 frozen, then the single-layer hyperprior. With `train.following_steps` the codec of the first λ of a

@@ -1,11 +1,21 @@
 """The detector: YOLOv3 trained from scratch, scored on pixels and on JPEG and WebP files.
 
-    python -m icm_jax.main --config=configs/yolov3.py                 # small, on the embedded data
-    python -m icm_jax.main --config=configs/yolov3.py:photos --config.data.path=FOLDER
-                                                                      # small, on COCO JSON
-    python -m icm_jax.main --config=configs/yolov3.py:coco            # Darknet-53, COCO 2014
-    python -m icm_jax.main --config=configs/yolov3.py:coco --config.weights=yolov3.weights \\
-        --config.train.steps=0                                        # scores published weights
+    Command: python -m icm_jax.main --config=configs/yolov3.py
+    Takes:   not timed alone: the first run of configs/scalable.py's two hours
+    On:      2 CPU cores
+    Expect:  78.7 % mAP@.5 on the pixels of `scenes`
+
+    Command: python -m icm_jax.main --config=configs/yolov3.py:photos --config.data.path=FOLDER \\
+                 --config.train.steps=1500
+    Takes:   55 minutes for 128 photographs of COCO with 71 classes
+    On:      a shared CPU core
+    Expect:  20.3 % mAP@.5 on these, 1.5 % on 64 others: too few to detect others by
+
+    Command: python -m icm_jax.main --config=configs/yolov3.py:coco
+    Takes:   not run here; with `--config.weights=yolov3.weights --config.train.steps=0` it scores
+             published weights
+    On:      accelerators; `--mode=plan` says which
+    Expect:  no number of ours: published schedule
 
 `FOLDER` holds `images/`, `train.json` and `val.json`.
 """

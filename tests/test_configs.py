@@ -2,10 +2,16 @@
 
 import os
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from icm_jax import main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SINGLE = """
@@ -76,3 +82,50 @@ def test_two_packages_of_one_name_are_refused(folders):
         folders, "project", "--config=../clone/configs/yolov3.py", before="import configs"
     )
     assert "give the folder another name" in text
+
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if "def runs(" in p.read_text())
+TOLD = ("Command", "Takes", "On", "Expect")
+
+
+def claims(text):
+    """The four lines that a config says of each of its scales: [{"Command": ..., ...}, ...]."""
+    found = []
+    for block in text.split("\n\n"):
+        if block.lstrip().startswith("Command:"):
+            found.append(dict(re.findall(r"^    (\w+): +(.+(?:\n {13}.*)*)", block, re.M)))
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_says_command_time_hardware_and_number(path):
+    experiment = main.load_experiment(path)
+    told = claims(experiment.__doc__)
+    assert all(tuple(claim) == TOLD for claim in told)
+    scales = re.search(r"= common.scales\((.*)\)", path.read_text()).group(1).split(", ")
+    named = [main.split_scale(shlex.split(claim["Command"])[3])[1] or scales[0] for claim in told]
+    assert named == [scale for scale in scales if scale != "tiny"]
+
+
+def commands():
+    """Every command of the documentation that runs an experiment, as (file, arguments)."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [(path.name, path.read_text()) for path in paths]
+    texts += [(path.name, main.load_experiment(path).__doc__) for path in CONFIGS]
+    for name, text in texts:
+        joined = re.sub(r"\\\\?\n +", " ", text)
+        for line in re.findall(r"python -m icm_jax.main (--config=configs/\w+\.py[^`\n]*)", joined):
+            yield name, shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("file, arguments", list(commands()))
+def test_a_command_of_the_documentation_fits_its_config(file, arguments):
+    config, *rest = arguments
+    argv = ["main", f"--config={ROOT / config.removeprefix('--config=')}", *rest]
+    known = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=known, sys_argv=argv)
+    known["config"].parser = main.ExperimentParser()
+    for name in ("workdir", "mode", "topology", "only", "compare"):
+        flags.DEFINE_string(name, None, "", flag_values=known)
+    known(argv)
+    assert main.load_experiment(ROOT / main.split_scale(config[9:])[0]).runs(known.config)
