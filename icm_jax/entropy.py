@@ -21,7 +21,7 @@ from icm_jax.errors import IcmError
 _LN2 = math.log(2.0)
 
 
-class Factorised(nn.Module):
+class Factorised(ops.Module):
     """Deep factorised prior (Ballé et al. 2018, appendix 6.1): one learned CDF per channel.
 
     Attributes:

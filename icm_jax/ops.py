@@ -3,8 +3,9 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,16 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+class Module(nn.Module):
+    """Flax's module for type checkers, to which the results of `apply` and `init` are a union of
+    all that there may be: with collections that change and without."""
+
+    if TYPE_CHECKING:
+
+        def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
+        def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]: ...
 
 
 _mesh: contextvars.ContextVar[jax.sharding.Mesh | None] = contextvars.ContextVar(

@@ -10,7 +10,6 @@ the range coder are these shares. Parameters lie under `autoencoder`.
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +25,7 @@ _MOMENTUM = 0.99  # of the running histogram
 _LEAST = 2.0**-16  # share of a symbol: what the coder's tables can express
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(ops.Module):
     """All networks of the codec; attributes as of `autoencoder_codec`."""
 
     width: int

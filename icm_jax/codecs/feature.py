@@ -9,7 +9,6 @@ The head is a frozen ResNet front with running BatchNorm statistics. Parameters 
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -28,7 +27,7 @@ from icm_jax.nets.transforms import (
 )
 
 
-class InformationFilter(nn.Module):
+class InformationFilter(ops.Module):
     """Encoder (÷8), factorised prior and decoder of stage 1."""
 
     features: int
@@ -56,7 +55,7 @@ class InformationFilter(nn.Module):
         return ops.crop_to(self.decoder(y), *shape)
 
 
-class FeatureCodec(nn.Module):
+class FeatureCodec(ops.Module):
     """Analysis (÷4), scale hyperprior and synthesis of stage 2."""
 
     features: int

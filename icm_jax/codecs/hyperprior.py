@@ -14,7 +14,6 @@ Parameters lie under `image_codec`.
 import functools
 import math
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from icm_jax import entropy, ops
@@ -37,7 +36,7 @@ KINDS = ("factorised", "scale_hyperprior", "mean_scale_hyperprior")
 _FIRST_GAIN, _GAIN_SPREAD = 6.0, 10.0
 
 
-class Gain(nn.Module):
+class Gain(ops.Module):
     """Two vectors per quality level: the gain of y's channels, and what takes it back.
 
     Attributes:
@@ -74,7 +73,7 @@ class Gain(nn.Module):
         return jnp.exp(jnp.matmul(weights, rows, precision="highest"))[:, None, None, :]
 
 
-class ImageCodec(nn.Module):
+class ImageCodec(ops.Module):
     """All networks of a codec; `hyper` and `mean` choose the kind."""
 
     widths: tuple[int, int, int, int]

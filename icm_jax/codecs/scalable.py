@@ -19,7 +19,6 @@ Parameters lie under `scalable`, the detector's under `detector`.
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -51,7 +50,7 @@ GRID = 32
 """Sides of images are padded to multiples of it: the detector's coarsest grid."""
 
 
-class Scalable(nn.Module):
+class Scalable(ops.Module):
     """All networks of a scalable codec but the detector.
 
     Attributes:

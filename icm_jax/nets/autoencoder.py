@@ -30,7 +30,7 @@ def _leaky(x):
     return nn.leaky_relu(x, _SLOPE)
 
 
-class MirrorConv(nn.Module):
+class MirrorConv(ops.Module):
     """k×k convolution of an input that is mirrored at its edges; stride 1 or 2.
 
     On each side k // 2 more; with stride 2, where sides are even, one less in front.
@@ -60,7 +60,7 @@ class MirrorConv(nn.Module):
         return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
-class MirrorBlock(nn.Module):
+class MirrorBlock(ops.Module):
     """x + conv(leaky(conv(x))), 3×3; begins as the identity."""
 
     dtype: Any = jnp.float32
@@ -130,7 +130,7 @@ def packet(width: int, channels: int) -> tuple[list, list]:
     return down, up
 
 
-class CodeAnalysis(nn.Module):
+class CodeAnalysis(ops.Module):
     """x to the code before quantisation.
 
     Attributes:
@@ -157,7 +157,7 @@ class CodeAnalysis(nn.Module):
         return MirrorConv(self.channels, 5, 2, self.dtype, last, name="last")(x).astype(jnp.float32)
 
 
-class CodeSynthesis(nn.Module):
+class CodeSynthesis(ops.Module):
     """A quantised code to x_hat, not clipped; attributes as of `CodeAnalysis`."""
 
     width: int = 128
@@ -189,7 +189,7 @@ class Quantised(NamedTuple):
     histogram: jax.Array
 
 
-class Centres(nn.Module):
+class Centres(ops.Module):
     """L scalar centres that all channels share.
 
     Attributes:

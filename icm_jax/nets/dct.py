@@ -78,7 +78,7 @@ def wiring(name: str) -> Wiring:
     return WIRINGS[name]
 
 
-class CoefficientTrunk(nn.Module):
+class CoefficientTrunk(ops.Module):
     """Coefficients of the three planes to the last feature of ResNet-50.
 
     Attributes:
@@ -140,7 +140,7 @@ def _doubled(plane: jax.Array, like: jax.Array) -> jax.Array:
     return doubled[:, : like.shape[1], : like.shape[2]]
 
 
-class BlockTransform(nn.Module):
+class BlockTransform(ops.Module):
     """8×8 convolution with stride 8, one plane of samples to 64 coefficients a block.
 
     Attributes:

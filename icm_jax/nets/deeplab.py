@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from icm_jax import ops
 
-class ASPP(nn.Module):
+
+class ASPP(ops.Module):
     """Atrous spatial pyramid pooling.
 
     Attributes:

@@ -21,7 +21,7 @@ def end_of_block(x: jax.Array) -> jax.Array:
     return checkpoint_name(x, BLOCK)
 
 
-class GDN(nn.Module):
+class GDN(ops.Module):
     """Generalised divisive normalisation (Ballé et al. 2016), or its inverse.
 
     y_i = x_i / sqrt(β_i + Σ_j γ_ij x_j²); `simplified` is tensorflow-compression's default,
@@ -52,7 +52,7 @@ class GDN(nn.Module):
         return jnp.square(ops.lower_bound(stored, (minimum + _PEDESTAL) ** 0.5)) - _PEDESTAL
 
 
-class Down(nn.Module):
+class Down(ops.Module):
     """k×k convolution with stride 2 and padding k // 2; odd sides are padded.
 
     On XLA's CPU backend the gradient of the strided form is an order of magnitude slower than that
@@ -244,7 +244,7 @@ def around(window: np.ndarray, surplus: float = 0.01, front: int = 0):
     return init
 
 
-class Up(nn.Module):
+class Up(ops.Module):
     """Sub-pixel convolution: 3×3 to 4·features channels, then depth to space (Shi et al. 2016)."""
 
     features: int
@@ -258,7 +258,7 @@ class Up(nn.Module):
         return ops.depth_to_space(x)
 
 
-class TransposedUp(nn.Module):
+class TransposedUp(ops.Module):
     """Transposed convolution with stride 2, computed as a 3×3 one to 4·features channels.
 
     out[o] = Σ_i x[i] · kernel[o - 2i + k // 2]: the layer of Ballé et al. 2018, which doubles the
@@ -298,7 +298,7 @@ def up_by_two(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     return ops.depth_to_space(y + jnp.tile(bias, 4).reshape(1, 1, 1, -1))
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(ops.Module):
     """x + conv3×3(ReLU(conv3×3(ReLU(x)))); no normalisation, as codecs have it.
 
     The last convolution begins at zero and the block as the identity (Zhang et al. 2019, Fixup).
@@ -315,7 +315,7 @@ class ResidualBlock(nn.Module):
         return end_of_block(x + y)
 
 
-class Projector(nn.Module):
+class Projector(ops.Module):
     """MLP with one hidden layer: W2 ReLU(W1 x) (Feng et al. 2022, stage 1)."""
 
     hidden: int

@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from icm_jax import ops
 from icm_jax.errors import IcmError
 from icm_jax.nets.layers import down_by_two, end_of_block, pointwise
 
@@ -64,7 +65,7 @@ def feature_channels(variant: str, width: int = 64) -> int:
     return width * EXPANSION[stages(variant).block]
 
 
-class Conv(nn.Module):
+class Conv(ops.Module):
     """k×k convolution without bias, He initialisation.
 
     Zero padding is dilation·(k // 2) a side; of even k one less in front.
@@ -101,7 +102,7 @@ class Conv(nn.Module):
         )
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(ops.Module):
     """Batch normalisation over all axes but the last (Ioffe and Szegedy 2015).
 
     Statistics are float32 whatever `dtype` is, and of the global batch: under jit with a sharded
@@ -166,7 +167,7 @@ class BatchNorm(nn.Module):
         return y.reshape(shape).astype(self.dtype)
 
 
-class Block(nn.Module):
+class Block(ops.Module):
     """Residual block: x + branch(x), then ReLU.
 
     Basic: 3×3, 3×3. Bottleneck: 1×1, 3×3, 1×1 to four times the features. The stride sits in the
@@ -212,7 +213,7 @@ class Block(nn.Module):
         return end_of_block(nn.relu(x.astype(self.dtype) + y))
 
 
-class Layer(nn.Module):
+class Layer(ops.Module):
     """`depth` blocks; the first has the stride (or, dilated, the dilation of the layer before)."""
 
     block: str
@@ -241,7 +242,7 @@ class Layer(nn.Module):
         return x
 
 
-class Head(nn.Module):
+class Head(ops.Module):
     """Stem and layer 1: normalised image to f.
 
     Attributes:
@@ -266,7 +267,7 @@ class Head(nn.Module):
         return layer(block, depths[0], self.width)(x, train)
 
 
-class Tail(nn.Module):
+class Tail(ops.Module):
     """Layers 2 to 4: f to (c2, c3, c4).
 
     Attributes:

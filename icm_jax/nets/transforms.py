@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icm_jax import ops
 from icm_jax.nets import integer
 from icm_jax.nets.layers import (
     GDN,
@@ -35,7 +36,7 @@ from icm_jax.nets.layers import (
 )
 
 
-class Analysis(nn.Module):
+class Analysis(ops.Module):
     """1×1 to the first width, then per width: residual blocks and a strided convolution.
 
     Attributes:
@@ -62,7 +63,7 @@ class Analysis(nn.Module):
         return x.astype(jnp.float32)
 
 
-class Synthesis(nn.Module):
+class Synthesis(ops.Module):
     """The mirror of `Analysis` of the same widths; linear at the end, `features` channels."""
 
     features: int
@@ -81,7 +82,7 @@ class Synthesis(nn.Module):
         return nn.Conv(self.features, (1, 1), dtype=self.dtype)(x).astype(jnp.float32)
 
 
-class ImageAnalysis(nn.Module):
+class ImageAnalysis(ops.Module):
     """Four convolutions with stride 2, 5×5, GDN between them (Ballé et al. 2018).
 
     They begin as a wavelet packet, see `haar_cascade`.
@@ -109,7 +110,7 @@ class ImageAnalysis(nn.Module):
         return x.astype(jnp.float32)
 
 
-class ImageSynthesis(nn.Module):
+class ImageSynthesis(ops.Module):
     """The mirror of an `ImageAnalysis` with these attributes, with inverse GDN.
 
     Attributes:
@@ -138,7 +139,7 @@ class ImageSynthesis(nn.Module):
         return 255.0 * (x + 0.5)
 
 
-class _Residual(nn.Module):
+class _Residual(ops.Module):
     """Resample, leaky ReLU, conv3×3, then the (inverse) GDN or leaky ReLU; the input is added.
 
     Where the shape changes, the input goes through a layer of its own (Cheng et al. 2020, figure
@@ -162,7 +163,7 @@ class _Residual(nn.Module):
         return end_of_block(x + (GDN(inverse=self.up)(y) if resampled else nn.leaky_relu(y)))
 
 
-class ResidualAnalysis(nn.Module):
+class ResidualAnalysis(ops.Module):
     """The analysis of Cheng et al. 2020, which Choi and Bajić 2022 build on (docs/papers.md 4).
 
     Attributes:
@@ -181,7 +182,7 @@ class ResidualAnalysis(nn.Module):
         return Down(self.channels)(x)
 
 
-class ResidualSynthesis(nn.Module):
+class ResidualSynthesis(ops.Module):
     """The mirror of a `ResidualAnalysis` with these widths: sub-pixel convolutions, inverse GDN."""
 
     widths: tuple[int, int, int]
@@ -195,7 +196,7 @@ class ResidualSynthesis(nn.Module):
         return 255.0 * (Up(3)(_Residual(self.widths[0])(x)) + 0.5)
 
 
-class BaseAnalysis(nn.Module):
+class BaseAnalysis(ops.Module):
     """Three 5×5 convolutions, the last with stride 2, GDN between them (table 1, base encoder).
 
     Attributes:
@@ -213,7 +214,7 @@ class BaseAnalysis(nn.Module):
         return Down(self.channels, 5)(f)
 
 
-class BaseSynthesis(nn.Module):
+class BaseSynthesis(ops.Module):
     """The mirror of `BaseAnalysis` with inverse GDN (table 1, base decoder); F `features`."""
 
     features: int
@@ -227,7 +228,7 @@ class BaseSynthesis(nn.Module):
         return TransposedUp(self.features, 5)(y)
 
 
-class LatentTransform(nn.Module):
+class LatentTransform(ops.Module):
     """The latent-space transform of Choi and Bajić 2022 (docs/papers.md 4): residual blocks, the
     second of them after a doubling of the sides, then 3×3 to the features."""
 
@@ -244,7 +245,7 @@ class LatentTransform(nn.Module):
         return nn.Conv(self.features, (3, 3))(y)
 
 
-class Prediction(nn.Module):
+class Prediction(ops.Module):
     """A picture from decoded features: three doublings with a residual block each."""
 
     width: int
@@ -258,7 +259,7 @@ class Prediction(nn.Module):
         return 255.0 * (x + 0.5)
 
 
-class HyperAnalysis(nn.Module):
+class HyperAnalysis(ops.Module):
     """|y| -> z at a quarter of its sides: conv3×3, ReLU, conv5×5/2, ReLU, conv5×5/2."""
 
     channels: int
@@ -273,7 +274,7 @@ class HyperAnalysis(nn.Module):
 TOP_INDEX = 63
 
 
-class HyperSynthesis(nn.Module):
+class HyperSynthesis(ops.Module):
     """ẑ -> real-valued scale index of each element of y (64 scales, 0.11 to 256), and its mean.
 
     Attributes:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from icm_jax import ops
 from icm_jax.errors import IcmError
 from icm_jax.nets.layers import end_of_block
 from icm_jax.nets.resnet import BatchNorm, Conv
@@ -107,7 +108,7 @@ def check_split(table: tuple[Layer, ...], split: int) -> None:
         raise IcmError(f"after {split} layers the detector has given outputs; cut it earlier")
 
 
-class Part(nn.Module):
+class Part(ops.Module):
     """Layers begin ... end - 1; the parameters of layer i are `layer{i}`.
 
     Attributes:
