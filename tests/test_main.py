@@ -18,7 +18,7 @@ import icm_jax
 from icm_jax.engine import checkpoint
 from icm_jax.main import load_experiment
 from icm_jax.nets import yolo
-from icm_jax.report.page import curves_of
+from icm_jax.report.curves import curves_of
 from icm_jax.report.pictures import principal_colours
 from icm_jax.tasks import build_task
 from icm_jax.weights import darknet

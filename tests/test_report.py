@@ -7,10 +7,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from icm_jax.report import page as report
-from icm_jax.report import pictures
+from icm_jax.report import curves, page, pictures, tables, training
 
-CLASSIFY = report.MEASURES[0]
+CLASSIFY = curves.MEASURES[0]
 RATES = (0.1, 0.2, 0.4, 0.8)
 SHARES = (0.50, 0.60, 0.66, 0.70)
 
@@ -68,34 +67,34 @@ def test_points_are_averaged_over_seeds_with_their_spread():
         stream("omni", "1", 0.4, 0.7, seed=1),
         stream("omni", "3", 0.1, 0.4),
     ]
-    rows = report.curves_of(records, "top1")["omni"]
+    rows = curves.curves_of(records, "top1")["omni"]
     # sorted by rate; mean and standard deviation (over n) of (0.2, 0.4) and (0.5, 0.7)
     np.testing.assert_allclose(rows, [[0.1, 0.4, 0, 0], [0.3, 0.6, 0.1, 0.1]], atol=1e-12)
 
 
 def test_rivals_are_curves_of_their_own_and_bare_pixels_are_none():
-    curves = report.curves_of(full_records(), "top1")
-    assert sorted(curves) == ["jpeg", "omni", "unfiltered", "webp"]
-    np.testing.assert_allclose(curves["jpeg"][:, 0], 2 * np.array(RATES))
-    bare = report.curves_of(full_records(), "top1", "bpp_without_tables")
+    found = curves.curves_of(full_records(), "top1")
+    assert sorted(found) == ["jpeg", "omni", "unfiltered", "webp"]
+    np.testing.assert_allclose(found["jpeg"][:, 0], 2 * np.array(RATES))
+    bare = curves.curves_of(full_records(), "top1", "bpp_without_tables")
     assert list(bare) == ["jpeg"]
     np.testing.assert_allclose(bare["jpeg"][:, 0], RATES)
 
 
 def test_table_states_measured_beside_estimated_rate():
-    head, row = report._curve_table([stream("omni", "3", 0.25, 0.5)], CLASSIFY)
+    head, row = tables.curve_table([stream("omni", "3", 0.25, 0.5)], CLASSIFY)
     cells = dict(zip(head, row, strict=True))
     assert cells["bpp measured"] == "0.2500"
     assert cells["top-1 accuracy [%]"] == "50.0" and cells["top-5 [%]"] == "75.0"
     assert cells["point"] == "λ = 3" and cells["images"] == "20"
-    head, row = report._stream_table([stream("omni", "3", 0.25, 0.5)])
+    head, row = tables.stream_table([stream("omni", "3", 0.25, 0.5)])
     cells = dict(zip(head, row, strict=True))
     assert cells["bpp measured"] == "0.2500" and cells["bpp estimated"] == "0.2250"
     assert cells["header bpp"] == "0.0250"
 
 
 def test_bd_rates_are_those_of_the_scaled_rates():
-    rows = dict(report._bd_table(full_records(), CLASSIFY)[1:])
+    rows = dict(tables.bd_table(full_records(), CLASSIFY)[1:])
     assert rows["α = 0 twin"] == "-40.0 %"  # 0.6 of its rates
     assert rows["JPEG"] == "-70.0 %"  # 0.6 of half its rates
     assert "no quality that both" in rows["WebP"]  # its best is below our worst
@@ -107,7 +106,7 @@ def test_bd_rates_of_several_seeds_are_given_with_their_spread():
         for number, (rate, share) in enumerate(zip(RATES, SHARES, strict=True)):
             records.append(stream("omni", str(number), factor * rate, share, seed))
             records.append(stream("unfiltered", str(number), rate, share, seed))
-    (row,) = report._bd_table(records, CLASSIFY)[1:]
+    (row,) = tables.bd_table(records, CLASSIFY)[1:]
     assert row == ["α = 0 twin", "-30.0 ± 10.0 % (by seed: -40.0, -20.0)"]
 
 
@@ -115,8 +114,8 @@ def test_images_are_measured_in_decibels():
     own = {"curve": "image", "arm": "codec", "point": "", "seed": 0, "images": 3}
     records = [{**own, "kind": "stream-12.5", "bpp": 0.5, "psnr": 30.125}]
     records.append({**own, "kind": "jpeg-7", "bpp": 0.7, "bpp_without_tables": 0.6, "psnr": 29.0})
-    measure = next(measure for measure in report.MEASURES if measure.key == "psnr")
-    head, *rows = report._curve_table(records, measure)
+    measure = next(measure for measure in curves.MEASURES if measure.key == "psnr")
+    head, *rows = tables.curve_table(records, measure)
     cells = [dict(zip(head, row, strict=True)) for row in rows]
     assert {c["curve"]: (c["point"], c["PSNR [dB]"]) for c in cells} == {
         "codec": ("12.5", "30.12"),
@@ -139,7 +138,7 @@ def test_arms_are_averaged_over_seeds_and_compared_with_the_first(experiment):
     own += [arm("jpeg-downsampling", 0, 0.4, 220.0, 200.0), arm("rgb-26", 0, 0.3, 1.0, 1.0)[:1]]
     records = [record for pair in own for record in pair]
     (workdir / "finished" / "records.json").write_text(json.dumps(records))
-    text = report.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
+    text = page.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
     for row in (
         "| rgb-50 | 55.0 ± 5.0 | 90.0 ± 0.0 | 2 | 110 (1.00 ×) | 80 (1.00 ×) | 3.858 | 25.50 |",
         "| jpeg-downsampling | 40.0 | 90.0 | 1 | 220 (2.00 ×) | 200 (2.50 ×) | 3.858 | 25.50 |",
@@ -148,7 +147,7 @@ def test_arms_are_averaged_over_seeds_and_compared_with_the_first(experiment):
         assert row in text
     assert (workdir / "speed.png").read_bytes().startswith(b"\x89PNG")
     (workdir / "finished" / "records.json").write_text(json.dumps(records[:1]))
-    text = report.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
+    text = page.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
     assert "| rgb-50 | 50.0 | 90.0 | 1 |\n" in text  # and no empty columns
 
 
@@ -169,7 +168,7 @@ def test_principal_colours_separate_what_differs_most():
 def test_panels_of_training_keep_their_size_however_many_runs(experiment, monkeypatch):
     _, (finished, _), folder = experiment
     figures = []
-    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(training, "save", lambda figure, path: figures.append(figure))
     runs = []
     for number in range(90):
         run = ml_collections.ConfigDict(finished.to_dict())
@@ -178,7 +177,7 @@ def test_panels_of_training_keep_their_size_however_many_runs(experiment, monkey
         (folder / run.name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
         runs.append(run)
     for some in (runs[:1], runs):
-        report._draw_training(some, folder)
+        training.draw_training(some, folder)
         figures[-1].canvas.draw()
     few, many = (figure.axes[0] for figure in figures)
     assert few.bbox.size.tolist() == many.bbox.size.tolist()
@@ -191,11 +190,11 @@ def test_panels_of_training_keep_their_size_however_many_runs(experiment, monkey
 
 def test_report_is_complete_and_self_contained(experiment):
     config, runs, workdir = experiment
-    path = report.write_report(config, runs, workdir)
-    page = path.read_text(encoding="utf-8")
-    sources = re.findall(r'src="([^"]{0,30})', page)
+    path = page.write_report(config, runs, workdir)
+    text = path.read_text(encoding="utf-8")
+    sources = re.findall(r'src="([^"]{0,30})', text)
     assert len(sources) == 2 and all(s.startswith("data:image/png;base64,") for s in sources)
-    assert "python -m trial --x=&lt;1&gt;" in page and "--x=<1>" not in page
+    assert "python -m trial --x=&lt;1&gt;" in text and "--x=<1>" not in text
     text = (workdir / "report.md").read_text(encoding="utf-8")
     for name in re.findall(r"!\[.*?\]\((.*?)\)", text):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")
@@ -206,11 +205,11 @@ def test_report_is_complete_and_self_contained(experiment):
 
 def test_report_names_what_is_missing(experiment):
     config, runs, workdir = experiment
-    text = report.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
+    text = page.write_report(config, runs, workdir).with_suffix(".md").read_text(encoding="utf-8")
     assert "Not finished yet: absent" in text and "No frozen codec yet." in text
     empty = workdir / "empty"
     empty.mkdir()
-    text = report.write_report(config, runs, empty).with_suffix(".md").read_text(encoding="utf-8")
+    text = page.write_report(config, runs, empty).with_suffix(".md").read_text(encoding="utf-8")
     assert "Not finished yet: finished, absent" in text
 
 
@@ -218,7 +217,7 @@ def test_same_records_give_the_same_files(experiment):
     config, runs, workdir = experiment
     first = {}
     for _ in range(2):
-        report.write_report(config, runs, workdir)
+        page.write_report(config, runs, workdir)
         files = {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
         assert files == (first or files)
         first = files

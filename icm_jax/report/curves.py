@@ -1,0 +1,94 @@
+"""Curves of quality over rate: which there are, their points, and their figure."""
+
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from icm_jax.report.looks import COLOURS, NAMES, save
+
+
+class Measure(NamedTuple):
+    """What is drawn over the rate: records of `curve` that have `key`, times `factor`."""
+
+    curve: str
+    key: str
+    title: str
+    axis: str
+    factor: float = 1.0
+
+
+MEASURES = (
+    Measure("classify", "top1", "Classification, tail fine-tuned", "top-1 accuracy [%]", 100),
+    Measure("linear", "top1", "Classification, linear", "top-1 accuracy [%]", 100),
+    Measure("segment", "miou", "Semantic segmentation", "mIoU [%]", 100),
+    Measure("detect", "map50", "Detection, mAP at IoU 0.5", "mAP@0.5 [%]", 100),
+    Measure("detect", "map", "Detection, mAP at IoU 0.5 to 0.95", "mAP@[0.5:0.95] [%]", 100),
+    Measure("image", "psnr", "Image quality, PSNR", "PSNR [dB]"),
+    Measure("image", "ssim_db", "Image quality, SSIM", "SSIM [dB]"),
+    Measure("image", "ms_ssim_db", "Image quality, MS-SSIM", "MS-SSIM [dB]"),
+)
+
+
+def curves_of(records: list[dict], key: str, rate: str = "bpp") -> dict[str, np.ndarray]:
+    """Points of each curve, averaged over seeds: {name: float [n, 4]} of (bpp, value, ± both)."""
+    points: dict[tuple, list] = {}
+    for record in records:
+        if rate not in record:
+            continue
+        name, point = name_and_point(record)
+        points.setdefault((name, point), []).append((record[rate], record[key]))
+    curves: dict[str, list] = {}
+    for (name, _), values in points.items():
+        values = np.array(values)
+        curves.setdefault(name, []).append([*values.mean(axis=0), *values.std(axis=0)])
+    return {name: np.array(sorted(rows)) for name, rows in curves.items()}
+
+
+def name_and_point(record: dict) -> tuple[str, str]:
+    """The curve that a record belongs to, and which point of it."""
+    method, _, quality = record["kind"].partition("-")
+    if method == "stream":
+        return record["arm"], f"{record['point']} {quality}".strip()
+    return method, quality
+
+
+def draw_curves(records, path, measure: Measure):
+    figure = Figure(figsize=(7.5, 5), dpi=120)
+    axes = figure.subplots()
+    for name, rows in curves_of(records, measure.key).items():
+        axes.errorbar(
+            rows[:, 0],
+            measure.factor * rows[:, 1],
+            measure.factor * rows[:, 3],
+            rows[:, 2],
+            marker="o",
+            color=COLOURS.get(name),
+            label=NAMES.get(name, name),
+            capsize=2,
+        )
+    jpeg = [record for record in records if record["kind"].partition("-")[0] == "jpeg"]
+    for rows in curves_of(jpeg, measure.key, "bpp_without_tables").values():
+        axes.plot(
+            rows[:, 0],
+            measure.factor * rows[:, 1],
+            "--",
+            color=COLOURS["jpeg"],
+            linewidth=1,
+            label="JPEG without its tables",
+        )
+    pixels = [record[measure.key] for record in records if record["kind"] == "pixels"]
+    if pixels:
+        value = measure.factor * np.mean(pixels)
+        axes.axhline(value, color="grey", linestyle=":", label="uncompressed pixels")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel("bits per pixel, measured on whole files")
+    axes.set_ylabel(measure.axis)
+    axes.set_title(measure.title)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return save(figure, path)

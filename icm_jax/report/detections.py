@@ -1,0 +1,94 @@
+"""Images with the boxes that a detector finds on pixels, and behind codecs."""
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from icm_jax.codecs import CODECS, bitstream, model_file
+from icm_jax.coding import container
+from icm_jax.data import open_source, pipeline
+from icm_jax.engine import checkpoint
+from icm_jax.engine.train import complete
+from icm_jax.report.looks import save
+from icm_jax.tasks import build_task
+
+DRAWN = 0.4
+"""Least score of a box that is drawn."""
+
+
+def detections(run, codecs, workdir) -> list[tuple[str, object]]:
+    """Validation images with the boxes that are there (dashed) and those that are found.
+
+    Under them, for the middle λ of each arm of `codecs`, what it decodes to and what the detector
+    finds there: behind a scalable codec from the base layer alone.
+    """
+    source, count = open_source(run.data, "validation"), 6
+    spec = pipeline.batch_spec(run.data, count)
+    batch = next(pipeline.evaluation_batches(source, spec, limit=count))
+    task = build_task(complete(run.task, source))
+    variables = checkpoint.load_variables(workdir / run.name)
+    predict = jax.jit(task.predict)
+    captions = [""] * count
+    rows = [("pixels", batch["image"], predict(variables, {"image": batch["image"]}), captions)]
+    for codec_run in _middles(codecs):
+        frozen = model_file.load(workdir / codec_run.name / "codec.icmc", CODECS)
+        streams = bitstream.encode(frozen, batch["image"])
+        pictures = bitstream.decode(frozen, streams, "image").clip(0, 255)
+        captions, inputs = [f"{len(data)} bytes" for data in streams], {"image": pictures}
+        if "feature" in frozen.codec.outputs:
+            first = [container.prefix(data, 1) for data in streams]
+            inputs = {"feature": bitstream.decode(frozen, first, "feature", layers=1)}
+            captions = [
+                f"boxes {len(base)} of {text}" for base, text in zip(first, captions, strict=True)
+            ]
+        arm, found = codec_run.labels.arm, predict(variables, inputs)
+        title = f"{arm}\nλ = {codec_run.labels.point}"
+        rows.append((title, pictures.astype(np.uint8), found, captions))
+    figure = Figure(figsize=(2.1 * count, 2.2 * len(rows)), dpi=110)
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for own, (title, pictures, found, captions) in zip(axes, rows, strict=True):
+        found = jax.device_get(found)
+        own[0].set_ylabel(title, fontsize=8)
+        for row, axis in enumerate(own):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if not batch["valid"][row]:
+                continue
+            height, width = batch["extent"][row]
+            axis.imshow(pictures[row, :height, :width])
+            axis.set_xlabel(captions[row], fontsize=7)
+            for box in batch["boxes"][row][batch["box_valid"][row]]:
+                _draw_box(axis, box, spec.canvas, "white", "--")
+            for i in np.flatnonzero(found["valid"][row] & (found["scores"][row] >= DRAWN)):
+                label = int(found["labels"][row, i])
+                text = f"{source.classes[label]} {found['scores'][row, i]:.2f}"
+                box = found["boxes"][row, i]
+                _draw_box(axis, box, spec.canvas, f"C{label % 10}", "-", text)
+    figure.tight_layout()
+    text = f"Dashed: the truth. Lines: boxes with a score of at least {DRAWN}."
+    if codecs:
+        text += " Under the first row: decoded pictures, and the boxes that the detector finds "
+        text += "in the base layer, or in the decoded picture of codecs with one layer."
+    name = save(figure, workdir / "boxes.png")
+    return [("h2", "Detections"), ("image", name), ("p", text)]
+
+
+def _middles(runs) -> list:
+    """Of each arm, first seed, the run of the middle λ."""
+    arms: dict[str, list] = {}
+    for run in runs:
+        if run.seed == runs[0].seed:
+            arms.setdefault(run.labels.arm, []).append(run)
+    return [own[len(own) // 2] for own in arms.values()]
+
+
+def _draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: str = "") -> None:
+    """A rectangle (ymin, xmin, ymax, xmax), fractions of `size` in pixels, and words above it."""
+    top, left, bottom, right = np.clip(box, 0, 1) * np.tile(size, 2)
+    corner = (left - 0.5, top - 0.5)
+    axis.add_patch(
+        Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=colour, linestyle=style)
+    )
+    if text:
+        axis.text(*corner, text, color="white", backgroundcolor=colour, fontsize=6)

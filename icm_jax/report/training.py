@@ -1,0 +1,52 @@
+"""The figure of losses over steps."""
+
+import json
+import pathlib
+import re
+
+from matplotlib import colormaps, ticker
+from matplotlib.figure import Figure
+
+from icm_jax.report.looks import save
+
+TAB20 = colormaps["tab20"].colors
+DASHES = ("-", "--", ":", "-.")
+WIDE = 10  # largest over smallest loss of a panel from which on its axis is logarithmic
+
+
+def draw_training(runs, workdir):
+    """Loss over steps, a panel per task with names beneath; seeds share a name and a colour."""
+    logs = {run.name: _read_lines(workdir / run.name / "metrics.jsonl") for run in runs}
+    kinds = sorted({run.task.name for run in runs})
+    figure = Figure(figsize=(5 * len(kinds), 3.4), dpi=110)
+    figure.subplots_adjust(wspace=0.3)
+    axes = figure.subplots(1, len(kinds), squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        looks, losses = {}, []
+        for run in runs:
+            if run.task.name != kind or not logs[run.name]:
+                continue
+            name = re.sub(r"^seed\d+/", "", run.name)
+            label = name if name not in looks else None
+            dashes, colour = divmod(looks.setdefault(name, len(looks)), len(TAB20))
+            look = dict(color=TAB20[colour], linestyle=DASHES[dashes % len(DASHES)], linewidth=1)
+            own = [line["loss"] for line in logs[run.name]]
+            axis.plot([line["step"] for line in logs[run.name]], own, label=label, **look)
+            losses += own
+        if losses:
+            if min(losses) > 0 and max(losses) > WIDE * min(losses):
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+            beneath = dict(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+            axis.legend(fontsize=6, ncols=1 if len(looks) < 4 else 3, **beneath)
+        axis.set_title(kind, fontsize=9)
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss")
+        axis.grid(alpha=0.3)
+    return save(figure, workdir / "training.png")
+
+
+def _read_lines(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
