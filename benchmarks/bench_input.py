@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from icm_jax.data import geometry, open_source, pipeline
+from icm_jax.data import geometry, images, open_source, pipeline
 
 CROP = (0.08, 1.0)
 
@@ -49,8 +49,9 @@ def one_core(kind, files, canvas, rounds):
     """Prints medians of both readers."""
 
     def ours(data, rng):
-        least = math.ceil(max(canvas) / math.sqrt(CROP[0] if kind == "crop" else 1))
-        image = geometry.decode_image(data, "", least)
+        share = math.sqrt(CROP[0] if kind == "crop" else 1)
+        least = tuple(math.ceil(side / share) for side in canvas)
+        image = images.read_rgb(data, "", least)
         if kind == "fit":
             return geometry.fit(image, canvas)
         return geometry.random_view(image, canvas, CROP, rng)

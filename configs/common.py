@@ -18,9 +18,27 @@ def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.Con
         """Settings of one scale; every field can be overridden on the command line."""
         if arg not in known:
             raise ValueError(f"there is no scale {arg!r}; choose one of {', '.join(known)}")
-        return ml_collections.ConfigDict(known[arg]())
+        return overridable(known[arg]())
 
     return get_config
+
+
+def overridable(config: dict) -> ml_collections.ConfigDict:
+    """An experiment whose command may give a canvas or a size as one number or as (height, width),
+    and the fields of any data set; those that it has no value for are None, which is not given."""
+
+    def opened(tree: dict) -> dict:
+        found = {key: opened(v) if isinstance(v, dict) else v for key, v in tree.items()}
+        for key in found.keys() & {"canvas", "size"}:
+            found[key] = ml_collections.FieldReference(found[key], field_type=object)
+        return found
+
+    every = {
+        field: ml_collections.config_dict.placeholder(object)
+        for known in DATASETS.values()
+        for field in known.fields
+    }
+    return ml_collections.ConfigDict(opened(config | {"data": every | config["data"]}))
 
 
 def scenes(train: int, validation: int, canvas: int = 96, **fields) -> dict:

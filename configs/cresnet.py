@@ -97,7 +97,7 @@ def streets() -> dict:
     config["model"].update(size=128)
     config["train"].update(batch_size=16)
     config["segment"].update(steps=500)
-    config["data"] = dict(name="mask_folder", path="", canvas=128, images="images")
+    config["data"] = dict(name="mask_folder", path="", canvas=128)
     return config
 
 

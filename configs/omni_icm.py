@@ -44,8 +44,7 @@ def demo() -> dict:
     return dict(
         name="omni_icm",
         seeds=(0,),
-        # images: of mask_folder, another folder of them, relative to the path
-        data=common.scenes(train=4500, validation=600, images="images"),
+        data=common.scenes(train=4500, validation=600),
         model=dict(
             variant="18",
             width=16,

@@ -138,6 +138,8 @@ def _share(text: str) -> float:
 
 
 def _compress(options) -> int:
+    from icm_jax.data.images import read_image
+
     codec = _load(options.model)
 
     def one(data, name):
@@ -147,6 +149,8 @@ def _compress(options) -> int:
 
 
 def _decompress(options) -> int:
+    from icm_jax.data.images import write_image
+
     codec = _load(options.model)
     out = options.out or ""
     suffix = ".png" if _is_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
@@ -196,6 +200,8 @@ def _facts(name: str, data: bytes) -> dict:
 
 
 def _detect(options) -> int:
+    from icm_jax.data.images import write_image
+
     codec = _load(options.model)
     find = _finder(codec, options)
     failed, results = 0, []
@@ -316,6 +322,7 @@ def _verify(options) -> int:
 def _eval(options) -> int:
     import tqdm
 
+    from icm_jax.data.images import read_image
     from icm_jax.data.sources import SUFFIXES
     from icm_jax.measure import rate_distortion
 
@@ -352,51 +359,6 @@ def _eval(options) -> int:
         rate_distortion.write(pathlib.Path(options.out), rows, means)
         print(f"written to {options.out}: results.csv, results.json, curves.png")
     return int(failed > 0)
-
-
-def read_image(data: bytes, name: str):
-    """uint8 [H, W, 3], or [H, W] of a greyscale file; the EXIF orientation is applied.
-
-    16 bits are reduced to 8, transparency is laid over white.
-
-    Raises: IcmError if the bytes are not a whole image.
-    """
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                return (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
-            if image.mode in ("1", "L"):
-                return np.asarray(image.convert("L"))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise IcmError(
-            f"cannot read {name}: it is no image of a format that Pillow knows"
-        ) from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise IcmError(f"cannot read the image {name}: {error}") from error
-
-
-def write_image(image, suffix: str) -> bytes:
-    """The file of a uint8 image in the format that a suffix names. Raises IcmError if none does."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    kind = Image.registered_extensions().get(suffix.lower())
-    if kind is None:
-        raise IcmError(f"no image format has the suffix {suffix!r}; use .png")
-    try:
-        Image.fromarray(image).save(file, kind)
-    except (KeyError, OSError, ValueError) as error:
-        raise IcmError(f"cannot write images as {suffix!r}: {error}; use .png") from error
-    return file.getvalue()
 
 
 def _each(options, convert, suffix: str) -> int:

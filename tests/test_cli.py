@@ -15,6 +15,7 @@ from PIL import Image
 import icm_jax
 from icm_jax import cli
 from icm_jax.codecs import bitstream, filter_codec, image_codec, model_file
+from icm_jax.data.images import read_image
 from icm_jax.measure import classical
 
 RNG = np.random.default_rng(5)
@@ -146,7 +147,7 @@ def test_eval_measures_what_was_written(model, photos, capsys):
     rows = [row for row in results["images"] if row["codec"] == "icm"]
     assert len(rows) == 6
     for row in rows:
-        image = cli.read_image(pathlib.Path(row["image"]).read_bytes(), row["image"])
+        image = read_image(pathlib.Path(row["image"]).read_bytes(), row["image"])
         data = icm_jax.load(model).compress(image, row["quality"])
         assert row["bytes"] == len(data)
         assert row["bpp"] == pytest.approx(8 * len(data) / image[..., :1].size if image.ndim == 3
@@ -165,14 +166,14 @@ def test_orientation_transparency_and_depth(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "turned.png", exif=exif)
-    turned = cli.read_image((tmp_path / "turned.png").read_bytes(), "turned")
+    turned = read_image((tmp_path / "turned.png").read_bytes(), "turned")
     np.testing.assert_array_equal(turned, np.rot90(np.asarray(image), -1))
     clear = Image.new("RGBA", (1, 1), (10, 20, 30, 0))
     clear.save(tmp_path / "clear.png")
-    assert (cli.read_image((tmp_path / "clear.png").read_bytes(), "clear") == 255).all()
+    assert (read_image((tmp_path / "clear.png").read_bytes(), "clear") == 255).all()
     deep = Image.fromarray(np.full((1, 1), 0x1234, np.uint16))
     deep.save(tmp_path / "deep.png")
-    assert cli.read_image((tmp_path / "deep.png").read_bytes(), "deep") == 0x12
+    assert read_image((tmp_path / "deep.png").read_bytes(), "deep") == 0x12
 
 
 def test_layers_and_codec_files(model, photos, capsys):

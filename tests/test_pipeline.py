@@ -12,7 +12,7 @@ import simplejpeg
 from ml_collections import ConfigDict
 from PIL import Image
 
-from icm_jax.data import geometry, jpeg, pipeline
+from icm_jax.data import geometry, images, jpeg, pipeline
 from icm_jax.data.pipeline import BatchSpec
 from icm_jax.data.resize import bilinear
 from icm_jax.data.sources import Objects, Source
@@ -106,7 +106,7 @@ def test_padding_is_blank_and_ignored():
     batches = list(pipeline.evaluation_batches(numbered(5, masks=True), BatchSpec(4, CANVAS)))
     last = batches[-1]
     assert last["valid"].tolist() == [True, False, False, False]
-    assert not last["image"][1:].any() and np.all(last["mask"][1:] == geometry.IGNORE)
+    assert not last["image"][1:].any() and np.all(last["mask"][1:] == images.IGNORE)
 
 
 def test_masks_that_nobody_asks_for_are_not_read():
@@ -217,7 +217,7 @@ def stored(array, kind, **options):
 
 def test_16_bit_grey_keeps_its_steps():
     grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    image = geometry.decode_image(stored(grey, "PNG"), "x")
+    image = images.read_rgb(stored(grey, "PNG"), "x")
     np.testing.assert_array_equal(image, np.repeat((grey // 256).astype(np.uint8)[..., None], 3, 2))
 
 
@@ -228,16 +228,16 @@ def test_greyscale_cmyk_and_palette_become_rgb():
     Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE).save(palette, "PNG")
     for data in (cmyk.getvalue(), palette.getvalue()):
         np.testing.assert_allclose(
-            geometry.decode_image(data, "x").astype(int), colour.astype(int), atol=4
+            images.read_rgb(data, "x").astype(int), colour.astype(int), atol=4
         )
-    grey = geometry.decode_image(stored(colour[..., 0], "JPEG", quality=100), "x")
+    grey = images.read_rgb(stored(colour[..., 0], "JPEG", quality=100), "x")
     np.testing.assert_allclose(grey.astype(int), 200, atol=2)
 
 
 def test_an_image_too_large_for_pillow_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(IcmError, match="cannot read the image x"):
-        geometry.decode_image(stored(np.zeros((20, 20, 3), np.uint8), "PNG"), "x")
+        images.read_rgb(stored(np.zeros((20, 20, 3), np.uint8), "PNG"), "x")
 
 
 @hypothesis.settings(max_examples=30, deadline=None)
@@ -252,8 +252,8 @@ def test_image_and_mask_stay_aligned(height, width, canvas):
     jpeg = simplejpeg.encode_jpeg(
         np.ascontiguousarray(np.repeat(mask[..., None] * 255, 3, axis=2)), 100, "RGB", "444"
     )
-    image = geometry.decode_image(jpeg, "x", max(canvas))
-    assert min(image.shape[:2]) >= min(height, width, max(canvas))
+    image = images.read_rgb(jpeg, "x", canvas)
+    assert image.shape[0] >= min(height, canvas[0]) and image.shape[1] >= min(width, canvas[1])
     geometry.check_aspect(image, mask, "x")
     fitted = geometry.fit(image, canvas)[..., 0] > 127
     labels = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
@@ -370,7 +370,7 @@ def test_coefficients_are_those_of_the_file_or_of_one_written_anew():
     assert not batch["chroma"][rows[1]].any() and batch["luma"][rows[1]].any()
     spec = dataclasses.replace(spec, coefficients="75")
     (anew,) = pipeline.batches(files(colour, grey), spec, **order)
-    fitted = geometry.fit(geometry.decode_image(colour, ""), (32, 48))
+    fitted = geometry.fit(images.read_rgb(colour, ""), (32, 48))
     again = jpeg.read_coefficients(simplejpeg.encode_jpeg(fitted, 75, "RGB", "420"))
     np.testing.assert_array_equal(anew["luma"][rows[0]], again.planes[0])
     (whole,) = pipeline.in_order(files(colour), BatchSpec(1, (32, 48), coefficients="75"))

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from PIL import Image
 
-from icm_jax.data import open_source, pipeline
+from icm_jax.data import DATASETS, data_fields, open_source, pipeline
 from icm_jax.data.pipeline import BatchSpec
 from icm_jax.errors import IcmError
 
@@ -443,3 +443,62 @@ def test_the_folder_of_pascal_voc(tmp_path):
     (tmp_path / "JPEGImages" / "b.jpg").unlink()
     with pytest.raises(IcmError, match="no image 'b'"):
         open_source(config, "validation")
+
+
+def streets(root):
+    """Two splits by folder, images and masks in folders of cities, with the city's file names."""
+    for split, city, number in (("train", "a", 1), ("train", "b", 2), ("val", "b", 3)):
+        stem = f"{split}/{city}/{city}_{number}"
+        save(root / f"leftImg8bit/{stem}_leftImg8bit.png", size=(32, 16))
+        save(root / f"gtFine/{stem}_gtFine_labelIds.png", mode="L", value=7 + number, size=(32, 16))
+        save(root / f"gtFine/{stem}_gtFine_color.png", size=(32, 16))
+    (root / "classes.txt").write_text("road\nsidewalk\n")
+    return dict(
+        images="leftImg8bit/{split}",
+        masks="gtFine/{split}",
+        image_suffix="_leftImg8bit",
+        mask_suffix="_gtFine_labelIds",
+        mask_ids=((8, 0), (9, 1), (-1, 255)),
+    )
+
+
+def test_images_and_masks_are_found_by_a_rule_of_names(tmp_path):
+    fields = streets(tmp_path)
+    train = opened("mask_folder", tmp_path, **fields)
+    validation = opened("mask_folder", tmp_path, "validation", **fields)
+    assert (train.length, validation.length) == (2, 1)
+    batches = list(pipeline.in_order(train, BatchSpec(2, (8, 16))))
+    assert [np.unique(mask).tolist() for mask in batches[0]["mask"]] == [[0], [1]]
+    (batch,) = pipeline.in_order(validation, BatchSpec(1, (8, 16)))
+    assert (batch["mask"] == 255).all()  # id 10 is one of the others
+    strict = opened("mask_folder", tmp_path, "validation", **fields | dict(mask_ids=((8, 0),)))
+    with pytest.raises(IcmError, match=r"class id 10.*data\.mask_ids lists 1"):
+        next(pipeline.in_order(strict, BatchSpec(1, (8, 16))))
+    (tmp_path / "val.txt").write_text("b_3\nb_4\n")
+    with pytest.raises(IcmError, match=r"no image 'b_4' \(1 of 2 are missing\); data.images and"):
+        opened("mask_folder", tmp_path, "validation", **fields)
+    for ids, message in ((((8, 2),), "names the class 2; classes.txt has 2"), ((8, 0), "pairs")):
+        with pytest.raises(IcmError, match=message):
+            opened("mask_folder", tmp_path, **fields | dict(mask_ids=ids))
+    (tmp_path / "gtFine/train/b/b_2_gtFine_labelIds.png").unlink()
+    with pytest.raises(IcmError, match="no mask 'b_2'"):
+        opened("mask_folder", tmp_path, **fields)
+    save(tmp_path / "leftImg8bit/train/b/a_1_leftImg8bit.png")
+    with pytest.raises(IcmError, match="have the same name 'a_1'"):
+        opened("mask_folder", tmp_path, **fields)
+
+
+def test_a_field_of_another_set_is_refused_by_name(tmp_path):
+    save(tmp_path / "cat/1.png")
+    with pytest.raises(IcmError, match=r"set folder has no field data\.train; it has path, and of"):
+        opened("folder", tmp_path, train=5)
+    with pytest.raises(
+        IcmError, match=r"no field data\.mask_id; it has path, images, masks"
+    ):
+        opened("mask_folder", tmp_path, mask_id=())
+    for name, known in DATASETS.items():
+        assert data_fields(dict(name=name, canvas=8, train=5, list="x", boxes=None)) == {
+            "name": name,
+            "canvas": 8,
+            **{f: v for f, v in dict(train=5, list="x").items() if f in known.fields},
+        }

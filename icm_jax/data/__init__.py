@@ -1,45 +1,99 @@
 """Data on the host: sources of coded images and resumable batches. No JAX here."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from icm_jax.data import scenes, sources
+from icm_jax.data import sources
 from icm_jax.errors import IcmError
+
+BATCH_FIELDS = ("canvas", "boxes", "coefficients", "crop")
+"""Fields of a run's data that say what its batches are, whatever the set; see `pipeline`."""
 
 
 class Dataset(NamedTuple):
-    """keys: what examples have beside the image (label, mask, objects); open: (config, split).
+    """A data set that configs can name.
 
-    classes, mask_classes: how many there are, where that does not depend on the files.
+    A run's `data` holds its name, `BATCH_FIELDS` and the set's own fields, no others. The `data` of
+    an experiment may hold those of several sets, so that a command can name another one: each run
+    takes what its set has (`data_fields`), and a field that is None is not given.
+
+    Attributes:
+      keys: what examples have beside the image (label, mask, objects).
+      open: (every field of the set -> value, split) -> Source.
+      fields: the set's own fields and their defaults; a string stays one, whatever is given.
+      classes, mask_classes: how many there are, where that does not depend on the files.
     """
 
     keys: tuple[str, ...]
-    open: Callable[..., sources.Source]
+    open: Callable[[Mapping[str, Any], str], sources.Source]
+    fields: Mapping[str, Any] = {"path": ""}
     classes: int | None = None
     mask_classes: int = 0
 
 
+_SCENES = {"path": "", "size": 96, "train": 5000, "validation": 800, "seed": 0, "quality": 95}
+_MASKS = {"path": "", "images": "images", "masks": "masks", "image_suffix": "", "mask_suffix": ""}
+_MASKS |= {"mask_ids": ()}
+_VOC = {"path": "", "list": "train", "masks": "SegmentationClass"}
 DATASETS = {
-    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, 12, 13),
+    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, _SCENES, 12, 13),
     "folder": Dataset(("label",), sources.folder),
     "photos": Dataset((), sources.photos),
     "coco_json": Dataset(("label", "objects"), sources.coco_json),
-    "mask_folder": Dataset(("mask",), sources.mask_folder),
-    "voc_masks": Dataset(("mask",), sources.voc_masks, 0, 21),
-    "imagenet2012": Dataset(("label",), sources.tfds_source("imagenet2012"), 1000),
-    "coco/2014": Dataset(("label", "objects"), sources.tfds_source("coco/2014"), 80),
-    "coco/2017": Dataset(("label", "objects"), sources.tfds_source("coco/2017"), 80),
-    "voc/2012": Dataset(("label", "objects"), sources.tfds_source("voc/2012"), 20),
+    "mask_folder": Dataset(("mask",), sources.mask_folder, _MASKS),
+    "voc_masks": Dataset(("mask",), sources.voc_masks, _VOC, 0, 21),
 }
+for _name, _keys, _classes in (
+    ("imagenet2012", ("label",), 1000),
+    ("coco/2014", ("label", "objects"), 80),
+    ("coco/2017", ("label", "objects"), 80),
+    ("voc/2012", ("label", "objects"), 20),
+):
+    DATASETS[_name] = Dataset(_keys, sources.tfds_source(_name), classes=_classes)
 
 
-def open_source(config, split: str) -> sources.Source:
-    """The source that `config.name` names; `split` is "train" or "validation".
+def dataset(name: str) -> Dataset:
+    """The data set of a name. Raises: IcmError for an unknown one."""
+    if name not in DATASETS:
+        raise IcmError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
+    return DATASETS[name]
 
-    Raises: IcmError for an unknown name, absent data, or files of another structure.
+
+def check_fields(name: str, given) -> None:
+    """Raises IcmError if one of the names `given` is no field of a data set or its batches."""
+    known = ("name", *BATCH_FIELDS, *dataset(name).fields)
+    for field in given:
+        if field not in known:
+            raise IcmError(
+                f"the data set {name} has no field data.{field}; it has "
+                f"{', '.join(dataset(name).fields)}, and of batches {', '.join(BATCH_FIELDS)}"
+            )
+
+
+def data_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's `data` from an experiment's: without the fields of other sets than `data["name"]`.
+
+    An unknown name is left to `open_source`: its data stay as they are.
     """
-    if split not in scenes.SPLITS:
-        raise IcmError(f"no split {split!r}; choose one of {', '.join(scenes.SPLITS)}")
-    if config.name not in DATASETS:
-        raise IcmError(f"unknown data set {config.name!r}; choose one of {', '.join(DATASETS)}")
-    return DATASETS[config.name].open(config, split)
+    given = {field: value for field, value in data.items() if value is not None}
+    if given["name"] not in DATASETS:
+        return given
+    fields = DATASETS[given["name"]].fields
+    return {f: value for f, value in given.items() if f in ("name", *BATCH_FIELDS, *fields)}
+
+
+def open_source(config: Mapping[str, Any], split: str) -> sources.Source:
+    """The source that a run's data fields name; `split` is "train" or "validation".
+
+    Raises: IcmError for an unknown name or field, absent data, or files of another structure.
+    """
+    if split not in sources.SPLITS:
+        raise IcmError(f"no split {split!r}; choose one of {', '.join(sources.SPLITS)}")
+    given = {field: value for field, value in config.items() if value is not None}
+    found = dataset(given["name"])
+    check_fields(given["name"], given)
+    fields = {}
+    for field, default in found.fields.items():
+        value = given.get(field, default)
+        fields[field] = str(value) if isinstance(default, str) else value
+    return found.open(fields, split)

@@ -1,16 +1,11 @@
-"""Images, masks and boxes on the host: decoding, and fitting to the fixed canvas of a batch."""
-
-import io
+"""Images, masks and boxes on the host: fitting to the fixed canvas of a batch."""
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from icm_jax.data.resize import bilinear
 from icm_jax.errors import IcmError
 
-IGNORE = 255
-"""The class id of pixels without one."""
 GREY = 128
 """Of the bars beside a letterboxed image."""
 
@@ -28,55 +23,6 @@ def sides(size) -> tuple[int, int]:
     if not whole or len(given) not in (1, 2):
         raise IcmError(f"a size is a whole number of pixels or (height, width), not {size!r}")
     return given[0], given[-1]
-
-
-def decode_image(data: bytes, name: str, smallest: int = 0) -> np.ndarray:
-    """RGB uint8 [H, W, 3] of a JPEG (or any format that Pillow reads).
-
-    Args:
-      data: the file's bytes. name: what an error calls it.
-      smallest: a JPEG may be decoded at a fraction of its size as long as both sides keep this
-        many pixels, which costs a fraction of the time.
-
-    16-bit grey is scaled to 8 bits; transparency is dropped.
-
-    Raises: IcmError if the bytes are not a whole image, or one so large that Pillow refuses it.
-    """
-    try:
-        if simplejpeg.is_jpeg(data):
-            sides = dict(min_height=smallest, min_width=smallest)
-            # Between a half and all of a size, libjpeg takes longer than for all of it.
-            return simplejpeg.decode_jpeg(data, "RGB", min_factor=2, strict=True, **sides)
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I"):  # Pillow's own conversion would saturate, not scale
-                grey = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise IcmError(f"cannot read the image {name}: {error}; repair or remove it") from error
-
-
-def decode_mask(data: bytes, name: str, classes: int = 256) -> np.ndarray:
-    """Class ids uint8 [H, W] of a PNG with one channel or a palette.
-
-    Raises: IcmError if it cannot be read, or has an id that is neither below `classes` nor 255.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            mask = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise IcmError(f"cannot read the mask {name}: {error}; repair or remove it") from error
-    if mask.ndim != 2 or mask.dtype != np.uint8:
-        raise IcmError(
-            f"the mask {name} must have one 8-bit channel, not {mask.dtype} {mask.shape}"
-        )
-    strange = mask[(mask >= classes) & (mask != IGNORE)]
-    if strange.size:
-        raise IcmError(
-            f"the mask {name} has the class id {strange.max()}; its data set names {classes} "
-            f"classes, so ids are 0 to {classes - 1}, and {IGNORE} where nothing is known"
-        )
-    return mask
 
 
 def check_aspect(image: np.ndarray, mask: np.ndarray, name: str) -> None:

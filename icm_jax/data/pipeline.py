@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from icm_jax.data import geometry, jpeg
+from icm_jax.data import geometry, images, jpeg
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
 
@@ -206,7 +206,7 @@ def in_order(
         if position < length:
             return whole(position)
         example = whole(0)  # its keys; the content is blanked
-        blanks = {"mask": geometry.IGNORE}
+        blanks = {"mask": images.IGNORE}
         return {key: np.full_like(value, blanks.get(key, 0)) for key, value in example.items()}
 
     return _parallel(load, spec, 0, -(-length // spec.batch_size))
@@ -255,8 +255,9 @@ def _example(
     elif feature is not None:
         example["feature"] = feature
     else:
-        least = math.ceil(max(canvas) / math.sqrt(spec.crop[0] if rng else 1.0))
-        image = geometry.decode_image(loaded["image"], loaded["name"], least)
+        share = math.sqrt(spec.crop[0] if rng else 1.0)
+        least = math.ceil(canvas[0] / share), math.ceil(canvas[1] / share)
+        image = images.read_rgb(loaded["image"], loaded["name"], least)
         if rng is None:
             view = geometry.fit(image, canvas)
         elif masked:
@@ -271,7 +272,8 @@ def _example(
         known = loaded["label"] is not None
         example |= {"label": np.int32(loaded["label"] if known else 0), "valid": np.bool_(known)}
     if masked:
-        mask = geometry.decode_mask(loaded["mask"], loaded["name"], len(source.mask_classes))
+        classes = len(source.mask_classes)
+        mask = images.read_mask(loaded["mask"], loaded["name"], classes, source.mask_ids)
         if feature is None:
             geometry.check_aspect(image, mask, loaded["name"])
         example["mask"] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
@@ -287,9 +289,15 @@ def write_jpeg(image: np.ndarray, quality: int) -> bytes:
 def read_planes(data: bytes, name: str, canvas: tuple[int, int]) -> dict[str, np.ndarray]:
     """{"luma", "chroma", "steps"} of one JPEG file, as in `batches`; `name` is for errors.
 
-    Raises: IcmError if it is smaller than the canvas, no 4:2:0 and no grey image, or damaged.
+    Raises: IcmError if it is smaller than the canvas, no 4:2:0 and no grey image, damaged, or
+      stored in another orientation than it is shown.
     """
     read = jpeg.read_coefficients(data, name)
+    if images.orientation(data) != 1:
+        raise IcmError(
+            f"{name} is to be turned (EXIF orientation {images.orientation(data)}), which its own "
+            "coefficients are not; ask for a quality instead"
+        )
     grey = len(read.planes) == 1
     if not grey and (read.sampling != ((2, 2), (1, 1), (1, 1)) or read.adobe == 0):
         raise IcmError(f"{name} is no YCbCr image with 4:2:0 sampling; ask for a quality instead")
@@ -317,7 +325,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     loaded, canvas, rows = source.load(number), spec.canvas, spec.boxes
     if "objects" not in loaded:
         raise IcmError(f"{source.name} has no boxes; data.boxes asks for them")
-    image = geometry.decode_image(loaded["image"], loaded["name"], max(canvas))
+    image = images.read_rgb(loaded["image"], loaded["name"], (max(canvas),) * 2)
     image, extent = geometry.letterbox(image, canvas)
     objects = loaded["objects"]
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]

@@ -10,20 +10,15 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from icm_jax.data import scenes
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import read_only_builder
-
 from icm_jax.errors import IcmError
 
+SPLITS = {"train": "train", "validation": "val"}
+"""The two parts of a data set, and their names in folders and lists."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -47,6 +42,7 @@ class Source:
         Objects if it has them}; the label is None where a labelled data set has none for this
         image. With objects, it is that of the largest which is not ignored.
       mask_classes: names of the class ids in masks.
+      mask_ids: {id in the files: class id}, see `images.read_mask`; None: they are the same.
     """
 
     name: str
@@ -54,6 +50,7 @@ class Source:
     classes: tuple[str, ...]
     load: Callable[[int], dict]
     mask_classes: tuple[str, ...] = ()
+    mask_ids: Mapping[int, int] | None = None
 
 
 def cache_folder() -> pathlib.Path:
@@ -62,10 +59,11 @@ def cache_folder() -> pathlib.Path:
 
 
 def scenes_source(config, split: str) -> Source:
-    """The embedded data; fields path (default: the cache) and those of `scenes.ScenesConfig`."""
-    fields = ("size", "train", "validation", "seed", "quality")
-    sizes = {k: config[k] for k in fields if k in config}
-    builder = scenes.prepared(config.get("path") or cache_folder(), **sizes)
+    """The embedded data; fields path ("": the cache) and those of `scenes.ScenesConfig`."""
+    from icm_jax.data import scenes
+
+    sizes = {field: value for field, value in config.items() if field != "path"}
+    builder = scenes.prepared(config["path"] or cache_folder(), **sizes)
     names = tuple(scenes.CLASSES)
     return _from_builder(builder, split, names, ("background", *names))
 
@@ -78,7 +76,7 @@ def folder(config, split: str) -> Source:
     image by name hash is kept for validation.
     """
     root = _existing(config)
-    short = {"train": "train", "validation": "val"}[split]
+    short = SPLITS[split]
     if (root / f"{short}.txt").is_file():
         entries = [root / line for line in _lines(root / f"{short}.txt")]
         listed = root / "classes.txt"
@@ -112,7 +110,7 @@ def photos(config, split: str) -> Source:
     `train.txt` and `val.txt` list files, or every fifth image by name hash is kept for validation.
     """
     root = _existing(config)
-    short = {"train": "train", "validation": "val"}[split]
+    short = SPLITS[split]
     if (root / f"{short}.txt").is_file():
         entries = [root / line for line in _lines(root / f"{short}.txt")]
     else:
@@ -127,9 +125,12 @@ def photos(config, split: str) -> Source:
 
 
 def coco_json(config, split: str) -> Source:
-    """COCO format: `images/` beside `train.json` and `val.json`; boxes without an area are none."""
+    """COCO format: `images/` beside `train.json` and `val.json`; boxes without an area are none.
+
+    Widths, heights and boxes are those of the upright image; see `icm_jax.data.images`.
+    """
     root = _existing(config)
-    file = root / {"train": "train.json", "validation": "val.json"}[split]
+    file = root / f"{SPLITS[split]}.json"
     text = _read(file)
     try:
         content = json.loads(text)
@@ -160,15 +161,60 @@ def coco_json(config, split: str) -> Source:
 
 
 def mask_folder(config, split: str) -> Source:
-    """`images/` and `masks/*.png` (class ids, 255 to ignore), listed by stem in train.txt, val.txt.
+    """Images and masks (PNG, class ids, 255 to ignore) of equal stems, in two folders.
 
-    `data.images` names another folder for the images, relative to the path.
+    Fields:
+      images, masks: the folders, relative to the path; subfolders are searched too, and "{split}"
+        stands for train or val.
+      image_suffix, mask_suffix: what ends the stem of each file and is no part of the name that
+        both have: with "_leftImg8bit" and "_gtFine_labelIds", a_leftImg8bit.png and
+        a_gtFine_labelIds.png are "a".
+      mask_ids: pairs (id in the file, class), if ids are not classes; see `images.read_mask`.
+
+    `train.txt` and `val.txt` list names; they may be absent where `images` has "{split}". Names of
+    classes are in `classes.txt`.
     """
     root = _existing(config)
-    stems = _lines(root / {"train": "train.txt", "validation": "val.txt"}[split])
-    folders = root / config.get("images", "images"), root / "masks"
-    hint = "; data.images names another folder"
-    return _with_masks(str(root), stems, *folders, tuple(_lines(root / "classes.txt")), hint)
+    folders = [root / config[kind].format(split=SPLITS[split]) for kind in ("images", "masks")]
+    found = {}
+    for kind, folder in zip(("image", "mask"), folders, strict=True):
+        found[kind] = _named(folder, config[f"{kind}_suffix"])
+    listed = root / f"{SPLITS[split]}.txt"
+    by_folder = "{split}" in config["images"] and not listed.is_file()
+    names = sorted(found["image"]) if by_folder else _lines(listed)
+    if not names:
+        raise IcmError(f"no images for {split} in {folders[0]}; expected files {SUFFIXES}")
+    try:
+        ids = {int(given): int(meant) for given, meant in config["mask_ids"]} or None
+    except (TypeError, ValueError) as error:
+        raise IcmError(
+            f"data.mask_ids is a list of pairs (id in the file, class), not {config['mask_ids']!r}"
+        ) from error
+    classes = tuple(_lines(root / "classes.txt"))
+    strange = [i for i in (ids or {}).values() if i != 255 and not 0 <= i < len(classes)]
+    if strange:
+        raise IcmError(
+            f"data.mask_ids names the class {strange[0]}; classes.txt has {len(classes)}, and 255 "
+            "is none"
+        )
+    hint = "; data.images and data.masks name other folders, data.image_suffix and "
+    hint += "data.mask_suffix what ends stems"
+    source = _with_masks(str(root), names, found["image"], found["mask"], classes, folders, hint)
+    return dataclasses.replace(source, mask_ids=ids)
+
+
+def _named(folder: pathlib.Path, suffix: str) -> dict[str, pathlib.Path]:
+    """{name: file} of the images in a folder and its subfolders whose stems end in `suffix`.
+
+    Raises: IcmError if two have the same name.
+    """
+    found: dict[str, pathlib.Path] = {}
+    for path in _images(folder):
+        if path.stem.endswith(suffix):
+            name = path.stem.removesuffix(suffix)
+            if found.setdefault(name, path) is not path:
+                raise IcmError(f"{found[name]} and {path} have the same name {name!r}; rename one")
+    return found
 
 
 VOC_CLASSES = (
@@ -184,33 +230,35 @@ def voc_masks(config, split: str) -> Source:
     ("SegmentationClassAug") and `data.list` their list ("trainaug").
     """
     root = _existing(config)
-    own = config.get("list", "train") if split == "train" else "val"
-    stems = _lines(root / "ImageSets" / "Segmentation" / f"{own}.txt")
-    folders = root / "JPEGImages", root / config.get("masks", "SegmentationClass")
-    return _with_masks(str(root), stems, *folders, tuple(VOC_CLASSES.split()))
+    listed = config["list"] if split == "train" else "val"
+    stems = _lines(root / "ImageSets" / "Segmentation" / f"{listed}.txt")
+    folders = root / "JPEGImages", root / config["masks"]
+    found = [_named(folder, "") for folder in folders]
+    return _with_masks(str(root), stems, *found, tuple(VOC_CLASSES.split()), folders)
 
 
-def _with_masks(name: str, stems, images, masks, classes: tuple[str, ...], hint="") -> Source:
-    """Images and masks of these stems in two folders."""
-    paths = {path.stem: path for path in _images(images)}
-    missing = [stem for stem in stems if stem not in paths]
-    if missing:
-        share = f"{len(missing)} of {len(stems)} are missing"
-        raise IcmError(f"{images} has no image {missing[0]!r} ({share}){hint}")
+def _with_masks(name: str, names, images, masks, classes, folders, hint="") -> Source:
+    """Images and masks of these names, each {name: file}; `folders` are for errors."""
+    for kind, there, folder in zip(("image", "mask"), (images, masks), folders, strict=True):
+        missing = [name for name in names if name not in there]
+        if missing:
+            share = f"{len(missing)} of {len(names)} are missing"
+            raise IcmError(f"{folder} has no {kind} {missing[0]!r} ({share}){hint}")
 
     def load(index):
-        stem = stems[index]
-        mask = _read(masks / f"{stem}.png")
-        return {"image": _read(paths[stem]), "mask": mask, "name": str(paths[stem])}
+        path = images[names[index]]
+        return {"image": _read(path), "mask": _read(masks[names[index]]), "name": str(path)}
 
-    return Source(name, len(stems), (), load, classes)
+    return Source(name, len(names), (), load, classes)
 
 
 def tfds_source(name: str) -> Callable:
     """Opens a prepared TFDS data set: array_record files below data.path or TFDS's own folder."""
 
     def open_source(config, split: str) -> Source:
-        path = config.get("path") or None
+        from tensorflow_datasets.core import read_only_builder
+
+        path = config["path"] or None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:  # from the files alone: the code that made some of them imports TensorFlow
@@ -242,6 +290,8 @@ def _objects(boxes=(), labels=(), ignored=()) -> Objects:
 
 
 def _from_builder(builder, split, classes, mask_classes) -> Source:
+    import tensorflow_datasets as tfds
+
     skip, features = tfds.decode.SkipDecoding(), builder.info.features
     decoders = {key: skip for key in ("image", "mask") if key in features}
     with warnings.catch_warnings():
@@ -281,7 +331,7 @@ def _prepare(name: str, path: str | None, reason: str) -> str:
 
 
 def _existing(config) -> pathlib.Path:
-    path = config.get("path")
+    path = config["path"]
     if not path:
         raise IcmError("data.path is empty; set it to the folder of the images")
     root = pathlib.Path(path).expanduser()

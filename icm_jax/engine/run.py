@@ -2,6 +2,8 @@
 
 import ml_collections
 
+from icm_jax.data import data_fields
+
 OWN_RATE = ("plateau", "rate_scaling", "rate_batch")
 """Settings of the learning rate that not every experiment has; see `icm_jax.engine.optim`."""
 
@@ -59,4 +61,5 @@ def make_run(
         evaluate=(),
         labels=labels,
     )
-    return ml_collections.ConfigDict(fields | own)
+    fields |= own
+    return ml_collections.ConfigDict(fields | {"data": data_fields(fields["data"])})

@@ -38,7 +38,7 @@ import tqdm
 from icm_jax import ops
 from icm_jax.codecs import bitstream, model_file
 from icm_jax.coding import container
-from icm_jax.data import geometry, open_source, pipeline
+from icm_jax.data import geometry, images, open_source, pipeline
 from icm_jax.engine import checkpoint, sharding
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
@@ -272,7 +272,7 @@ def score_images(frozen, point: str, source, run) -> dict:
     def code(number: int) -> tuple:
         """(sizes, {metric: value or None}) of an image."""
         loaded = source.load(number)
-        image = geometry.decode_image(loaded["image"], loaded["name"])
+        image = images.read_rgb(loaded["image"], loaded["name"])
         if side:
             image = np.asarray(views.centre(geometry.fit(image, canvas)[None], side))[0]
         if method == "stream":

@@ -28,8 +28,8 @@ def decoded(config, runs, workdir) -> list[tuple[str, object]]:
                 columns.setdefault(title, (path, float(quality) if quality else None))
     if not columns:
         return [("p", "No frozen codec yet.")]
-    source = open_source(config.data, "validation")
-    batch = next(pipeline.evaluation_batches(source, pipeline.image_spec(config.data, 4)))
+    source = open_source(runs[0].data, "validation")
+    batch = next(pipeline.evaluation_batches(source, pipeline.image_spec(runs[0].data, 4)))
     images = np.asarray(views.centre(batch["image"], config.model.size))
     figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.8 * len(images)), dpi=110)
     axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
