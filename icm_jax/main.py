@@ -59,13 +59,17 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax
 
+    from icm_jax.data import check_fields
     from icm_jax.errors import IcmError
 
     path, _ = split_scale(config_flags.get_config_filename(flags.FLAGS["config"]))
     experiment = load_experiment(path)
     config = CONFIG.value
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name).absolute()
+    given = config_flags.get_override_values(flags.FLAGS["config"])
     try:
+        fields = [f.removeprefix("data.") for f in given if f.startswith("data.")]
+        check_fields(config.data.name, fields)
         if MODE.value == "plan":
             plan_experiment(experiment, config, workdir)
             return

@@ -191,6 +191,9 @@ def test_running_again_does_nothing_but_the_report(finished):
         (["--config.train.batch_size=7"], "does not divide"),
         (["--config.stage1.optimiser=sdg"], "unknown optimiser 'sdg'"),
         (["--config.train.batchsize=7"], "batchsize"),
+        (["--config.data.name=folder", "--config.data.train=7"], "folder has no field data.train"),
+        (["--config.data.masks=here"], "scenes has no field data.masks; it has path, size"),
+        (["--config.data.canvas=(1,2,3)"], "whole number of pixels or (height, width)"),
     ],
 )
 def test_bad_input_is_one_clear_line(tmp_path, finished, flags, message):

@@ -492,9 +492,7 @@ def test_a_field_of_another_set_is_refused_by_name(tmp_path):
     save(tmp_path / "cat/1.png")
     with pytest.raises(IcmError, match=r"set folder has no field data\.train; it has path, and of"):
         opened("folder", tmp_path, train=5)
-    with pytest.raises(
-        IcmError, match=r"no field data\.mask_id; it has path, images, masks"
-    ):
+    with pytest.raises(IcmError, match=r"no field data\.mask_id; it has path, images, masks"):
         opened("mask_folder", tmp_path, mask_id=())
     for name, known in DATASETS.items():
         assert data_fields(dict(name=name, canvas=8, train=5, list="x", boxes=None)) == {
