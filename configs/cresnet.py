@@ -50,6 +50,21 @@ from icm_jax.engine.run import make_run
 CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")
 TRUNK = ("params/head", "batch_stats/head", "params/tail", "batch_stats/tail")
+LOOKS = {
+    "r50": dict(title="ResNet-50 on decoded RGB", marker="s"),
+    "r71": dict(title="ResNet-71 on decoded RGB", marker="s"),
+    "c39": dict(title="cResNet-39 on the code"),
+    "c51": dict(title="cResNet-51 on the code", reference=True),
+    "c72": dict(title="cResNet-72 on the code"),
+    "r50-d": dict(title="ResNet-50-d on decoded RGB"),
+    "c39-d": dict(title="cResNet-39-d on the code"),
+    "c51-d": dict(title="cResNet-51-d on the code", reference=True),
+    "joint": dict(title="trained jointly", marker="^"),
+    "alone": dict(title="trained on, codec frozen", marker="^"),
+    "anew": dict(title="joint codec frozen, network anew", marker="^"),
+    "again": dict(title="joint codec frozen, network anew and trained on", marker="^"),
+}
+"""What the report says of an arm."""
 VARIANTS = {"r50": "50", "r71": "71", "c39": "c39", "c51": "c51", "c72": "c72"}
 
 
@@ -178,7 +193,7 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
             side=config.model.size,  # of the squares that codecs are scored on
             needs=needs,
             evaluate=evaluate,
-            labels=dict(curve=curve, arm=arm, point=f"{point:g} bpp"),
+            labels=dict(curve=curve, arm=arm, point=f"{point:g} bpp", **LOOKS.get(arm, {})),
         )
 
     task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)

@@ -39,7 +39,6 @@ def demo() -> dict:
     return dict(
         name="hyperprior",
         seeds=(0,),
-        data=common.scenes(train=2000, validation=24),
         model=dict(
             kinds=("mean_scale_hyperprior",),
             width=32,  # or four, see `icm_jax.codecs.hyperprior.image_codec`
@@ -53,6 +52,7 @@ def demo() -> dict:
             size=64,  # of training views
             straight_through=False,
         ),
+        data=common.scenes(train=2000, validation=24),
         train=common.loop(
             save_every=500, **common.stage(steps=1500, learning_rate=1e-3, warmup_steps=100)
         ),

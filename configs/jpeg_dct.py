@@ -47,6 +47,8 @@ PIXELS = ("rgb-50", "ycbcr-50")
 THINNED = ("rgb-44", "rgb-26", "rgb-50@0.75")
 COEFFICIENTS = tuple(f"jpeg-{wiring}" for wiring in WIRINGS)
 LEARNED = tuple(f"{start}-upsampling" for start in ("dct", "dct_kept", "random", "random_kept"))
+MARKERS = dict(rgb="s", ycbcr="s", jpeg="o")
+"""How points of the report tell what a network reads; learned transforms: a triangle."""
 READING = dict(coefficients="95", crop=(1.0, 1.0))
 """Fields of the data: how canvases become coefficients."""
 
@@ -129,5 +131,5 @@ def network_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
         weight_decay=config.train.weight_decay,
         needs=("label",),
         evaluate=("pixels", *speed),
-        labels=dict(curve="arms", arm=arm, point=""),
+        labels=dict(curve="arms", arm=arm, point="", marker=MARKERS.get(given, "^")),
     )

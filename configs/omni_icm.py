@@ -31,7 +31,11 @@ import ml_collections
 from configs import common
 from icm_jax.engine.run import make_run
 
-ARMS = ("omni", "unfiltered")
+ARMS = {
+    "omni": dict(title="Omni-ICM (α > 0)", colour="#0072B2", reference=True),
+    "unfiltered": dict(title="α = 0 twin", colour="#D55E00"),
+}
+"""What the report says of each."""
 BACKBONE = ("params/head", "params/tail", "batch_stats/head", "batch_stats/tail")
 PROJECTOR = ("params/projector",)
 FILTER = ("params/filter", "batch_stats/filter")
@@ -191,7 +195,7 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
     for stage, kind in (("stage0", "filter"), ("pretrain", "contrast")):
         if config[stage].steps:
             name = f"seed{seed}/{kind}"
-            if arm == ARMS[0]:
+            if arm == "omni":
                 own = dict(task, pretrain_filter=kind == "filter", alpha=0.0)
                 listed.append(stage_run(config, config[stage], seed, name, own, start))
             start = [(name, BACKBONE + FILTER + (PROJECTOR if kind == "contrast" else ()))]
@@ -211,7 +215,7 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
         start = [(codec, BACKBONE + FILTER + CODEC)]
         for kind, steps in task_steps(config, keys).items():
             name = f"{base}/{kind}-{lmbda:g}"
-            labels = dict(curve=kind, arm=arm, point=f"{lmbda:g}")
+            labels = dict(curve=kind, arm=arm, point=f"{lmbda:g}", **ARMS[arm])
             listed.append(task_run(config, seed, name, kind, steps, start, labels))
     return listed
 

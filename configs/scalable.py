@@ -30,6 +30,14 @@ from icm_jax.engine.run import make_run
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
 """The field's λ for the mean squared error on 0...255 (docs/papers.md 3.4)."""
 SMALL_LAMBDAS = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+ARMS = {
+    "disentangled": dict(title="disentangled latents", colour="#0072B2", reference=True),
+    "split": dict(title="split latents (Choi and Bajić)", colour="#D55E00"),
+    "split-cheng2020": dict(title="split latents (the original's transforms)", colour="#8B3A00"),
+    "residual": dict(title="feature, then residual (SSSIC)", colour="#E69F00"),
+    "single": dict(title="one layer (hyperprior)", colour="#000000"),
+}
+"""What the report says of each."""
 DETECTOR = ("params/detector", "batch_stats/detector")
 
 
@@ -176,7 +184,7 @@ def sweep(config, found, arm: str, lambdas, tasks: list[dict]) -> list[ml_collec
             start=tuple(start),
             detector=found.name,
             evaluate=("detect", "stream"),
-            labels=dict(curve="image", arm=arm, point=f"{lmbda:g}"),
+            labels=dict(curve="image", arm=arm, point=f"{lmbda:g}", **ARMS.get(arm, {})),
         )
         listed.append(run)
     return listed

@@ -11,6 +11,11 @@ from icm_jax.report import curves, page, pictures, tables, training
 
 CLASSIFY = curves.MEASURES[0]
 RATES = (0.1, 0.2, 0.4, 0.8)
+LOOKS = {
+    "omni": {"title": "Omni-ICM", "colour": "#0072B2", "reference": True},
+    "unfiltered": {"title": "α = 0 twin", "colour": "#D55E00"},
+}
+PAIRS = (("1", 0.1), ("2", 0.2))
 SHARES = (0.50, 0.60, 0.66, 0.70)
 
 
@@ -18,6 +23,7 @@ def stream(arm, point, bpp, top1, seed=0):
     """A record as `icm_jax.measure.evaluate` writes it for the learned codec."""
     run = f"seed{seed}/{arm}/classify-{point}"
     own = {"curve": "classify", "arm": arm, "point": point, "seed": seed, "kind": "stream"}
+    own |= LOOKS.get(arm, {})
     rates = {"bpp": bpp, "bpp_estimated": 0.9 * bpp, "bpp_header": 0.1 * bpp, "images": 20}
     return {**own, **rates, "top1": top1, "top5": min(1.0, top1 + 0.25), "run": run}
 
@@ -108,6 +114,22 @@ def test_bd_rates_of_several_seeds_are_given_with_their_spread():
             records.append(stream("unfiltered", str(number), rate, share, seed))
     (row,) = tables.bd_table(records, CLASSIFY)[1:]
     assert row == ["α = 0 twin", "-30.0 ± 10.0 % (by seed: -40.0, -20.0)"]
+
+
+def test_an_arm_that_nobody_labelled_has_its_name_and_a_colour(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(curves, "save", lambda figure, path: figures.append(figure))
+    records = [stream(arm, p, rate, 0.5 + rate) for arm in ("mine", "yours") for p, rate in PAIRS]
+    records += [stream("unfiltered", p, rate, 0.4 + rate) for p, rate in PAIRS]
+    curves.draw_curves(records, tmp_path / "unseen.png", CLASSIFY)
+    handles, labels = figures[0].axes[0].get_legend_handles_labels()
+    assert labels == ["mine", "yours", "α = 0 twin"]
+    colours = [handle.lines[0].get_color() for handle in handles]
+    assert len(set(colours)) == 3 and colours[2] == LOOKS["unfiltered"]["colour"]
+    assert tables.bd_table(records, CLASSIFY)[0][0] == "BD-rate of mine against"
+    for record in records:
+        record["reference"] = record["arm"] == "yours"
+    assert tables.bd_table(records, CLASSIFY)[0][0] == "BD-rate of yours against"
 
 
 def test_images_are_measured_in_decibels():

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from icm_jax.report.looks import COLOURS, NAMES, save
+from icm_jax.report.looks import FORMATS, looks_of, name_and_point, save
 
 
 class Measure(NamedTuple):
@@ -46,17 +46,9 @@ def curves_of(records: list[dict], key: str, rate: str = "bpp") -> dict[str, np.
     return {name: np.array(sorted(rows)) for name, rows in curves.items()}
 
 
-def name_and_point(record: dict) -> tuple[str, str]:
-    """The curve that a record belongs to, and which point of it."""
-    method, _, quality = record["kind"].partition("-")
-    if method == "stream":
-        return record["arm"], f"{record['point']} {quality}".strip()
-    return method, quality
-
-
 def draw_curves(records, path, measure: Measure):
     figure = Figure(figsize=(7.5, 5), dpi=120)
-    axes = figure.subplots()
+    axes, looks = figure.subplots(), looks_of(records)
     for name, rows in curves_of(records, measure.key).items():
         axes.errorbar(
             rows[:, 0],
@@ -64,8 +56,8 @@ def draw_curves(records, path, measure: Measure):
             measure.factor * rows[:, 3],
             rows[:, 2],
             marker="o",
-            color=COLOURS.get(name),
-            label=NAMES.get(name, name),
+            color=looks[name].colour,
+            label=looks[name].title,
             capsize=2,
         )
     jpeg = [record for record in records if record["kind"].partition("-")[0] == "jpeg"]
@@ -74,7 +66,7 @@ def draw_curves(records, path, measure: Measure):
             rows[:, 0],
             measure.factor * rows[:, 1],
             "--",
-            color=COLOURS["jpeg"],
+            color=FORMATS["jpeg"].colour,
             linewidth=1,
             label="JPEG without its tables",
         )

@@ -12,7 +12,7 @@ from icm_jax.data import open_source, pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.engine.train import complete
 from icm_jax.measure.redundancy import CLUSTERS, fibres, uncertainty_coefficient
-from icm_jax.report.looks import NAMES, save
+from icm_jax.report.looks import save, title_of_arm
 from icm_jax.tasks import build_task
 
 REDUNDANCY_IMAGES = 256
@@ -31,7 +31,7 @@ def latents(runs, workdir) -> list[tuple[str, object]]:
         latents, costs = _costs(frozen, images)
         known = ["–" if np.isnan(value) else f"{value:.2f}" for value in _told(latents)]
         labels = run.labels
-        table.append([NAMES.get(labels.arm, labels.arm), labels.point, str(run.seed), *known])
+        table.append([title_of_arm(labels), labels.point, str(run.seed), *known])
         if labels.arm not in [arm for arm, *_ in rows] and run.seed == runs[0].seed:
             rows += [(labels.arm, name, latents[name][0], costs[name]) for name in ("y_b", "y_e")]
     figure = Figure(figsize=(12, 1.6 * len(rows)), dpi=110)
@@ -80,7 +80,7 @@ def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
             for step in steps
         ]
         for axis, values in zip(axes, np.transpose(told), strict=True):
-            axis.plot(steps, values, marker="o", label=NAMES.get(run.labels.arm, run.labels.arm))
+            axis.plot(steps, values, marker="o", label=title_of_arm(run.labels))
     for axis, title in zip(axes, ("of y_b, y_e tells", "of y_e, y_b tells"), strict=True):
         axis.set_xlabel("step")
         axis.set_title(f"{title}, λ = {point}", fontsize=9)

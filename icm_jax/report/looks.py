@@ -1,36 +1,56 @@
-"""How arms, points and figures look everywhere in a report."""
+"""How arms, points and figures look everywhere in a report.
+
+What is said of an arm comes with its records, from the labels of the run that made them
+(`icm_jax.engine.run`): title, colour, marker, and whether it is the reference that others are
+compared with. File formats, which belong to no run, are told here.
+"""
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-NAMES = {"omni": "Omni-ICM (α > 0)", "unfiltered": "α = 0 twin", "jpeg": "JPEG", "webp": "WebP"}
-NAMES |= {
-    "heif": "HEIF (HEVC intra)",
-    "vvc": "VVC intra",
-    "disentangled": "disentangled latents",
-    "split": "split latents (Choi and Bajić)",
-    "split-cheng2020": "split latents (the original's transforms)",
-    "residual": "feature, then residual (SSSIC)",
-    "single": "one layer (hyperprior)",
-    "r50": "ResNet-50 on decoded RGB",
-    "r71": "ResNet-71 on decoded RGB",
-    "c39": "cResNet-39 on the code",
-    "c51": "cResNet-51 on the code",
-    "c72": "cResNet-72 on the code",
-    "r50-d": "ResNet-50-d on decoded RGB",
-    "c39-d": "cResNet-39-d on the code",
-    "c51-d": "cResNet-51-d on the code",
-    "joint": "trained jointly",
-    "alone": "trained on, codec frozen",
-    "anew": "joint codec frozen, network anew",
-    "again": "joint codec frozen, network anew and trained on",
-    "jpeg2000": "JPEG 2000",
+
+class Look(NamedTuple):
+    """A curve's name in words, and its colour; None: the next one of the figure's cycle."""
+
+    title: str
+    colour: str | None = None
+
+
+FORMATS = {
+    "jpeg": Look("JPEG", "#009E73"),
+    "webp": Look("WebP", "#CC79A7"),
+    "heif": Look("HEIF (HEVC intra)", "#56B4E9"),
+    "vvc": Look("VVC intra", "#7F7F7F"),
+    "jpeg2000": Look("JPEG 2000"),
 }
-"""Titles of the curves."""
-COLOURS = {"omni": "#0072B2", "unfiltered": "#D55E00", "jpeg": "#009E73", "webp": "#CC79A7"}
-COLOURS |= {"disentangled": "#0072B2", "split": "#D55E00", "residual": "#E69F00"}
-COLOURS |= {"split-cheng2020": "#8B3A00", "single": "#000000", "heif": "#56B4E9", "vvc": "#7F7F7F"}
+
+
+def title_of_arm(labels: Mapping[str, Any]) -> str:
+    """An arm in words; by its name where its labels say no more."""
+    return labels.get("title") or labels["arm"]
+
+
+def name_and_point(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The curve that a record belongs to, an arm or a file format, and which point of it."""
+    method, _, quality = record["kind"].partition("-")
+    if method == "stream":
+        return record["arm"], f"{record['point']} {quality}".strip()
+    return method, quality
+
+
+def looks_of(records: list[dict]) -> dict[str, Look]:
+    """{curve: its look} of all records."""
+    looks = {}
+    for record in records:
+        name, _ = name_and_point(record)
+        if record["kind"].startswith("stream"):
+            looks[name] = Look(title_of_arm(record), record.get("colour") or None)
+        else:
+            looks[name] = FORMATS.get(name, Look(name))
+    return looks
 
 
 def title_of(point: str) -> str:

@@ -19,8 +19,7 @@ def draw_speed(arms, speeds, path):
             if arm in speeds:
                 values = 100 * np.array([r["top1"] for r in own])
                 at = float(np.median([r[key] for r in speeds[arm]]))
-                reads_pixels = arm.startswith(("rgb", "ycbcr", "r50", "r71"))
-                marker = "s" if reads_pixels else "o" if arm.startswith(("jpeg", "c")) else "^"
+                marker = own[0].get("marker") or "o"
                 axes.errorbar(at, values.mean(), values.std(), marker=marker, capsize=2, label=arm)
                 points.append((axes, arm, (at, values.mean())))
         axes.set_title(title)

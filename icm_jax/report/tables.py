@@ -3,12 +3,12 @@
 import numpy as np
 
 from icm_jax.measure.metrics import bd_rate
-from icm_jax.report.curves import Measure, curves_of, name_and_point
-from icm_jax.report.looks import NAMES, title_of
+from icm_jax.report.curves import Measure, curves_of
+from icm_jax.report.looks import looks_of, name_and_point, title_of
 
 
 def curve_table(records, measure: Measure) -> list[list[str]]:
-    top5 = any("top5" in record for record in records)
+    top5, looks = any("top5" in record for record in records), looks_of(records)
     head = ["curve", "point", "seed", "bpp measured", "bpp without tables", measure.axis]
     rows = [[*head, *(["top-5 [%]"] if top5 else []), "images"]]
     for r in sorted(records, key=lambda r: (r["arm"], r["kind"].split("-")[0], r.get("bpp", 99))):
@@ -17,28 +17,28 @@ def curve_table(records, measure: Measure) -> list[list[str]]:
         rates = [f"{r[key]:.4f}" if key in r else "–" for key in ("bpp", "bpp_without_tables")]
         last = [f"{100 * r['top5']:.1f}"] if top5 else []
         value = f"{measure.factor * r[measure.key]:.{1 if measure.factor == 100 else 2}f}"
-        title = NAMES.get(name, name) if stream else f"pixels: {name}"
-        if measure.curve == "image":
-            title = NAMES.get(name, name)
-        elif stream:
+        title = looks[name].title if stream or measure.curve == "image" else f"pixels: {name}"
+        if stream and measure.curve != "image":
             point = title_of(point)
         rows.append([title, point, str(r["seed"]), *rates, value, *last, str(r["images"])])
     return rows
 
 
 def bd_table(records, measure: Measure) -> list[list[str]]:
-    """BD-rate of Omni-ICM, or the first learned codec, against every other curve, seed by seed.
+    """BD-rate of the reference, or the first learned codec, against every other, seed by seed.
 
     A curve that does not depend on the seed (one file format on one network) stands against all.
     """
-    arms = [r["arm"] for r in records if r["kind"].startswith("stream")]
-    known = ("omni", "disentangled", "c51", "c51-d")
-    ours = next((arm for arm in known if arm in arms), next(iter(arms), None))
-    rows = [[f"BD-rate of {NAMES.get(ours, ours)} against", "bits at equal quality"]]
+    streams = [record for record in records if record["kind"].startswith("stream")]
+    if not streams:
+        return []
+    ours = next((r["arm"] for r in streams if r.get("reference")), streams[0]["arm"])
+    looks = looks_of(records)
+    rows = [[f"BD-rate of {looks[ours].title} against", "bits at equal quality"]]
     seeds = sorted({record["seed"] for record in records})
     each = [curves_of([r for r in records if r["seed"] == s], measure.key) for s in seeds]
     for name in curves_of(records, measure.key):
-        if ours is None or name == ours:
+        if name == ours:
             continue
         pairs = [(own[name], own[ours]) for own in each if name in own and ours in own]
         values = np.array([bd_rate(anchor[:, :2], curve[:, :2]) for anchor, curve in pairs])
@@ -50,7 +50,7 @@ def bd_table(records, measure: Measure) -> list[list[str]]:
         else:
             each_text = ", ".join(f"{value:+.1f}" for value in values)
             text = f"{values.mean():+.1f} ± {values.std():.1f} % (by seed: {each_text})"
-        rows.append([NAMES.get(name, name), text])
+        rows.append([looks[name].title, text])
     return rows
 
 
@@ -72,13 +72,14 @@ def stream_table(records) -> list[list[str]]:
             "decode [ms]",
         ]
     ]
+    looks = looks_of(records)
     codecs_seen = {(*name_and_point(r), r["seed"]): r for r in reversed(records)}
     for (arm, point, seed), r in sorted(codecs_seen.items(), key=lambda item: item[1]["bpp"]):
         rates = ("bpp", "bpp_estimated", "bpp_header", *segments)
         others = ("worst_gap_bytes", "encode_ms", "decode_ms")
         rows.append(
             [
-                NAMES.get(arm, arm),
+                looks[arm].title,
                 point,
                 str(seed),
                 *(f"{r[key]:.4f}" if key in r else "–" for key in rates),
