@@ -8,14 +8,13 @@ costs what its share in its channel says (`statistics`, running means of trainin
 the range coder are these shares. Parameters lie under `autoencoder`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import ops
-from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
+from icm_jax.codecs import priors
+from icm_jax.codecs.codec import Codec, Outputs, builder, method_of
 from icm_jax.coding import tables
 from icm_jax.errors import IcmError
 from icm_jax.nets.autoencoder import Centres, CodeAnalysis, CodeSynthesis
@@ -69,7 +68,7 @@ class Autoencoder(ops.Module):
         return -jnp.log2(shares[rows, known])
 
 
-@functools.cache
+@builder("autoencoder")
 def autoencoder_codec(
     width: int, channels: int, centres: int, learned: bool, blocks: int, dtype: str = "float32"
 ) -> Codec:
@@ -89,46 +88,40 @@ def autoencoder_codec(
         )
     module = Autoencoder(width, channels, centres, learned, blocks, dtype)
 
-    def run(variables, *args, method):
-        return module.apply(own_part(variables), *args, method=method)
+    run = method_of(module, PART, ("params", "batch_stats"))
+
+    def shares_of(variables):
+        shares = np.asarray(variables["batch_stats"][PART]["histogram"], np.float64)
+        shares = np.maximum(shares, _LEAST)
+        shares /= shares.sum(axis=1, keepdims=True) * (1 + 1e-9)
+        return tables.from_pmfs(list(shares), np.zeros(channels, np.int32))
+
+    def init(key, image):
+        del image
+        collections = module.init(key, jnp.zeros((1, 16, 16, 3)))
+        return {name: {PART: tree} for name, tree in collections.items()}
 
     def analyse(variables, inputs):
         image = ops.pad_to(inputs["image"], 8).astype(jnp.float32)
         return {"y": run(variables, image, method="symbols")}
 
-    def prior(variables, decoded, shape):
-        del decoded
-        return Prior(lambda y: run(variables, y, method="bits"), channel_index(shape))
+    def image_of(variables, decoded, shape):
+        return ops.crop_to(run(variables, decoded["y"], method="decode"), *shape)
 
-    def freeze(variables, _):
-        shares = np.asarray(variables["batch_stats"][PART]["histogram"], np.float64)
-        shares = np.maximum(shares, _LEAST)
-        shares /= shares.sum(axis=1, keepdims=True) * (1 + 1e-9)
-        return tables.from_pmfs(list(shares), np.zeros(channels, np.int32)), None
-
-    def init(key, image):
-        del image
-        own = module.init(key, jnp.zeros((1, 16, 16, 3)))
-        return {name: {PART: tree} for name, tree in own.items()}
-
-    def code_shape(height, width):
-        return ops.halved(height, 3), ops.halved(width, 3), channels
-
-    fields = dict(width=width, channels=channels, centres=centres, learned=learned)
     return Codec(
-        config=("autoencoder", tuple((fields | dict(blocks=blocks, dtype=dtype)).items())),
         parts=(PART,),
         init=init,
         analyse=analyse,
         segments=(
-            Segment(
-                "y", lambda h, w: (ops.halved(h, 3), ops.halved(w, 3), channels), prior, freeze
+            priors.per_channel(
+                "y",
+                priors.halvings(3, channels),
+                lambda variables, y: run(variables, y, method="bits"),
+                shares_of,
             ),
         ),
         outputs=Outputs(
-            image=lambda variables, decoded, shape: ops.crop_to(
-                run(variables, decoded["y"], method="decode"), *shape
-            ),
+            image=image_of,
             feature=lambda variables, decoded, shape: run(variables, decoded["y"], method="code"),
         ),
     )
@@ -142,9 +135,6 @@ def relaxed(codec: Codec, variables, image: jax.Array):
       batch's histograms, the new statistics).
     """
     module = Autoencoder(**dict(codec.config[1]))
-    outputs, updated = module.apply(own_part(variables), image, mutable=["batch_stats"])
+    of_codec = {name: variables[name][PART] for name in ("params", "batch_stats")}
+    outputs, updated = module.apply(of_codec, image, mutable=["batch_stats"])
     return *outputs, updated["batch_stats"]
-
-
-def own_part(variables) -> dict:
-    return {name: variables[name][PART] for name in ("params", "batch_stats")}

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from icm_jax.codecs import tiles
-from icm_jax.codecs.codec import Codec, forward
+from icm_jax.codecs import tiles, walk
+from icm_jax.codecs.codec import Codec
 from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
@@ -33,11 +32,20 @@ MAX_PIXELS = 1 << 28
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FrozenCodec:
-    """A codec with final weights and integer tables: the only thing that can write streams."""
+    """A codec with final weights and integer tables: the only thing that can write streams.
+
+    Attributes:
+      codec: its priors are the exact ones, see `frozen_priors`.
+      variables: what they and the transforms need, on the host.
+      tables: by segment.
+    """
 
     codec: Codec
     variables: Any
     tables: Mapping[str, Tables]
+
+    def __post_init__(self):
+        object.__setattr__(self, "codec", frozen_priors(self.codec))
 
     @functools.cached_property
     def fingerprint(self) -> bytes:
@@ -77,10 +85,21 @@ class FrozenCodec:
 
         Raises: IcmError if the file is damaged, from another model, or holds no image.
         """
-        image = decode(self, [data], "image", layers=layers)[0]
-        if container.unpack(data).header.grey:
+        _require_output(self.codec, "image")
+        decoded = decode_latents(self, data, layers=layers)
+        image = _synthesised(self, decoded, "image", layers, tiles.WINDOW)[0]
+        if decoded.header.grey:
             image = image.mean(axis=-1)
         return np.rint(image.clip(0, 255)).astype(np.uint8)
+
+
+def frozen_priors(codec: Codec) -> Codec:
+    """The codec with the priors that coding takes: those of integers, where they differ."""
+    segments = tuple(
+        segment._replace(prior=segment.exact or segment.prior, exact=None)
+        for segment in codec.segments
+    )
+    return codec._replace(segments=segments)
 
 
 def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float32") -> FrozenCodec:
@@ -108,7 +127,7 @@ def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float
     inputs = {"image": _require_images(images)}
     if codec.qualities:
         inputs["quality"] = np.linspace(0, 1, len(images), dtype=np.float32)
-    sample = _sample(codec, kept, inputs)
+    sample = jax.device_get(walk.sample(codec, kept, inputs))
     tables, integer = {}, {}
     for segment in codec.segments:
         tables[segment.name], arrays = segment.freeze(kept, sample)
@@ -153,33 +172,40 @@ def encode(
     images = _require_images(np.repeat(images[..., None], 3, axis=-1) if grey else images)
     _require_sides(images.shape[1:3])
     steps = _quality_steps(codec, quality)
-    streams = []
-    for image in images:
-        inputs = {"image": image[None]} | _condition(steps)
-        if codec.tiling and tiles.needed(*image.shape[:2], window):
-            inputs = {"latent": _tiled_front(frozen, image, steps, window)} | _condition(steps)
-        latents = jax.device_get(_analyse(codec, frozen.on_device, inputs))
-        decoded = _condition(steps)
-        coded: list[tuple[list[bytes], int]] = []
-        for number, segment in enumerate(codec.segments):
-            latent = latents[segment.name]
-            rows, mean = _rows(frozen, number, latent.shape, decoded)
+    return [_encoded(frozen, image, grey, steps, coder, window) for image in images]
+
+
+def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, window: int) -> bytes:
+    """The stream of one image, uint8 [H, W, 3]."""
+    codec = frozen.codec
+    inputs = {"image": image[None]} | _condition(steps)
+    if codec.tiling and tiles.needed(*image.shape[:2], window):
+        inputs = {"latent": _tiled_front(frozen, image, steps, window)} | _condition(steps)
+    latents = jax.device_get(walk.analyse(codec, frozen.on_device, inputs))
+    decoded = _condition(steps)
+    layers: list[tuple[list[bytes], int]] = []  # strings, and the CRC of the symbols in them
+    for number, segment in enumerate(codec.segments):
+        latent = latents[segment.name]
+        if segment.layer == len(layers):
+            layers.append(([], 0))
+
+        def coded(chosen, rows, mean, segment=segment, latent=latent):
+            """The symbols of a pass; its string goes to the layer."""
             with np.errstate(invalid="ignore"):
-                symbols = np.rint(latent - mean)
+                symbols = np.rint(latent[chosen] - mean)
             if not np.isfinite(symbols).all() or np.abs(symbols).max(initial=0) > 2**29:
                 raise IcmError(f"latent {segment.name!r} is not finite or too large to code")
-            decoded[segment.name] = symbols + mean
-            symbols = symbols.astype(np.int32).ravel()
-            if segment.layer == len(coded):
-                coded.append(([], 0))
-            strings, crc = coded[-1]
+            symbols = symbols.astype(np.int32)
+            strings, crc = layers[-1]
             strings.append(range_coder.encode(symbols, rows, frozen.tables[segment.name], coder))
-            coded[-1] = strings, zlib.crc32(symbols.astype("<i4").tobytes(), crc)
-        shape = (image.shape[0], image.shape[1])
-        streams.append(
-            container.pack(container.Header(frozen.fingerprint, shape, grey, steps), coded)
+            layers[-1] = strings, zlib.crc32(symbols.astype("<i4").tobytes(), crc)
+            return symbols
+
+        decoded[segment.name] = walk.in_passes(
+            codec, number, frozen.on_device, latent.shape, decoded, coded
         )
-    return streams
+    header = container.Header(frozen.fingerprint, image.shape[:2], grey, steps)
+    return container.pack(header, layers)
 
 
 class Decoded(NamedTuple):
@@ -205,23 +231,33 @@ def decode_latents(
             f"the stream was written by model {header.fingerprint.hex()}, this is model "
             f"{frozen.fingerprint.hex()}; decode with the model that wrote it"
         )
-    own = [[s for s in codec.segments if s.layer == n] for n in range(len(stream.layers))]
-    if [len(layer.strings) for layer in stream.layers] != [len(segments) for segments in own]:
+    _require_sides(header.shape)
+    numbers = [
+        [n for n, segment in enumerate(codec.segments) if segment.layer == layer]
+        for layer in range(len(stream.layers))
+    ]
+    shapes = [(1, *segment.shape(*header.shape)) for segment in codec.segments]
+    if [len(layer.strings) for layer in stream.layers] != [
+        sum(walk.strings_of(codec.segments[n], shapes[n]) for n in own) for own in numbers
+    ]:
         raise IcmError("the stream has other layers than this model writes")
     if (header.quality is not None) != codec.qualities:
         raise IcmError("the stream has a quality and the model none, or the other way round")
-    _require_sides(header.shape)
     decoded = _condition(header.quality)
-    number = 0
-    for at, (segments, layer) in enumerate(zip(own, stream.layers, strict=True)):
-        crc = 0
-        for segment, string in zip(segments, layer.strings, strict=True):
-            shape = (1, *segment.shape(*header.shape))
-            rows, mean = _rows(frozen, number, shape, decoded)
-            symbols = range_coder.decode(string, rows, frozen.tables[segment.name], coder)
-            crc = zlib.crc32(symbols.astype("<i4").tobytes(), crc)
-            decoded[segment.name] = symbols.reshape(shape).astype(np.float32) + mean
-            number += 1
+    for at, (own, layer) in enumerate(zip(numbers, stream.layers, strict=True)):
+        crc, strings = 0, iter(layer.strings)
+        for number in own:
+            tables = frozen.tables[codec.segments[number].name]
+
+            def read(chosen, rows, mean, tables=tables, strings=strings):
+                """The symbols of a pass, out of the layer's next string."""
+                nonlocal crc
+                symbols = range_coder.decode(next(strings), rows, tables, coder)
+                crc = zlib.crc32(symbols.astype("<i4").tobytes(), crc)
+                return symbols
+
+            latent = walk.in_passes(codec, number, frozen.on_device, shapes[number], decoded, read)
+            decoded[codec.segments[number].name] = latent
         if container.seal(stream.head, layer.strings, crc) != layer.seal:
             raise IcmError(
                 f"layer {at + 1} did not decode to the latents that were encoded: the stream was "
@@ -246,44 +282,45 @@ def decode(
     Raises: IcmError as `decode_latents` does, or for an output that the codec does not have or
       that needs more than the first `layers` layers.
     """
-    if output not in _require_frozen(frozen).codec.outputs:
-        raise IcmError(f"no output {output!r}; this codec has {', '.join(frozen.codec.outputs)}")
-    results = []
-    for data in streams:
-        decoded, header = decode_latents(frozen, data, coder, layers=layers)
-        shape = header.shape
-        if output == "image" and frozen.codec.tiling and tiles.needed(*shape, window):
-            results.append(_tiled_image(frozen, decoded, shape, window))
-        else:
-            try:
-                result = _output(frozen.codec, output, shape, frozen.on_device, decoded)
-            except KeyError as missing:
-                if layers is None:
-                    raise
-                raise IcmError(
-                    f"{output!r} needs the latent {missing}, which is in a later layer"
-                ) from missing
-            results.append(np.asarray(result))
-    return np.concatenate(results)
+    _require_output(_require_frozen(frozen).codec, output)
+    latents = (decode_latents(frozen, data, coder, layers=layers) for data in streams)
+    return np.concatenate([_synthesised(frozen, d, output, layers, window) for d in latents])
+
+
+def _synthesised(frozen: FrozenCodec, given: Decoded, output: str, layers, window) -> np.ndarray:
+    """An output of decoded latents, float32 [1, ...]."""
+    decoded, shape = given.latents, given.header.shape
+    if output == "image" and frozen.codec.tiling and tiles.needed(*shape, window):
+        return _tiled_image(frozen, decoded, shape, window)
+    try:
+        return np.asarray(walk.output(frozen.codec, output, shape, frozen.on_device, decoded))
+    except KeyError as missing:
+        if layers is None:
+            raise
+        raise IcmError(
+            f"{output!r} needs the latent {missing}, which is in a later layer"
+        ) from missing
 
 
 def _tiled_front(frozen: FrozenCodec, image, steps, window: int) -> np.ndarray:
     def run(part):
         inputs = {"image": part} | _condition(steps)
-        return _front(frozen.codec, frozen.on_device, inputs)
+        return walk.front(frozen.codec, frozen.on_device, inputs)
 
     return tiles.analyse(frozen.codec.tiling, run, image[None], window)
 
 
-def _tiled_image(frozen: FrozenCodec, decoded, shape, window: int) -> np.ndarray:
+def _tiled_image(frozen: FrozenCodec, latents, shape, window: int) -> np.ndarray:
     tiling = frozen.codec.tiling
-    condition = {name: value for name, value in decoded.items() if name == "quality"}
+    condition = {name: value for name, value in latents.items() if name == "quality"}
 
     def run(part):
         sides = tuple(tiling.factor * side for side in part.shape[1:3])
-        return _output(frozen.codec, "image", sides, frozen.on_device, {"y": part} | condition)
+        return walk.output(
+            frozen.codec, "image", sides, frozen.on_device, {tiling.segment: part} | condition
+        )
 
-    return tiles.synthesise(tiling, run, decoded["y"], window)[:, : shape[0], : shape[1]]
+    return tiles.synthesise(tiling, run, latents[tiling.segment], window)[:, : shape[0], : shape[1]]
 
 
 def estimate(
@@ -304,7 +341,7 @@ def bit_maps(
     codec = _require_frozen(frozen).codec
     inputs = {"image": _require_images(images)}
     inputs |= _condition(_quality_steps(codec, quality), len(images))
-    return jax.device_get(_maps(codec, frozen.on_device, inputs))
+    return jax.device_get(walk.maps(codec, frozen.on_device, inputs))
 
 
 def _require_frozen(frozen) -> FrozenCodec:
@@ -314,6 +351,11 @@ def _require_frozen(frozen) -> FrozenCodec:
             "variables) once after training and use what it returns"
         )
     return frozen
+
+
+def _require_output(codec: Codec, output: str) -> None:
+    if output not in codec.outputs:
+        raise IcmError(f"no output {output!r}; this codec has {', '.join(codec.outputs)}")
 
 
 def _require_images(images) -> np.ndarray:
@@ -327,7 +369,7 @@ def _require_sides(shape: tuple[int, int]) -> None:
     if math.prod(shape) > MAX_PIXELS:
         raise IcmError(
             f"an image of {shape[0]} × {shape[1]} pixels; at most {MAX_PIXELS} are coded: raise "
-            "icm_jax.codecs.codec.MAX_PIXELS if it is really so large"
+            "icm_jax.codecs.bitstream.MAX_PIXELS if it is really so large"
         )
 
 
@@ -353,40 +395,3 @@ def _condition(steps: int | None, rows: int = 1) -> dict[str, np.ndarray]:
     if steps is None:
         return {}
     return {"quality": np.full(rows, steps / (100 * container.QUALITY_STEPS), np.float32)}
-
-
-def _rows(frozen: FrozenCodec, number: int, shape, decoded) -> tuple[np.ndarray, np.ndarray]:
-    """(table rows, int32 [n]; mean, float32 broadcast against `shape`) of a segment."""
-    index, mean = jax.device_get(_prior(frozen.codec, number, shape, frozen.on_device, decoded))
-    return index.ravel(), np.float32(0) if mean is None else mean
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _analyse(codec, variables, inputs):
-    return codec.analyse(variables, inputs)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _front(codec, variables, inputs):
-    return codec.tiling.front(variables, inputs)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sample(codec, variables, inputs):
-    return jax.tree.map(jnp.round, codec.analyse(variables, inputs))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prior(codec, number, shape, variables, decoded):
-    prior = codec.segments[number].prior(variables, decoded, shape)
-    return prior.index, prior.mean
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _output(codec, name, shape, variables, decoded):
-    return codec.outputs[name](variables, decoded, shape)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _maps(codec, variables, inputs):
-    return forward(codec, variables, inputs, inputs["image"].shape[1:3]).maps

@@ -1,13 +1,16 @@
 """A codec is a list of segments, walked three ways: noise, rounding, range coder.
 
-A segment is one latent. Its prior depends on the segments before it:
+A segment is one latent. Its prior depends on the segments before it, and, if it is coded in several
+passes, on its own elements of the passes before:
 
-    prior(variables, decoded, shape) -> Prior(bits, index)
+    prior(variables, decoded, shape) -> Prior(bits, index, mean)
 
 `forward`, here, adds noise (training) or rounds (test). The walk with the range coder is that of
 `icm_jax.codecs.bitstream`.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ import numpy as np
 from icm_jax import ops
 from icm_jax.codecs import tiles
 from icm_jax.coding.tables import Tables
+from icm_jax.errors import IcmError
 
 
 class Prior(NamedTuple):
@@ -34,33 +38,43 @@ class Prior(NamedTuple):
     mean: jax.Array | None = None
 
 
+PriorOf = Callable[[Any, Mapping[str, jax.Array], tuple[int, ...]], Prior]
+"""(variables, decoded, shape [N, h, w, C]) -> Prior."""
+
+
 class Segment(NamedTuple):
-    """One latent.
+    """One latent; `icm_jax.codecs.priors` makes the usual ones.
 
     Attributes:
-      name: its key in the dictionaries of latents.
+      name: its key in the dictionaries of latents; not "quality" nor "known".
       shape: (height, width) of the image -> (h, w, C) of the latent.
-      prior: (variables, decoded, shape [N, h, w, C]) -> Prior. Once `variables` have the collection
-        `integer` with the segment's name, index and mean come from integers alone.
+      prior: in floats, for training and for `freeze`.
       freeze: (host variables, sample latents {segment: [N, h, w, C]}) -> (Tables, arrays for
         `variables["integer"][name]` or None).
+      exact: the prior that a frozen codec has: index and mean come from integers alone, out of
+        `variables["integer"][name]`. None: `prior` does it already.
       layer: which layer of the file holds it, from 0 on.
-      spent: path below "params" of a network that `freeze` replaces by integers, or ().
+      spent: path below "params" of a network that `exact` does without, or ().
+      passes: (h, w, C) -> int [h, w, C], the pass from 0 on in which each element is coded, or
+        None for a single one. Within the segment's prior `decoded` then has two entries more: its
+        own name, [N, h, w, C] with the elements of earlier passes and 0 elsewhere, and "known",
+        float32 [1, h, w, C] with 1 at these elements.
     """
 
     name: str
     shape: Callable[[int, int], tuple[int, int, int]]
-    prior: Callable[[Any, Mapping[str, jax.Array], tuple[int, ...]], Prior]
+    prior: PriorOf
     freeze: Callable[[Any, Mapping[str, np.ndarray]], tuple[Tables, Any]]
+    exact: PriorOf | None = None
     layer: int = 0
     spent: tuple[str, ...] = ()
+    passes: Callable[[tuple[int, int, int]], np.ndarray] | None = None
 
 
 class Codec(NamedTuple):
     """A codec: what an image becomes, in which order it is written, what can be read back.
 
     Attributes:
-      config: (name in CODECS, its keyword arguments as sorted items); what a saved codec stores.
       parts: top-level names of the parameters that the codec needs.
       init: (key, image uint8 [N, H, W, 3]) -> variables.
       analyse: (variables, inputs) -> {segment: latent}; inputs hold "image" uint8 [N, H, W, 3] or,
@@ -69,9 +83,9 @@ class Codec(NamedTuple):
       outputs: name -> (variables, decoded, (height, width)) -> array; `decoded` has "quality", too.
       qualities: the rate is chosen at encoding: "quality" float32 [N], 0 to 1, is an input.
       tiling: how to code large images in windows, or None.
+      config: (name in CODECS, its arguments as items), set by `builder`: what a saved codec stores.
     """
 
-    config: tuple
     parts: tuple[str, ...]
     init: Callable
     analyse: Callable
@@ -79,6 +93,7 @@ class Codec(NamedTuple):
     outputs: Mapping[str, Callable]
     qualities: bool = False
     tiling: tiles.Tiling | None = None
+    config: tuple = ()
 
 
 class Outputs(dict):
@@ -91,9 +106,76 @@ class Outputs(dict):
         return id(self)
 
 
-def channel_index(shape: tuple[int, ...]) -> jax.Array:
-    """Table rows of a factorised prior: int32 [N, h, w, C], the channel's number."""
-    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32).reshape(1, 1, 1, -1), shape)
+def builder(name: str) -> Callable[[Callable[..., Codec]], Callable[..., Codec]]:
+    """Decorator of a function that builds codecs, by its name in `CODECS`.
+
+    Its arguments, defaults included, become `Codec.config`, lists as tuples; called twice with
+    equal arguments it returns the same Codec. The result raises IcmError for other arguments than
+    the function has.
+    """
+
+    def decorated(function):
+        signature = inspect.signature(function)
+
+        @functools.cache
+        def built(items):
+            return function(**dict(items))._replace(config=(name, items))
+
+        @functools.wraps(function)
+        def build(*values, **fields) -> Codec:
+            try:
+                given = signature.bind(*values, **fields)
+            except TypeError as error:
+                raise IcmError(f"the codec {name!r} is built by {name}{signature}: {error}") from (
+                    error
+                )
+            given.apply_defaults()
+            return built(tuple((key, _tupled(value)) for key, value in given.arguments.items()))
+
+        return build
+
+    return decorated
+
+
+def _tupled(value):
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
+
+
+def method_of(module, part: str, collections: tuple[str, ...] = ("params",)) -> Callable:
+    """(variables, *arguments, method=name) -> what that method of a Flax module gives, with the
+    module's variables lying under `part` in each of `collections`."""
+
+    def run(variables, *arguments, method):
+        of_module = {name: variables[name][part] for name in collections}
+        return module.apply(of_module, *arguments, method=method)
+
+    return run
+
+
+def pass_masks(segment: Segment, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """bool [h, w, C] for each pass of a segment of `shape` [N, h, w, C]: what is coded in it.
+
+    Raises: IcmError if the passes are not numbers from 0 on, one for each element.
+    """
+    if segment.passes is None:
+        return [np.ones(shape[1:], bool)]
+    number = np.asarray(segment.passes(shape[1:]))
+    if number.shape != shape[1:] or number.dtype.kind not in "iu" or number.min() < 0:
+        raise IcmError(
+            f"the passes of latent {segment.name!r} are {number.dtype} {number.shape}; give a "
+            f"whole number from 0 on for each element of {shape[1:]}"
+        )
+    return [number == turn for turn in range(number.max() + 1)]
+
+
+def seen(segment: Segment, decoded, values, known) -> dict:
+    """`decoded` as a segment's own prior sees it: with what earlier passes gave, if it has any.
+
+    Args: values: float32 [N, h, w, C], 0 where nothing is decoded yet. known: bool [h, w, C].
+    """
+    if segment.passes is None:
+        return dict(decoded)
+    return dict(decoded) | {segment.name: values, "known": known[None].astype(np.float32)}
 
 
 class Forward(NamedTuple):
@@ -130,14 +212,32 @@ def forward(
     decoded = {"quality": inputs["quality"]} if codec.qualities else {}
     maps = {}
     for number, segment in enumerate(codec.segments):
-        latent = latents[segment.name]
-        prior = segment.prior(variables, decoded, latent.shape)
-        own = None if key is None else jax.random.fold_in(key, number)
-        noisy = ops.quantise(latent, prior.mean, key=own)
-        maps[segment.name] = prior.bits(noisy).sum(axis=3)
-        rounds = straight_through and key is not None
-        decoded[segment.name] = ops.quantise(latent, prior.mean) if rounds else noisy
+        of_segment = None if key is None else jax.random.fold_in(key, number)
+        values, bits = _quantised(
+            segment, variables, latents[segment.name], decoded, of_segment, straight_through
+        )
+        decoded[segment.name], maps[segment.name] = values, bits.sum(axis=3)
     outputs = {name: output(variables, decoded, shape) for name, output in codec.outputs.items()}
     bits = {name: values.sum(axis=(1, 2)) for name, values in maps.items()}
     latents = {segment.name: decoded[segment.name] for segment in codec.segments}
     return Forward(outputs, bits, latents, maps)
+
+
+def _quantised(segment: Segment, variables, latent, decoded, key, straight_through: bool):
+    """(what decoding gives of a latent, the bits of each element), pass by pass."""
+    rounds = straight_through and key is not None
+    masks = pass_masks(segment, latent.shape)
+    values = total = None
+    known = np.zeros(latent.shape[1:], bool)
+    for mask in masks:
+        so_far = jnp.zeros_like(latent) if values is None else values
+        prior = segment.prior(variables, seen(segment, decoded, so_far, known), latent.shape)
+        noisy = ops.quantise(latent, prior.mean, key=key)
+        bits = prior.bits(noisy)
+        given = ops.quantise(latent, prior.mean) if rounds else noisy
+        if len(masks) == 1:
+            return given, bits
+        values = jnp.where(mask[None], given, so_far)
+        total = jnp.where(mask[None], bits, 0.0 if total is None else total)
+        known = known | mask
+    return values, total

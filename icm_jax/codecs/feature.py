@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax import entropy, ops
-from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
-from icm_jax.coding import tables
+from icm_jax.codecs import priors
+from icm_jax.codecs.codec import Codec, Outputs, builder, method_of
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.transforms import (
+    HYPER_SYNTHESIS,
     Analysis,
     HyperAnalysis,
     HyperSynthesis,
     Synthesis,
-    integer_hyper_synthesis,
-    run_hyper_synthesis,
+    hyper_synthesis_weights,
 )
 
 
@@ -72,7 +72,7 @@ class FeatureCodec(ops.Module):
 
     def __call__(self, f):
         y, z = self.encode(f)
-        return self.prior(z), self.index(z, y.shape), self.decode(y, f.shape[1:3])
+        return self.prior(z), self.parameters(z), self.decode(y, f.shape[1:3])
 
     def encode(self, f):
         y = self.analysis(f)
@@ -81,14 +81,14 @@ class FeatureCodec(ops.Module):
     def hyper_bits(self, z):
         return self.prior(z)
 
-    def index(self, z, shape):
-        return ops.crop_to(self.hyper_synthesis(z), *shape[1:3])
+    def parameters(self, z):
+        return self.hyper_synthesis(z)
 
     def decode(self, y, shape):
         return ops.crop_to(self.synthesis(y), *shape)
 
 
-@functools.cache
+@builder("omni_filter")
 def filter_codec(
     variant: str,
     width: int,
@@ -104,11 +104,7 @@ def filter_codec(
     head = resnet.Head(variant, width)
     module = InformationFilter(resnet.feature_channels(variant, width), channels, widths, dtype)
 
-    def run(variables, *args, method):
-        return module.apply({"params": variables["params"]["filter"]}, *args, method=method)
-
-    def prior(variables, decoded, shape):
-        return Prior(lambda y: run(variables, y, method="bits"), channel_index(shape))
+    run = method_of(module, "filter")
 
     def init(key, image):
         f, variables = _init_head(head, key, image)
@@ -116,41 +112,24 @@ def filter_codec(
         return variables
 
     return Codec(
-        config=(
-            "omni_filter",
-            (
-                ("variant", variant),
-                ("width", width),
-                ("channels", channels),
-                ("widths", widths),
-                ("dtype", dtype),
-            ),
-        ),
         parts=("head", "filter"),
         init=init,
         analyse=lambda variables, inputs: {
             "y": run(variables, _feature(head, variables, inputs), method="encode")
         },
         segments=(
-            Segment(
+            priors.factorised(
                 "y",
-                lambda h, w: (ops.halved(h, 5), ops.halved(w, 5), channels),
-                prior,
-                lambda v, _: (entropy.factorised_tables(v["params"]["filter"]["prior"]), None),
+                priors.halvings(5, channels),
+                functools.partial(run, method="bits"),
+                ("filter", "prior"),
             ),
         ),
-        outputs=Outputs(
-            feature=lambda variables, decoded, shape: run(
-                variables,
-                decoded["y"],
-                (ops.halved(shape[0], 2), ops.halved(shape[1], 2)),
-                method="decode",
-            )
-        ),
+        outputs=Outputs(feature=_feature_of(run)),
     )
 
 
-@functools.cache
+@builder("omni_feature")
 def feature_codec(
     variant: str,
     width: int,
@@ -169,27 +148,11 @@ def feature_codec(
     features = resnet.feature_channels(variant, width)
     module = FeatureCodec(features, channels, widths, hyper_channels)
 
-    def run(variables, *args, method):
-        return module.apply({"params": variables["params"]["feature_codec"]}, *args, method=method)
+    run = method_of(module, "feature_codec")
 
     def analyse(variables, inputs):
         y, z = run(variables, filtered(inner, variables, inputs), method="encode")
         return {"z": z, "y": y}
-
-    def hyperprior(variables, decoded, shape):
-        return Prior(lambda z: run(variables, z, method="hyper_bits"), channel_index(shape))
-
-    def conditional(variables, decoded, shape):
-        if "integer" in variables:
-            whole = run_hyper_synthesis(variables["integer"]["y"], decoded["z"])
-            rows = ops.crop_to(whole, *shape[1:3])
-            return Prior(lambda y: entropy.gaussian_bits(y, rows), rows)
-        index = run(variables, decoded["z"], shape, method="index")
-        return Prior(lambda y: entropy.gaussian_bits(y, index), entropy.table_index(index))
-
-    def freeze(variables, sample):
-        params = variables["params"]["feature_codec"]["hyper_synthesis"]
-        return tables.gaussian_tables(), integer_hyper_synthesis(params, sample["z"])
 
     def init(key, image):
         variables = inner.init(key, image)
@@ -198,49 +161,37 @@ def feature_codec(
         variables["params"]["feature_codec"] = own
         return variables
 
+    network = priors.Network(
+        HYPER_SYNTHESIS,
+        lambda variables, inputs: run(variables, inputs["z"], method="parameters"),
+        lambda params: hyper_synthesis_weights(params, channels),
+        ("feature_codec", "hyper_synthesis"),
+    )
     return Codec(
-        config=(
-            "omni_feature",
-            (
-                ("variant", variant),
-                ("width", width),
-                ("filter_channels", filter_channels),
-                ("filter_widths", filter_widths),
-                ("channels", channels),
-                ("widths", widths),
-                ("hyper_channels", hyper_channels),
-            ),
-        ),
         parts=("head", "filter", "feature_codec"),
         init=init,
         analyse=analyse,
         segments=(
-            Segment(
+            priors.factorised(
                 "z",
-                lambda h, w: (ops.halved(h, 6), ops.halved(w, 6), hyper_channels),
-                hyperprior,
-                lambda v, _: (
-                    entropy.factorised_tables(v["params"]["feature_codec"]["prior"]),
-                    None,
-                ),
+                priors.halvings(6, hyper_channels),
+                functools.partial(run, method="hyper_bits"),
+                ("feature_codec", "prior"),
             ),
-            Segment(
-                "y",
-                lambda h, w: (ops.halved(h, 4), ops.halved(w, 4), channels),
-                conditional,
-                freeze,
-                spent=("feature_codec", "hyper_synthesis"),
-            ),
+            priors.conditional("y", priors.halvings(4, channels), network),
         ),
-        outputs=Outputs(
-            feature=lambda variables, decoded, shape: run(
-                variables,
-                decoded["y"],
-                (ops.halved(shape[0], 2), ops.halved(shape[1], 2)),
-                method="decode",
-            )
-        ),
+        outputs=Outputs(feature=_feature_of(run)),
     )
+
+
+def _feature_of(run):
+    """The output "feature": y decoded to the size that a head gives of the image."""
+
+    def feature_of(variables, decoded, shape):
+        sides = ops.halved(shape[0], 2), ops.halved(shape[1], 2)
+        return run(variables, decoded["y"], sides, method="decode")
+
+    return feature_of
 
 
 def filtered(inner: Codec, variables, inputs) -> jax.Array:

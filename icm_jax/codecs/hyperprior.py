@@ -17,18 +17,17 @@ import math
 import jax.numpy as jnp
 
 from icm_jax import entropy, ops
-from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
+from icm_jax.codecs import priors
+from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
 from icm_jax.codecs.tiles import Tiling
-from icm_jax.coding import tables
 from icm_jax.errors import IcmError
 from icm_jax.nets.transforms import (
-    MEAN_STEPS,
+    HYPER_SYNTHESIS,
     HyperAnalysis,
     HyperSynthesis,
     ImageAnalysis,
     ImageSynthesis,
-    integer_hyper_synthesis,
-    run_hyper_synthesis,
+    hyper_synthesis_weights,
 )
 
 PART = "image_codec"
@@ -118,7 +117,7 @@ class ImageCodec(ops.Module):
         return self.synthesis(self.gain.undo(y, quality))
 
 
-@functools.cache
+@builder("image")
 def image_codec(
     kind: str,
     width: int | tuple[int, int, int, int],
@@ -148,35 +147,15 @@ def image_codec(
         raise IcmError(f"the kernels of an image codec's last layer have sides 3 or 5, not {last}")
     hyper, mean = kind != "factorised", kind == "mean_scale_hyperprior"
     module = ImageCodec(widths, channels, levels, hyper, mean, last, dtype)
-
-    def run(variables, *args, method):
-        return module.apply({"params": variables["params"][PART]}, *args, method=method)
+    run = method_of(module, PART)
 
     def front(variables, inputs):
-        image = ops.pad_to(inputs["image"], 16).astype(jnp.float32)
-        return run(variables, image, inputs.get("quality"), method="front")
+        x = ops.pad_to(inputs["image"], 16).astype(jnp.float32)
+        return run(variables, x, inputs.get("quality"), method="front")
 
     def analyse(variables, inputs):
         y = inputs["latent"] if "latent" in inputs else front(variables, inputs)
         return run(variables, y, method="latents")
-
-    def factorised_prior(variables, decoded, shape):
-        return Prior(
-            lambda latent: run(variables, latent, method="prior_bits"), channel_index(shape)
-        )
-
-    def conditional(variables, decoded, shape):
-        if "integer" in variables:
-            whole = ops.crop_to(
-                run_hyper_synthesis(variables["integer"]["y"], decoded["z"]), *shape[1:3]
-            )
-            index = rows = whole[..., :channels]
-            centre = whole[..., channels:].astype(jnp.float32) / MEAN_STEPS if mean else None
-        else:
-            real = ops.crop_to(run(variables, decoded["z"], method="parameters"), *shape[1:3])
-            index, centre = real[..., :channels], real[..., channels:] if mean else None
-            rows = entropy.table_index(index)
-        return Prior(lambda y: entropy.gaussian_bits(y, index, centre), rows, centre)
 
     def image_of(variables, decoded, shape):
         y, quality = decoded["y"], decoded.get("quality")
@@ -187,41 +166,29 @@ def image_codec(
         x = jnp.zeros((1, 64, 64, 3))
         return {"params": {PART: module.init(key, x, quality)["params"]}}
 
-    def freeze_factorised(variables, _):
-        return entropy.factorised_tables(variables["params"][PART]["prior"]), None
-
-    def freeze_conditional(variables, sample):
-        params = variables["params"][PART]["hyper_synthesis"]
-        return tables.gaussian_tables(), integer_hyper_synthesis(params, sample["z"], mean)
-
-    latent = ("y", lambda h, w: (ops.halved(h, 4), ops.halved(w, 4), channels))
-    side = ("z", lambda h, w: (ops.halved(h, 6), ops.halved(w, 6), widths[-1]))
-    segments = (
-        (
-            Segment(*side, factorised_prior, freeze_factorised),
-            Segment(*latent, conditional, freeze_conditional, spent=(PART, "hyper_synthesis")),
-        )
-        if hyper
-        else (Segment(*latent, factorised_prior, freeze_factorised),)
-    )
     return Codec(
-        config=(
-            "image",
-            (
-                ("kind", kind),
-                ("width", width),
-                ("channels", channels),
-                ("levels", levels),
-                ("dtype", dtype),
-                ("last", last),
-            ),
-        ),
         parts=(PART,),
         init=init,
         analyse=analyse,
-        segments=segments,
+        segments=_segments(run, widths[-1], channels, hyper, mean),
         outputs=Outputs(image=image_of),
         qualities=levels > 1,
         # Four layers with windows of 5 look 2 + 4 + 8 + 16 pixels far, and back 1 + 1/2 + ... < 2.
-        tiling=Tiling(front, factor=16, halo=32, back_halo=2),
+        tiling=Tiling("y", front, factor=16, halo=32, back_halo=2),
+    )
+
+
+def _segments(run, side: int, channels: int, hyper: bool, mean: bool) -> tuple[Segment, ...]:
+    bits = functools.partial(run, method="prior_bits")
+    if not hyper:
+        return (priors.factorised("y", priors.halvings(4, channels), bits, (PART, "prior")),)
+    network = priors.Network(
+        HYPER_SYNTHESIS,
+        lambda variables, inputs: run(variables, inputs["z"], method="parameters"),
+        lambda params: hyper_synthesis_weights(params, channels),
+        (PART, "hyper_synthesis"),
+    )
+    return (
+        priors.factorised("z", priors.halvings(6, side), bits, (PART, "prior")),
+        priors.conditional("y", priors.halvings(4, channels), network, mean=mean),
     )

@@ -116,7 +116,9 @@ def _about(file) -> dict:
 
 def _build(file, builders) -> FrozenCodec:
     name, items = _about(file)["codec"]
-    codec = builders[name](**{key: _tupled(value) for key, value in items})
+    if name not in builders:
+        raise IcmError(f"no codec {name!r} here; there are {', '.join(builders)}")
+    codec = builders[name](**dict(items))
     arrays = {
         tuple(key.split("/")[1:]): _widened(file[key])
         for key in file.files
@@ -142,7 +144,3 @@ def _narrowed(array: np.ndarray) -> np.ndarray:
 
 def _widened(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype == np.float16 else array
-
-
-def _tupled(value):
-    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

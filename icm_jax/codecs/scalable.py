@@ -17,18 +17,17 @@ without its context model: symbols that wait for one another cannot be decoded i
 Parameters lie under `scalable`, the detector's under `detector`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from icm_jax import entropy, ops
-from icm_jax.codecs.codec import Codec, Outputs, Prior, Segment, channel_index
+from icm_jax.codecs import priors
+from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
 from icm_jax.codecs.hyperprior import Gain
-from icm_jax.coding import tables
 from icm_jax.errors import IcmError
 from icm_jax.nets import yolo
 from icm_jax.nets.transforms import (
+    HYPER_SYNTHESIS,
     BaseAnalysis,
     BaseSynthesis,
     HyperAnalysis,
@@ -39,8 +38,7 @@ from icm_jax.nets.transforms import (
     Prediction,
     ResidualAnalysis,
     ResidualSynthesis,
-    integer_hyper_synthesis,
-    run_hyper_synthesis,
+    hyper_synthesis_weights,
 )
 
 PART, DETECTOR = "scalable", "detector"
@@ -136,7 +134,7 @@ class Scalable(ops.Module):
         return self.synthesis(y) - 127.5 + self.prediction(self.feature(y_b))
 
 
-@functools.cache
+@builder("scalable")
 def scalable_codec(
     kind: str,
     width: int | tuple[int, int, int, int],
@@ -163,88 +161,23 @@ def scalable_codec(
 
     Raises: IcmError for an unknown kind or backbone or numbers that are not as above.
     """
-    if backbone not in BACKBONES:
-        raise IcmError(
-            f"no scalable codec with backbone {backbone!r}; there are {', '.join(BACKBONES)}"
-        )
     widths = width if isinstance(width, tuple) else (width,) * 4
-    counts = (*widths, base, enhancement)
-    if kind not in KINDS or len(widths) != 4 or min(counts) < 1 or hypers not in (1, 2):
-        raise IcmError(
-            f"no scalable codec {kind!r} with width {width}, channels {base} and {enhancement}, "
-            f"{hypers} hyperpriors; kinds are {', '.join(KINDS)}, width is one number or four, the "
-            "numbers at least 1, hyperpriors 1 or 2"
-        )
+    _require(kind, widths, (base, enhancement), hypers, backbone)
     table = yolo.layers(classes, detector_width, detector_depth)
     split = yolo.default_split(table)
     front, end = yolo.Part(table, 0, split), yolo.Part(table, split, split)
     features = table[split - 1].features
     module = Scalable(kind, widths, (base, enhancement), features, hypers, backbone)
-
-    def run(variables, *args, method):
-        return module.apply({"params": variables["params"][PART]}, *args, method=method)
+    run = method_of(module, PART)
 
     def detector(variables, part, x, **options):
         own = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
         return part.apply(own, x, train=False, **options)
 
     def analyse(variables, inputs):
-        x = padded(inputs["image"])
+        x = ops.pad_to(inputs["image"], GRID).astype(jnp.float32)
         f = inputs["feature"] if "feature" in inputs else detector(variables, front, x / 255.0)
         return run(variables, x, f, method="latents")
-
-    def factorised(number):
-        def prior(variables, decoded, shape):
-            bits = functools.partial(run, variables, method="prior_bits")
-            return Prior(lambda z: bits(z, number), channel_index(shape))
-
-        def freeze(variables, _):
-            return entropy.factorised_tables(variables["params"][PART][f"priors_{number}"]), None
-
-        return prior, freeze
-
-    def conditional(name, z, number, begin, channels):
-        network = f"hyper_syntheses_{number}"
-
-        def prior(variables, decoded, shape):
-            if "integer" in variables:
-                rows = run_hyper_synthesis(variables["integer"][name], decoded[z])
-                rows = ops.crop_to(rows, *shape[1:3])
-                return Prior(lambda y: entropy.gaussian_bits(y, rows), rows)
-            index = ops.crop_to(run(variables, decoded[z], number, method="index"), *shape[1:3])
-            index = index[..., begin : begin + channels]
-            return Prior(lambda y: entropy.gaussian_bits(y, index), entropy.table_index(index))
-
-        def freeze(variables, sample):
-            params = dict(variables["params"][PART][network])
-            own = {k: v[..., begin : begin + channels] for k, v in params["Conv_0"].items()}
-            stack = integer_hyper_synthesis(params | {"Conv_0": own}, sample[z])
-            return tables.gaussian_tables(), stack
-
-        return prior, freeze, (PART, network)
-
-    def latent(name, channels, layer, prior, freeze, spent=()):
-        def shape(h, w):
-            return 2 * -(-h // GRID), 2 * -(-w // GRID), channels
-
-        def hyper_shape(h, w):
-            return -(-h // (2 * GRID)), -(-w // (2 * GRID)), channels
-
-        return Segment(name, hyper_shape if name[0] == "z" else shape, prior, freeze, layer, spent)
-
-    if hypers == 2:
-        segments = (
-            latent("z_b", widths[-1], 0, *factorised(0)),
-            latent("y_b", base, 0, *conditional("y_b", "z_b", 0, 0, base)),
-            latent("z_e", widths[-1], 1, *factorised(1)),
-            latent("y_e", enhancement, 1, *conditional("y_e", "z_e", 1, 0, enhancement)),
-        )
-    else:
-        segments = (
-            latent("z", widths[-1], 0, *factorised(0)),
-            latent("y_b", base, 0, *conditional("y_b", "z", 0, 0, base)),
-            latent("y_e", enhancement, 1, *conditional("y_e", "z", 0, base, enhancement)),
-        )
 
     def feature_of(variables, decoded, shape):
         f = run(variables, decoded["y_b"], method="feature")
@@ -264,28 +197,67 @@ def scalable_codec(
         return variables
 
     return Codec(
-        config=(
-            "scalable",
-            (
-                ("kind", kind),
-                ("width", width),
-                ("base", base),
-                ("enhancement", enhancement),
-                ("hypers", hypers),
-                ("classes", classes),
-                ("detector_width", detector_width),
-                ("detector_depth", detector_depth),
-                ("backbone", backbone),
-            ),
-        ),
         parts=(PART, DETECTOR),
         init=init,
         analyse=analyse,
-        segments=segments,
+        segments=_segments(run, hypers, widths[-1], base, enhancement),
         outputs=Outputs(feature=feature_of, image=image_of),
     )
 
 
-def padded(image: jax.Array) -> jax.Array:
-    """uint8 or float [N, H, W, 3] -> float32, last row and column repeated up to `GRID`."""
-    return ops.pad_to(image, GRID).astype(jnp.float32)
+def _require(kind, widths, channels, hypers, backbone) -> None:
+    if backbone not in BACKBONES:
+        raise IcmError(
+            f"no scalable codec with backbone {backbone!r}; there are {', '.join(BACKBONES)}"
+        )
+    counts = (*widths, *channels)
+    if kind not in KINDS or len(widths) != 4 or min(counts) < 1 or hypers not in (1, 2):
+        raise IcmError(
+            f"no scalable codec {kind!r} with width {widths}, channels {channels}, {hypers} "
+            f"hyperpriors; kinds are {', '.join(KINDS)}, width is one number or four, the numbers "
+            "at least 1, hyperpriors 1 or 2"
+        )
+
+
+def _segments(run, hypers: int, side: int, base: int, enhancement: int) -> tuple[Segment, ...]:
+    """z, y of the base, then of the enhancement; with one hyperprior for both, in the base."""
+
+    def hyper(name, number, layer):
+        return priors.factorised(
+            name,
+            lambda h, w: (-(-h // (2 * GRID)), -(-w // (2 * GRID)), side),
+            lambda variables, z: run(variables, z, number, method="prior_bits"),
+            (PART, f"priors_{number}"),
+            layer,
+        )
+
+    def latent(name, z, number, channels, begin, layer):
+        chosen = slice(begin, begin + channels)
+
+        def weights(params):
+            last = {key: value[..., chosen] for key, value in params["Conv_0"].items()}
+            return hyper_synthesis_weights(dict(params) | {"Conv_0": last}, channels)
+
+        def index(variables, inputs):
+            return run(variables, inputs["z"], number, method="index")[..., chosen]
+
+        path = (PART, f"hyper_syntheses_{number}")
+        return priors.conditional(
+            name,
+            lambda h, w: (2 * -(-h // GRID), 2 * -(-w // GRID), channels),
+            priors.Network(HYPER_SYNTHESIS, index, weights, path, {"z": z}),
+            layer=layer,
+        )
+
+    if hypers == 1:
+        return (
+            hyper("z", 0, 0),
+            latent("y_b", "z", 0, base, 0, 0),
+            latent("y_e", "z", 0, enhancement, base, 1),
+        )
+    return (
+        hyper("z_b", 0, 0),
+        latent("y_b", "z_b", 0, base, 0, 0),
+        hyper("z_e", 1, 1),
+        latent("y_e", "z_e", 1, enhancement, 0, 1),
+    )

@@ -20,12 +20,14 @@ class Tiling(NamedTuple):
     """What a codec has to tell for its transforms to be run in windows.
 
     Attributes:
+      segment: name of the latent y, which "image" needs alone.
       front: (variables, inputs) -> y float [N, H/factor, W/factor, C]: the part of `analyse` that
         looks no further than `halo` pixels; `analyse` then takes {"latent": y} for the rest.
       factor: pixels per element of y; sides are padded to multiples of it.
       halo: in pixels, a multiple of factor. back_halo: of the way back, in elements of y.
     """
 
+    segment: str
     front: Callable[[Any, dict], Any]
     factor: int
     halo: int

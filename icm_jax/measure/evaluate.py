@@ -36,7 +36,7 @@ import numpy as np
 import tqdm
 
 from icm_jax import ops
-from icm_jax.codecs import bitstream, model_file
+from icm_jax.codecs import bitstream, model_file, walk
 from icm_jax.coding import container
 from icm_jax.data import geometry, images, open_source, pipeline
 from icm_jax.engine import checkpoint, sharding
@@ -339,8 +339,10 @@ def through_stream(
             "encode_ms": 1e3 * (encoded - began) / len(streams),
             "decode_ms": 1e3 * (decoded - encoded) / len(streams),
         }
-        for segment, string in zip(segments, strings, strict=True):
-            part[f"bpp_{segment.name}"] = len(string)
+        left = iter(strings)
+        for segment in segments:
+            count = walk.strings_of(segment, (1, *segment.shape(*images.shape[1:3])))
+            part[f"bpp_{segment.name}"] = sum(len(next(left)) for _ in range(count))
         sizes.append(part)
     if not np.isfinite(features).all():
         raise IcmError("decoded features are not finite; the codec's training has failed")

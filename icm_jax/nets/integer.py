@@ -1,6 +1,6 @@
-"""A stack of 3×3 convolutions that has one defined result on every machine.
+"""Small networks of convolutions that have one defined result on every machine.
 
-What a decoder derives from side information has to be what the encoder derived, to the last bit;
+What a decoder derives from decoded latents has to be what the encoder derived, to the last bit;
 floating point does not give that across devices, batch sizes or compilers (Ballé, Johnston and
 Minnen 2019, "Integer networks for data compression with latent-variable models"). Here weights and
 activations are int8, products are summed in int32 by `lax.dot_general`, and sums are re-scaled by
@@ -8,10 +8,17 @@ integer multiply and shift:
 
     acc = Σ w · x + b                                 |acc| <= bound < 2^31, from the actual weights
     a   = (acc + 2^(s1-1)) >> s1                      |a| < 2^15
-    y   = clip((a · m + 2^(s2-1)) >> s2, low, high)   1 <= m < 2^15
+    y   = clip((a · m + 2^(s2-1)) >> s2, low, high)   1 <= m < 2^15, and where a < 0 in a layer
+                                                      with leaky ReLU, round(0.01 · m) for m
 
 Integer addition is associative, so no order of summation, tiling or fusion can change a result.
-`quantise` makes a stack from float weights and the ranges seen on sample inputs.
+
+A network is a literal list of `Node`, in the order of computation; the last is its output. Names
+that no node has are the network's inputs: multiples of 1/16, held as
+
+    x = clip((16 · value + 2^(s-1)) >> s, -127, 127)  s = 4, whole numbers, where nothing is stored
+
+`quantise` makes the integers from float weights and the ranges seen on sample inputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,22 +32,41 @@ from icm_jax import ops
 from icm_jax.errors import IcmError
 
 LEVELS = 127
+FRACTIONS = 16
+"""Inputs are multiples of 1/16, as decoded latents are: a symbol and a mean."""
+SLOPE = 0.01
+"""Of leaky ReLU below zero."""
 _ROOM = 15  # bits of a and of m
+_WHOLE = 4  # shift of an input that is kept in whole numbers
+_FARTHEST = 1 << 14  # inputs beyond are taken for this
 
 
-class FloatLayer(NamedTuple):
-    """One layer before conversion: conv3×3, then ReLU, then depth to space, as the flags say.
+class Node(NamedTuple):
+    """One convolution with stride 1 and zeros around.
 
     Attributes:
-      kernel: float [3, 3, C, F]. bias: float [F].
-      relu: clip at zero; the result is an 8-bit activation of the next layer.
-      up: depth to space after it: [h, w, 4F'] -> [2h, 2w, F'].
+      name: of its result, and of its weights and integers.
+      inputs: names of inputs of the network or of nodes before; they are cropped to the least of
+        their heights and widths and concatenated.
+      activation: "relu", "leaky_relu" or, linear, "".
+      up: depth to space after it: [h, w, 4F] -> [2h, 2w, F].
+      features: channels before depth to space. side: of the kernel, odd. Both only say how weights
+        are to be initialised.
     """
+
+    name: str
+    inputs: tuple[str, ...]
+    activation: str = ""
+    up: bool = False
+    features: int = 0
+    side: int = 3
+
+
+class Weights(NamedTuple):
+    """Of a node in floats: kernel [k, k, C, F], bias [F]."""
 
     kernel: np.ndarray
     bias: np.ndarray
-    relu: bool
-    up: bool
 
 
 class Range(NamedTuple):
@@ -51,109 +77,185 @@ class Range(NamedTuple):
     step: float
 
 
-def run_float(layers: Sequence[FloatLayer], x: np.ndarray) -> list[np.ndarray]:
-    """The float stack on x [N, h, w, C]: the outputs of all layers, float32, for calibration."""
-    outputs, x = [], jnp.asarray(x, jnp.float32)
-    for layer in layers:
+def input_names(nodes: Sequence[Node]) -> list[str]:
+    """Of a network, in the order in which its nodes name them.
+
+    >>> input_names([Node("a", ("z",)), Node("b", ("a", "y"))])
+    ['z', 'y']
+    """
+    names = {node.name for node in nodes}
+    return list(dict.fromkeys(n for node in nodes for n in node.inputs if n not in names))
+
+
+def run_float(
+    nodes: Sequence[Node], weights: Mapping[str, Weights], inputs: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The float network on inputs [N, h, w, C]: the outputs of all nodes by name, float32, before
+    depth to space."""
+    values, outputs = dict(inputs), {}
+    for node in nodes:
+        layer = weights[node.name]
         x = jax.lax.conv_general_dilated(
-            x,
+            _gathered(values, node).astype(jnp.float32),
             jnp.asarray(layer.kernel, jnp.float32),
             (1, 1),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         ) + jnp.asarray(layer.bias, jnp.float32).reshape(1, 1, 1, -1)
-        x = jax.nn.relu(x) if layer.relu else x
-        outputs.append(np.asarray(x))
-        x = ops.depth_to_space(x) if layer.up else x
+        if node.activation:
+            x = jax.nn.relu(x) if node.activation == "relu" else jax.nn.leaky_relu(x, SLOPE)
+        outputs[node.name] = x
+        values[node.name] = ops.depth_to_space(x) if node.up else x
     return outputs
 
 
-def quantise(layers: Sequence[FloatLayer], x: np.ndarray, last: Sequence[Range]) -> dict[str, dict]:
-    """Post-training conversion of a float stack.
+def quantise(
+    nodes: Sequence[Node],
+    weights: Mapping[str, Weights],
+    inputs: Mapping[str, np.ndarray],
+    last: Sequence[Range],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Post-training conversion of a float network.
 
-    Activations get one scale per layer, chosen among shares of the largest value seen as the one
-    of least squared error; weights one scale per output channel.
+    Inputs and activations get one scale each, chosen among a few as the one of least squared error
+    on what is seen; weights one scale per output channel.
 
     Args:
-      layers: the float stack; all but the last have `relu`.
-      x: whole numbers [N, h, w, C], sample inputs; inputs are clipped to -127 ... 127.
+      inputs: samples by name, float [N, h, w, C].
       last: the range of each output channel [F].
 
-    Returns: {"layer_0": NumPy arrays by name, ...}, what `run` takes.
+    Returns: {name of a node, or of an input that is not kept in whole numbers: NumPy arrays by
+      name}, what `run` takes.
 
     Raises: IcmError if a weight is not finite, or so large that sums could leave int32.
     """
-    stack, input_step = {}, 1.0
-    seen = run_float(layers, np.clip(x, -LEVELS, LEVELS))
-    for number, (layer, output) in enumerate(zip(layers, seen, strict=True)):
-        kernel, bias = (np.asarray(v, np.float64) for v in (layer.kernel, layer.bias))
-        if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
-            raise IcmError("a hyper-synthesis with weights that are not finite cannot be frozen")
-        final = number == len(layers) - 1
-        features = len(bias)
-        if final:
+    arrays, steps, kept = {}, {}, {}
+    for name in input_names(nodes):
+        value = np.asarray(inputs[name], np.float32)
+        shift = _input_shift(value)
+        if shift != _WHOLE:
+            arrays[name] = {"shift": np.array([shift], np.int32)}
+        step = 2.0**shift / FRACTIONS
+        kept[name] = jnp.asarray(np.clip(np.rint(value / step), -LEVELS, LEVELS) * step, np.float32)
+        steps[name] = np.full(value.shape[-1], step)
+    outputs = run_float(nodes, weights, kept)
+    for node in nodes:
+        features = len(weights[node.name].bias)
+        if node is nodes[-1]:
             ranges = list(last)
         else:
-            ranges = [Range(0, LEVELS, _activation_step(output))] * features
-        step = np.abs(kernel).max(axis=(0, 1, 2)) / LEVELS
-        # A channel whose weights are tiny beside its bias would overflow the bias' integer.
-        step = np.maximum(step, np.abs(bias) / input_step / 2**29).clip(min=1e-12)
-        weights = np.rint(kernel / step).astype(np.int8)
-        offset = np.rint(bias / (step * input_step)).astype(np.int64)
-        bound = LEVELS * np.abs(weights.astype(np.int64)).sum(axis=(0, 1, 2)) + np.abs(offset)
-        if bound.max() >= 2**30:
-            raise IcmError("the sums of a hyper-synthesis could leave 32 bits; use fewer channels")
-        first = np.maximum(np.ceil(np.log2(bound + 1)).astype(np.int64) - _ROOM, 0)
-        output_step = np.array([r.step for r in ranges])
-        ratio = step * input_step / output_step * 2.0**first
-        second = np.clip(np.floor(_ROOM - np.log2(ratio)) - 1, 1, 30).astype(np.int64)
-        multiplier = np.rint(ratio * 2.0**second).astype(np.int64)
-        if (multiplier >= 1 << _ROOM).any():
-            raise IcmError("a hyper-synthesis has weights too large to be frozen; retrain")
-        stack[f"layer_{number}"] = {
-            "kernel": weights,
-            "bias": offset.astype(np.int32),
-            "first": first.astype(np.int32),
-            "multiplier": multiplier.astype(np.int32),
-            "second": second.astype(np.int32),
-            "low": np.array([r.low for r in ranges], np.int32),
-            "high": np.array([r.high for r in ranges], np.int32),
-        }
-        input_step = float(output_step[0])
-    return stack
+            low = 0 if node.activation == "relu" else -LEVELS
+            ranges = [Range(low, LEVELS, _activation_step(np.asarray(outputs[node.name])))]
+            ranges *= features
+        input_step = np.concatenate([steps[name] for name in node.inputs])
+        arrays[node.name] = _converted(node, weights[node.name], input_step, ranges)
+        steps[node.name] = np.full(features // 4 if node.up else features, ranges[0].step)
+    return arrays
+
+
+def _converted(node: Node, weights: Weights, input_step: np.ndarray, ranges: list[Range]) -> dict:
+    """The integers of one node; `input_step` [C] is the value of a step of each of its inputs."""
+    kernel, bias = (np.asarray(value, np.float64) for value in weights)
+    if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
+        raise IcmError("a network with weights that are not finite cannot be frozen; retrain")
+    # What differs between the inputs' scales goes into the weights.
+    largest = float(input_step.max())
+    kernel = kernel * (input_step / largest).reshape(1, 1, -1, 1)
+    step = np.abs(kernel).max(axis=(0, 1, 2)) / LEVELS
+    # A channel whose weights are tiny beside its bias would overflow the bias' integer.
+    step = np.maximum(step, np.abs(bias) / largest / 2**29).clip(min=1e-12)
+    integers = np.rint(kernel / step).astype(np.int8)
+    offset = np.rint(bias / (step * largest)).astype(np.int64)
+    bound = LEVELS * np.abs(integers.astype(np.int64)).sum(axis=(0, 1, 2)) + np.abs(offset)
+    if bound.max() >= 2**30:
+        raise IcmError("the sums of an integer network could leave 32 bits; use fewer channels")
+    first = np.maximum(np.ceil(np.log2(bound + 1)).astype(np.int64) - _ROOM, 0)
+    output_step = np.array([r.step for r in ranges])
+    ratio = step * largest / output_step * 2.0**first
+    second = np.clip(np.floor(_ROOM - np.log2(ratio)) - 1, 1, 30).astype(np.int64)
+    multiplier = np.rint(ratio * 2.0**second).astype(np.int64)
+    if (multiplier >= 1 << _ROOM).any():
+        raise IcmError("a network has weights too large to be frozen; retrain")
+    found = {
+        "kernel": integers,
+        "bias": offset.astype(np.int32),
+        "first": first.astype(np.int32),
+        "multiplier": multiplier.astype(np.int32),
+        "second": second.astype(np.int32),
+        "low": np.array([r.low for r in ranges], np.int32),
+        "high": np.array([r.high for r in ranges], np.int32),
+    }
+    if node.activation == "leaky_relu":
+        found["negative"] = np.rint(SLOPE * multiplier).astype(np.int32)
+    elif node.activation == "relu":
+        found["low"] = np.maximum(found["low"], 0)
+    return found
+
+
+def _input_shift(value: np.ndarray) -> int:
+    """s of the step 2^s/16 that represents the values seen with least squared error, whole numbers
+    at a tie."""
+
+    def error(shift):
+        step = 2.0**shift / FRACTIONS
+        kept = np.clip(np.rint(value / step), -LEVELS, LEVELS) * step
+        return float(np.square(kept - value, dtype=np.float64).mean())
+
+    return min((_WHOLE, *(s for s in range(10) if s != _WHOLE)), key=error)
 
 
 def _activation_step(output: np.ndarray) -> float:
     """The step of an 8-bit activation that represents the values seen with least squared error."""
-    top = float(output.max(initial=0.0))
+    top = float(np.abs(output).max(initial=0.0))
     if top <= 0:
         return 1.0 / LEVELS
     candidates = [top * share / LEVELS for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)]
 
     def error(step):
-        return float(np.square(np.rint(output / step).clip(0, LEVELS) * step - output).mean())
+        kept = np.rint(output / step).clip(-LEVELS, LEVELS) * step
+        return float(np.square(kept - output).mean())
 
     return min(candidates, key=error)
 
 
-def run(stack: Mapping[str, dict], x: jax.Array, ups: Sequence[bool]) -> jax.Array:
-    """Executes a stack: whole numbers [N, h, w, C] of any dtype -> int32 [N, h', w', F].
+def run(
+    nodes: Sequence[Node], arrays: Mapping[str, Mapping], inputs: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Executes a network on multiples of 1/16 [N, h, w, C] of any dtype -> int32 [N, h', w', F].
 
-    Args:
-      ups: per layer, whether depth to space follows it.
+    Args: arrays: what `quantise` returned.
     """
-    x = jnp.clip(x, -LEVELS, LEVELS)
-    for number, up in enumerate(ups):
-        layer = stack[f"layer_{number}"]
-        x = _rescaled(_convolved(x.astype(jnp.int8), layer["kernel"]), layer)
-        x = ops.depth_to_space(x) if up else x
-    return x
+    values = {name: _held(inputs[name], arrays.get(name)) for name in input_names(nodes)}
+    for node in nodes:
+        layer = arrays[node.name]
+        x = _rescaled(_convolved(_gathered(values, node), layer["kernel"]), layer)
+        x = ops.depth_to_space(x) if node.up else x
+        values[node.name] = x if node is nodes[-1] else x.astype(jnp.int8)
+    return values[nodes[-1].name]
+
+
+def _held(x: jax.Array, of_input: Mapping | None) -> jax.Array:
+    """An input as int8."""
+    if of_input is None:
+        return jnp.clip(x, -LEVELS, LEVELS).astype(jnp.int8)
+    limited = jnp.clip(jnp.asarray(x, jnp.float32), -_FARTHEST, _FARTHEST)
+    sixteenths = (limited * FRACTIONS).astype(jnp.int32)
+    shift = of_input["shift"].reshape(1, 1, 1, 1)
+    return jnp.clip(_shifted(sixteenths, shift), -LEVELS, LEVELS).astype(jnp.int8)
+
+
+def _gathered(values: Mapping[str, jax.Array], node: Node) -> jax.Array:
+    """The inputs of a node, cropped alike and concatenated."""
+    inputs = [values[name] for name in node.inputs]
+    height, width = (min(x.shape[axis] for x in inputs) for axis in (1, 2))
+    return jnp.concatenate([x[:, :height, :width] for x in inputs], axis=-1)
 
 
 def _convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """int8 [N, h, w, C] * int8 [3, 3, C, F] -> int32 [N, h, w, F], zeros around."""
+    """int8 [N, h, w, C] * int8 [k, k, C, F] -> int32 [N, h, w, F], zeros around."""
     _, h, w, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    side = kernel.shape[0]
+    x = jnp.pad(x, ((0, 0), *[(side // 2, side // 2)] * 2, (0, 0)))
     taps = [
         jax.lax.dot_general(
             x[:, row : row + h, column : column + w],
@@ -161,16 +263,19 @@ def _convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
             (((3,), (0,)), ((), ())),
             preferred_element_type=jnp.int32,
         )
-        for row in range(3)
-        for column in range(3)
+        for row in range(side)
+        for column in range(side)
     ]
     return sum(taps[1:], taps[0])
 
 
-def _rescaled(acc: jax.Array, layer: dict) -> jax.Array:
+def _rescaled(acc: jax.Array, layer: Mapping) -> jax.Array:
     row = {name: value.reshape(1, 1, 1, -1) for name, value in layer.items() if name != "kernel"}
     a = _shifted(acc + row["bias"], row["first"])
-    y = _shifted(a * row["multiplier"], row["second"])
+    multiplier = row["multiplier"]
+    if "negative" in row:
+        multiplier = jnp.where(a < 0, row["negative"], multiplier)
+    y = _shifted(a * multiplier, row["second"])
     return jnp.clip(y, row["low"], row["high"])
 
 

@@ -310,31 +310,73 @@ def _affine(count: int, indexes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(is_index, _REACH, 1.0).astype(np.float32), 18.0 * is_index.astype(np.float32)
 
 
-_UPS = (True, True, False)  # which layers of `HyperSynthesis` double the sides
-MEAN_STEPS = 16  # per unit of a mean, in integers
+HYPER_SYNTHESIS = (
+    integer.Node("layer_0", ("z",), "relu", up=True),
+    integer.Node("layer_1", ("layer_0",), "relu", up=True),
+    integer.Node("layer_2", ("layer_1",)),
+)
+"""`HyperSynthesis` as `integer` takes it."""
+MEAN_STEPS = integer.FRACTIONS  # per unit of a mean, in integers
 
 
-def integer_hyper_synthesis(params, z: np.ndarray, mean: bool = False) -> dict:
-    """A trained `HyperSynthesis` as an integer stack, for `run_hyper_synthesis`.
+def hyper_synthesis_weights(params, indexes: int) -> dict[str, integer.Weights]:
+    """A trained `HyperSynthesis` as the weights of `HYPER_SYNTHESIS`.
 
-    Args:
-      z: sample hyper-latents [N, h, w, C], whole numbers.
-      mean: as the module's.
+    Args: indexes: how many of its outputs are scale indexes; means follow.
     """
     convolutions = params["Up_0"]["Conv_0"], params["Up_1"]["Conv_0"], params["Conv_0"]
-    layers = [
-        integer.FloatLayer(layer["kernel"], layer["bias"], relu=up, up=up)
-        for layer, up in zip(convolutions, _UPS, strict=True)
-    ]
-    channels = len(layers[-1].bias) // (1 + mean)
-    last = layers[-1]
-    reach, first = _affine(len(last.bias), channels)
-    layers[-1] = last._replace(kernel=reach * last.kernel, bias=reach * last.bias + first)
-    ranges = [integer.Range(0, TOP_INDEX, 1.0)] * channels
-    ranges += [integer.Range(-(1 << 15), 1 << 15, 1 / MEAN_STEPS)] * (channels * mean)
-    return integer.quantise(layers, z, ranges)
+    return _with_affine(HYPER_SYNTHESIS, convolutions, indexes)
 
 
-def run_hyper_synthesis(stack, z: jax.Array) -> jax.Array:
-    """ẑ -> int32 scale index, 0 to 63, of each element of y, then its mean in 1/16."""
-    return integer.run(stack, z, _UPS)
+def _with_affine(nodes, convolutions, indexes: int) -> dict[str, integer.Weights]:
+    """Weights of nodes, what `_affine` does to the outputs in those of the last."""
+    weights = {
+        node.name: integer.Weights(layer["kernel"], layer["bias"])
+        for node, layer in zip(nodes, convolutions, strict=True)
+    }
+    name, last = nodes[-1].name, weights[nodes[-1].name]
+    reach, first = _affine(len(last.bias), indexes)
+    kernel = reach.reshape(1, 1, 1, -1) * last.kernel
+    weights[name] = integer.Weights(kernel, reach * last.bias + first)
+    return weights
+
+
+class EntropyParameters(ops.Module):
+    """Decoded latents -> scale index, and mean, of each element of y, by a network of any shape.
+
+    As `HyperSynthesis`, of which it is the general form: a context model concatenates what the
+    hyperprior says with what is decoded of y.
+
+    Attributes:
+      nodes: the network; the last gives latent_channels features, or twice as many with `mean`.
+      latent_channels: C of y. mean: also give a mean.
+    """
+
+    nodes: tuple[integer.Node, ...]
+    latent_channels: int
+    mean: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: dict[str, jax.Array]) -> jax.Array:
+        """float [N, h, w, C] by the names of inputs -> float32 [N, h', w', C or 2C]."""
+        values, convolutions = dict(inputs), []
+        for node in self.nodes:
+            channels = sum(values[name].shape[-1] for name in node.inputs)
+            factor = 0.1 / _REACH**2 if node is self.nodes[-1] else 1.0
+            init = nn.initializers.variance_scaling(factor, "fan_in", "truncated_normal")
+            shape = (node.side, node.side, channels, node.features)
+            kernel = self.param(f"{node.name}_kernel", init, shape)
+            bias = self.param(f"{node.name}_bias", nn.initializers.zeros, (node.features,))
+            convolutions.append(dict(kernel=kernel, bias=bias))
+            features = node.features // 4 if node.up else node.features
+            values[node.name] = jax.ShapeDtypeStruct((1, 1, 1, features), jnp.float32)
+        weights = _with_affine(self.nodes, convolutions, self.latent_channels)
+        return integer.run_float(self.nodes, weights, inputs)[self.nodes[-1].name]
+
+    def weights(self, params) -> dict[str, integer.Weights]:
+        """Trained parameters as `integer.quantise` takes them."""
+        convolutions = [
+            {kind: params[f"{node.name}_{kind}"] for kind in ("kernel", "bias")}
+            for node in self.nodes
+        ]
+        return _with_affine(self.nodes, convolutions, self.latent_channels)
