@@ -1,6 +1,6 @@
 # Two commands are enough: `make demo` and `make test`. Both build the environment from its lock.
 #   make test ENV=tfc   the same tests with TensorFlow and the official tensorflow-compression ops
-#   make test ARGS="tests/test_codec.py -x"
+#   make test ARGS="tests/test_codecs.py -x"
 #   make demo ARGS="--config.train.batch_size=64"
 ENV ?= core
 ARGS ?=
