@@ -109,7 +109,7 @@ def test_a_config_says_command_time_hardware_and_number(path):
 
 def commands():
     """Every command of the documentation that runs an experiment, as (file, arguments)."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
     texts = [(path.name, path.read_text()) for path in paths]
     texts += [(path.name, main.load_experiment(path).__doc__) for path in CONFIGS]
     for name, text in texts:
