@@ -206,3 +206,51 @@ def samples(plane):
     rows, columns, _ = plane.shape
     blocks = scipy.fft.idctn(plane.reshape(rows, columns, 8, 8).astype(float), axes=(2, 3))
     return blocks.transpose(0, 2, 1, 3).reshape(8 * rows, 8 * columns)
+
+
+WIDE = {
+    "contrastive": lambda size, key: views.contrastive(IMAGES, size, key=key),
+    "mild": lambda size, key: views.mild(IMAGES, size, key=key)[0],
+    "cut": lambda size, key: views.cut(jnp.asarray(IMAGES), size, key=key),
+    "centre": lambda size, key: views.centre(IMAGES, size),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_size_is_a_number_or_height_and_width(name):
+    key = jax.random.key(0)
+    assert WIDE[name]((10, 20), key).shape == (4, 10, 20, 3)
+    for one, both in ((10, (10, 10)), ((12,), 12)):
+        np.testing.assert_array_equal(WIDE[name](one, key), WIDE[name](both, key))
+    if name in ("cut", "centre"):
+        with pytest.raises(IcmError, match="20 × 28 pixels holds no view of 10 × 30"):
+            WIDE[name]((10, 30), key)
+
+
+def test_wide_views_keep_what_they_show_in_proportion():
+    """Of a canvas twice as wide as high, views twice as wide as high show such windows, and all of
+    it when nothing is cropped."""
+    keys = jax.random.split(jax.random.key(0), 500)
+    shape, view = (40, 80), (16, 32)
+    draw = lambda key: jnp.stack(views._random_window(key, shape, (0.3, 0.5), view)[:4])  # noqa: E731
+    _, _, height, width = np.asarray(jax.vmap(draw)(keys)).T
+    aspect = width / height
+    assert 1.49 < aspect.min() < 1.6 and 2.5 < aspect.max() < 2.67
+    whole = np.tile(np.arange(80, dtype=np.uint8), (1, 40, 1))
+    images = np.repeat(whole[..., None], 3, -1)
+    given, mask = views.mild(images, shape, whole, crop=(1.0, 1.0), key=jax.random.key(1))
+    row = np.asarray(mask)[0, 0]
+    assert (row == np.arange(80)).all() or (row == np.arange(80)[::-1]).all()
+    np.testing.assert_allclose(given[0, ..., 0], mask[0], atol=1e-3)
+
+
+def test_wide_views_of_coefficients_are_those_of_the_pixels():
+    rng = np.random.default_rng(0)
+    luma = rng.integers(-50, 50, (2, 4, 12, 64)).astype(np.int16)
+    chroma = rng.integers(-50, 50, (2, 2, 6, 128)).astype(np.int16)
+    pixels = np.stack([samples(plane) for plane in luma])
+    given, _ = views.coefficients(luma, chroma, (16, 64), key=jax.random.key(0))
+    other = views.aligned(np.repeat(pixels[..., None], 3, -1), (16, 64), key=jax.random.key(0))
+    assert given.shape == (2, 2, 8, 64) and other.shape == (2, 16, 64, 3)
+    for one, two in zip(np.asarray(given), np.asarray(other), strict=True):
+        np.testing.assert_allclose(samples(one), two[..., 0], atol=1e-3)

@@ -114,8 +114,8 @@ def decoded_split(codec, variables, source, run, base) -> np.ndarray:
     it there. Every process computes all of it, on one device and in the same batches, so that it
     does not depend on how many there are.
     """
-    side = run.task.size
-    name = (os.fspath(base), run.start[0][0], run.data.to_json_best_effort(), side)
+    size = geometry.sides(run.task.size)
+    name = (os.fspath(base), run.start[0][0], run.data.to_json_best_effort(), size)
     if name in _decoded:
         return _decoded[name]
     _decoded.clear()
@@ -123,8 +123,8 @@ def decoded_split(codec, variables, source, run, base) -> np.ndarray:
 
     @jax.jit
     def decode(variables, images):
-        inputs = {"image": views.centre(images, side)}
-        return forward(codec, variables, inputs, (side, side)).outputs["feature"]
+        inputs = {"image": views.centre(images, size)}
+        return forward(codec, variables, inputs, size).outputs["feature"]
 
     batches = pipeline.in_order(source, pipeline.image_spec(run.data, DECODED_AT_ONCE))
     total = -(-source.length // DECODED_AT_ONCE)

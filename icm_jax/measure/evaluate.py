@@ -13,7 +13,7 @@ Each entry of `run.evaluate` gives records, one per point of a curve:
                  feature, read from the first layer of the file alone, or on the decoded image
 
 For codecs of images, all points but "detect" hold decoded images against the originals: at their
-full size or, where the run has a `side`, the squares of that many pixels that networks see.
+full size or, where the run has a `side`, the middle of that size, which networks see.
 
 A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
 asked (the entry that it answers), images, bpp (measured), top1 / top5, miou, map50 / map, or psnr,
@@ -38,7 +38,8 @@ import tqdm
 from icm_jax import ops
 from icm_jax.codecs import bitstream, model_file, walk
 from icm_jax.coding import container
-from icm_jax.data import geometry, images, open_source, pipeline
+from icm_jax.data import geometry, open_source, pipeline
+from icm_jax.data.images import read_rgb
 from icm_jax.engine import checkpoint, sharding
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
@@ -272,7 +273,7 @@ def score_images(frozen, point: str, source, run) -> dict:
     def code(number: int) -> tuple:
         """(sizes, {metric: value or None}) of an image."""
         loaded = source.load(number)
-        image = images.read_rgb(loaded["image"], loaded["name"])
+        image = read_rgb(loaded["image"], loaded["name"])
         if side:
             image = np.asarray(views.centre(geometry.fit(image, canvas)[None], side))[0]
         if method == "stream":

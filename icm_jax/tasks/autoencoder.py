@@ -66,7 +66,8 @@ def joint_classification(config) -> Task:
     def init(key, batch):
         keys = jax.random.split(key, 3)
         variables = codec.init(keys[0], batch["image"])
-        q = jnp.zeros((1, config.size // 8, config.size // 8, config.code_channels))
+        height, width = views.sides(config.size)
+        q = jnp.zeros((1, height // 8, width // 8, config.code_channels))
         outputs, own = tail.init_with_output(keys[1], q, train=False)
         merge(variables, "tail", own)
         pooled = resnet.global_pool(outputs[-1])
@@ -97,7 +98,7 @@ def joint_classification(config) -> Task:
 
 def codec_constants(config) -> dict:
     """H_t and β for the collection `constants`. Raises: IcmError if they make no sense."""
-    if config.size % 8 or config.target_bpp <= 0:
+    if any(side % 8 for side in views.sides(config.size)) or config.target_bpp <= 0:
         raise IcmError(
             f"size {config.size} and target_bpp {config.target_bpp}: the size of a view is a "
             "multiple of 8, the target above 0"

@@ -32,7 +32,7 @@ def coefficient_classification(config) -> Task:
     """
     if config.input not in INPUTS:
         raise IcmError(f"unknown input {config.input!r}; choose one of {', '.join(INPUTS)}")
-    if config.size % 16:
+    if any(side % 16 for side in views.sides(config.size)):
         raise IcmError(f"views have sides of multiples of 16, not {config.size}")
     dtype = jnp.dtype(config.dtype)
     build = pixel_trunk if config.input in ("rgb", "ycbcr") else coefficient_trunk
@@ -63,7 +63,7 @@ def pixel_trunk(config, dtype):
     def init(key):
         keys = jax.random.split(key)
         variables: dict = {}
-        shape = (1, config.size, config.size, 3)
+        shape = (1, *views.sides(config.size), 3)
         f, own = head.init_with_output(keys[0], jnp.zeros(shape), train=False)
         merge(variables, "head", own)
         outputs, own = tail.init_with_output(keys[1], f, train=False)
@@ -92,8 +92,8 @@ def coefficient_trunk(config, dtype):
 
     def init(key):
         keys = jax.random.split(key, 4)
-        side = config.size // 8
-        planes = [jnp.zeros((1, s, s, 64)) for s in (side, side // 2, side // 2)]
+        height, width = views.sides(config.size)
+        planes = [jnp.zeros((1, height // s, width // s, 64)) for s in (8, 16, 16)]
         variables: dict = {}
         x, own = trunk.init_with_output(keys[0], *planes, train=False)
         merge(variables, "trunk", own)

@@ -7,6 +7,8 @@ divided by the mean square of the target: features of two backbones have differe
 this a λ means the same for both. `relative=False` gives the plain error.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +26,7 @@ def compression(config) -> Task:
     inner = filter_codec(
         config.variant, config.width, config.filter_channels, tuple(config.filter_widths)
     )
-    pixels = config.size**2
+    pixels = math.prod(views.sides(config.size))
 
     def init(key, batch):
         keys = jax.random.split(key)

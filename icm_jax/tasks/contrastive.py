@@ -12,6 +12,8 @@ Rate and decoder see y differently, as in docs/papers.md 5.2: the prior gets noi
 decoder straight-through rounded ones.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -95,7 +97,7 @@ def contrastive(config) -> Task:
         tuple(config.filter_widths),
         config.dtype,
     )
-    pixels = config.size**2
+    pixels = math.prod(views.sides(config.size))
 
     def init(key, batch):
         if config.queue % len(batch["image"]):

@@ -47,7 +47,7 @@ def detection(config) -> Task:
     Batches hold "image" uint8 [N, H, W, 3], sides multiples of 32, "boxes" float32 [N, B, 4],
     "box_labels" int32 [N, B], "box_valid" bool [N, B].
     """
-    if config.size % yolo.STRIDES[0]:
+    if any(side % yolo.STRIDES[0] for side in views.sides(config.size)):
         raise IcmError(f"YOLOv3 takes images whose sides are multiples of 32, not {config.size}")
     table = yolo.layers(config.classes, config.width, config.depth)
     whole = yolo.Part(table, 0, len(table), jnp.dtype(config.dtype))

@@ -10,6 +10,8 @@ example's loss is then divided by sqrt(λ / λ_max): else the highest rates, who
 largest, drown the gradients of the others.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +42,7 @@ def image_compression(config) -> Task:
             f"lambdas {lambdas} and levels {config.levels}: give the two ends of λ to a codec of "
             "several quality levels, and one λ to a codec of one; all positive"
         )
-    if weights[1] and config.size < 176:
+    if weights[1] and min(views.sides(config.size)) < 176:
         raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
     width = config.width if isinstance(config.width, int) else tuple(config.width)
     codec = image_codec(
@@ -68,7 +70,7 @@ def image_compression(config) -> Task:
         distortion = weights[0] * mse
         if weights[1]:
             distortion += weights[1] * (1.0 - ops.ms_ssim(x, x_hat))
-        bpp = sum(result.bits.values()) / config.size**2
+        bpp = sum(result.bits.values()) / math.prod(shape)
         total = ((bpp + lmbda * distortion) * jnp.sqrt(jnp.exp(ends[-1]) / lmbda)).mean()
         metrics = {"bpp": bpp.mean(), "mse": mse.mean(), "distortion": distortion.mean()}
         metrics["psnr"] = (20 * jnp.log10(255.0) - 10 * jnp.log10(mse)).mean()

@@ -6,6 +6,8 @@ d is the mean squared error divided by the mean square of f: features of two det
 different scales, and with this a weight w means the same for both. MSE is on 0...255.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -55,7 +57,7 @@ def scalable_compression(config) -> Task:
         )
         mse = jnp.square(x - result.outputs["image"]).mean(axis=(1, 2, 3)).mean()
         error = jnp.square(f - result.outputs["feature"]).mean() / (jnp.square(f).mean() + 1e-12)
-        pixels = config.size**2
+        pixels = math.prod(views.sides(config.size))
         bpp = {
             name: sum(result.bits[s.name].mean() for s in codec.segments if s.layer == layer)
             / pixels

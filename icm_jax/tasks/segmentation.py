@@ -24,7 +24,7 @@ def segmentation(config) -> Task:
     def logits_of(variables, images, feature, train):
         features, stats = trunk.features(variables, images, feature, train)
         logits = segmenter.apply({"params": variables["params"]["segmenter"]}, features[-1])
-        shape = (len(logits), config.size, config.size, config.mask_classes)
+        shape = (len(logits), *views.sides(config.size), config.mask_classes)
         return jax.image.resize(logits, shape, "bilinear"), stats
 
     def init(key, batch):

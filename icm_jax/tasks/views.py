@@ -3,6 +3,8 @@
 Every example has its own key, folded in from its row in the global batch, so that views do not
 depend on how the batch is sharded. Cropping, resizing and blurring are products with small banded
 matrices: that is fast on every backend and needs no gather.
+
+A view's `size` is one number of pixels or (height, width), as in configs.
 """
 
 import math
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icm_jax.data.geometry import sides
 from icm_jax.errors import IcmError
 
 # MoCo v2's augmentation (Chen et al. 2020): crop 0.2 to 1 of the area, jitter (0.4, 0.4, 0.4, 0.1)
@@ -22,14 +25,17 @@ BLUR_SIGMA, BLUR_SIZE = (0.1, 2.0), 224
 SEEN = 1 / 3  # of a box, or it is none in a view
 LUMA = (0.299, 0.587, 0.114)
 
+Size = int | tuple[int, int]
 
-def contrastive(images: jax.Array, size: int, *, key: jax.Array) -> jax.Array:
-    """MoCo v2's views: uint8 [N, H, W, 3] -> float32 [N, size, size, 3] on 0...255."""
+
+def contrastive(images: jax.Array, size: Size, *, key: jax.Array) -> jax.Array:
+    """MoCo v2's views: uint8 [N, H, W, 3] -> float32 [N, *size, 3] on 0...255."""
+    size = sides(size)
 
     def one(image, key):
         keys = jax.random.split(key, 4)
-        window = _random_window(keys[0], image.shape[:2], CROP_SCALE)
-        view = _resample(image.astype(jnp.float32) / 255.0, window, (size, size))
+        window = _random_window(keys[0], image.shape[:2], CROP_SCALE, size)
+        view = _resample(image.astype(jnp.float32) / 255.0, window, size)
         view = _jitter(view, keys[1])
         grey = jnp.broadcast_to(_luma(view), view.shape)
         view = jnp.where(jax.random.bernoulli(keys[2], GREY_P), grey, view)
@@ -40,7 +46,7 @@ def contrastive(images: jax.Array, size: int, *, key: jax.Array) -> jax.Array:
 
 def mild(
     images: jax.Array,
-    size: int,
+    size: Size,
     masks: jax.Array | None = None,
     *,
     crop: tuple[float, float] = (0.5, 1.0),
@@ -51,12 +57,13 @@ def mild(
     Args:
       images: uint8 [N, H, W, 3]. masks: uint8 [N, H, W] or None. crop: least and largest
         share of the area that a view shows; (1, 1) with a view of the canvas' size only flips.
-    Returns: float32 [N, size, size, 3] on 0...255 and uint8 [N, size, size] or None.
+    Returns: float32 [N, *size, 3] on 0...255 and uint8 [N, *size] or None.
     """
+    size = sides(size)
 
     def one(image, mask, key):
-        window = _random_window(key, image.shape[:2], crop)
-        view = _resample(image.astype(jnp.float32), window, (size, size))
+        window = _random_window(key, image.shape[:2], crop, size)
+        view = _resample(image.astype(jnp.float32), window, size)
         return view, None if mask is None else _nearest(mask, window, size)
 
     axes = (0, None if masks is None else 0, 0)
@@ -64,24 +71,27 @@ def mild(
 
 
 def coefficients(
-    luma: jax.Array, chroma: jax.Array, size: int, *, key: jax.Array | None = None
+    luma: jax.Array, chroma: jax.Array, size: Size, *, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Crop and flip of DCT coefficients: exactly those of the image so cropped and mirrored.
 
     Args:
-      luma: [N, h, w, 64]. chroma: [N, h/2, w/2, 128]. size: sides of the view in pixels, a
-        multiple of 16, as the corners of the views are. key: None for the centre, not mirrored.
-    Returns: [N, size/8, size/8, 64] and [N, size/16, size/16, 128], same dtypes.
+      luma: [N, h, w, 64]. chroma: [N, h/2, w/2, 128]. size: in multiples of 16, as the corners of
+        the views are. key: None for the centre, not mirrored.
+    Returns: [N, height/8, width/8, 64] and [N, height/16, width/16, 128], same dtypes.
     """
-    side = size // 16
-    room = [own - side for own in chroma.shape[1:3]]
-    if size % 16 or min(room) < 0:
-        raise IcmError(f"no view of {size} pixels in {chroma.shape[1]} × {chroma.shape[2]} × 16")
+    size = sides(size)
+    down, across = size[0] // 16, size[1] // 16
+    room = [chroma.shape[1] - down, chroma.shape[2] - across]
+    if size[0] % 16 or size[1] % 16 or min(room) < 0:
+        raise IcmError(
+            f"no view of {_text(size)} pixels in {chroma.shape[1]} × {chroma.shape[2]} × 16"
+        )
     signs = jnp.asarray([(-1) ** (i % 8) for i in range(64)], luma.dtype).reshape(1, 1, -1)
 
     def cut(luma, chroma, top, left):
-        luma = jax.lax.dynamic_slice(luma, (2 * top, 2 * left, 0), (2 * side, 2 * side, 64))
-        return luma, jax.lax.dynamic_slice(chroma, (top, left, 0), (side, side, 128))
+        luma = jax.lax.dynamic_slice(luma, (2 * top, 2 * left, 0), (2 * down, 2 * across, 64))
+        return luma, jax.lax.dynamic_slice(chroma, (top, left, 0), (down, across, 128))
 
     def one(luma, chroma, key):
         corner, flip = _aligned_window(key, room)
@@ -94,25 +104,26 @@ def coefficients(
     return jax.vmap(one)(luma, chroma, _row_keys(key, len(luma)))
 
 
-def aligned(images: jax.Array, size: int, *, key: jax.Array | None = None) -> jax.Array:
+def aligned(images: jax.Array, size: Size, *, key: jax.Array | None = None) -> jax.Array:
     """The views of `coefficients`, of pixels: same key, same crops and flips.
 
     Args:
       images: [N, H, W, 3], sides multiples of 16. size, key: as of `coefficients`.
-    Returns: [N, size, size, 3], same dtype.
+    Returns: [N, *size, 3], same dtype.
     """
-    room = [(own - size) // 16 for own in images.shape[1:3]]
-    if size % 16 or min(room) < 0:
-        raise IcmError(f"no view of {size} pixels in {images.shape[1]} × {images.shape[2]}")
+    size = sides(size)
+    room = [(images.shape[1] - size[0]) // 16, (images.shape[2] - size[1]) // 16]
+    if size[0] % 16 or size[1] % 16 or min(room) < 0:
+        raise IcmError(f"no view of {_text(size)} pixels in {images.shape[1]} × {images.shape[2]}")
 
     def one(image, key):
         (top, left), flip = _aligned_window(key, room)
-        view = jax.lax.dynamic_slice(image, (16 * top, 16 * left, 0), (size, size, 3))
+        view = jax.lax.dynamic_slice(image, (16 * top, 16 * left, 0), (*size, 3))
         return jnp.where(flip, view[:, ::-1], view)
 
     if key is None:
-        top, left = (16 * (own // 2) for own in room)
-        return images[:, top : top + size, left : left + size]
+        top, left = (16 * (free // 2) for free in room)
+        return images[:, top : top + size[0], left : left + size[1]]
     return jax.vmap(one)(images, _row_keys(key, len(images)))
 
 
@@ -139,16 +150,16 @@ def boxed(
     Returns: float32 [N, H, W, 3] on 0...255; the boxes as fractions of the view, cut at its sides;
       and which are valid: at least a third of them must be seen (`SEEN`).
     """
-    sides = jnp.array(images.shape[1:3], jnp.float32)
+    pixels = jnp.array(images.shape[1:3], jnp.float32)
 
     def one(image, own, key):
         keys = jax.random.split(key)
-        window = _random_window(keys[0], image.shape[:2], crop)
+        window = _random_window(keys[0], image.shape[:2], crop, image.shape[:2])
         top, left, height, width, flip = window
         view = _resample(image.astype(jnp.float32) / 255.0, window, image.shape[:2])
         view = 255.0 * _jitter(view, keys[1])
         start, extent = jnp.tile(jnp.stack([top, left]), 2), jnp.tile(jnp.stack([height, width]), 2)
-        placed = (own * jnp.tile(sides, 2)[None] - start[None]) / extent[None]
+        placed = (own * jnp.tile(pixels, 2)[None] - start[None]) / extent[None]
         mirrored = jnp.stack(
             [placed[:, 0], 1.0 - placed[:, 3], placed[:, 2], 1.0 - placed[:, 1]], axis=1
         )
@@ -161,38 +172,45 @@ def boxed(
     return found, placed, valid & seen
 
 
-def cut(images: jax.Array, size: int, *, key: jax.Array) -> jax.Array:
-    """Random windows, flipped or not, of the pixels as they are: [N, size, size, 3] like `images`.
+def cut(images: jax.Array, size: Size, *, key: jax.Array) -> jax.Array:
+    """Random windows, flipped or not, of the pixels as they are: [N, *size, 3] like `images`.
 
     Raises: IcmError if the canvas is smaller than `size`.
     """
-    room = [side - size for side in images.shape[1:3]]
+    size = sides(size)
+    room = [images.shape[1] - size[0], images.shape[2] - size[1]]
     if min(room) < 0:
         raise IcmError(_too_small(images, size))
 
     def one(image, key):
         keys = jax.random.split(key, 3)
         top, left = (jax.random.randint(k, (), 0, r + 1) for k, r in zip(keys, room, strict=False))
-        view = jax.lax.dynamic_slice(image, (top, left, 0), (size, size, image.shape[-1]))
+        view = jax.lax.dynamic_slice(image, (top, left, 0), (*size, image.shape[-1]))
         return jnp.where(jax.random.bernoulli(keys[2], FLIP_P), view[:, ::-1], view)
 
     return jax.vmap(one)(images, _row_keys(key, len(images)))
 
 
-def centre(images: jax.Array, size: int) -> jax.Array:
-    """The central [N, size, size, ...] of images or masks [N, H, W, ...].
+def centre(images: jax.Array, size: Size) -> jax.Array:
+    """The central [N, *size, ...] of images or masks [N, H, W, ...].
 
     Raises: IcmError if the canvas is smaller than `size`.
     """
-    if min(images.shape[1:3]) < size:
+    size = sides(size)
+    room = [images.shape[1] - size[0], images.shape[2] - size[1]]
+    if min(room) < 0:
         raise IcmError(_too_small(images, size))
-    top, left = (images.shape[1] - size) // 2, (images.shape[2] - size) // 2
-    return images[:, top : top + size, left : left + size]
+    top, left = room[0] // 2, room[1] // 2
+    return images[:, top : top + size[0], left : left + size[1]]
 
 
-def _too_small(images, size: int) -> str:
+def _text(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} × {size[1]}"
+
+
+def _too_small(images, size: tuple[int, int]) -> str:
     return (
-        f"a canvas of {images.shape[1]} × {images.shape[2]} pixels holds no view of {size}; "
+        f"a canvas of {images.shape[1]} × {images.shape[2]} pixels holds no view of {_text(size)}; "
         "set data.canvas to at least model.size"
     )
 
@@ -201,13 +219,14 @@ def _row_keys(key: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
 
-def _random_window(key, shape, scale):
-    """(top, left, height, width, flip?): area share and aspect 3/4 to 4/3, as Inception crops."""
+def _random_window(key, shape, scale, size=(1, 1)):
+    """(top, left, height, width, flip?): area share and 3/4 to 4/3 of the aspect of a view of this
+    size, as Inception crops."""
     keys = jax.random.split(key, 5)
     height, width = (jnp.float32(side) for side in shape)
     area = height * width * jax.random.uniform(keys[0], minval=scale[0], maxval=scale[1])
     bound = math.log(4 / 3)
-    aspect = jnp.exp(jax.random.uniform(keys[1], minval=-bound, maxval=bound))
+    aspect = jnp.exp(jax.random.uniform(keys[1], minval=-bound, maxval=bound)) * (size[1] / size[0])
     aspect = jnp.clip(aspect, area / jnp.square(height), jnp.square(width) / area)  # stays inside
     crop_width, crop_height = jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)
     top = jax.random.uniform(keys[2]) * (height - crop_height)
@@ -238,9 +257,9 @@ def _separable(image, rows, columns):
 
 def _nearest(mask, window, size):
     top, left, height, width, flip = window
-    steps = jnp.arange(size, dtype=jnp.float32) + 0.5
-    rows = jnp.clip((top + steps * height / size).astype(jnp.int32), 0, mask.shape[0] - 1)
-    columns = jnp.clip((left + steps * width / size).astype(jnp.int32), 0, mask.shape[1] - 1)
+    down, across = (jnp.arange(side, dtype=jnp.float32) + 0.5 for side in size)
+    rows = jnp.clip((top + down * height / size[0]).astype(jnp.int32), 0, mask.shape[0] - 1)
+    columns = jnp.clip((left + across * width / size[1]).astype(jnp.int32), 0, mask.shape[1] - 1)
     columns = jnp.where(flip, columns[::-1], columns)
     return mask[rows[:, None], columns[None, :]]
 
@@ -282,10 +301,14 @@ def _rotate_hue(image, angle):
 def _blur(image, key):
     keys = jax.random.split(key)
     sigma = jax.random.uniform(keys[0], minval=BLUR_SIGMA[0], maxval=BLUR_SIGMA[1])
-    sigma = sigma * image.shape[0] / BLUR_SIZE  # a smaller view has the finer detail
-    places = jnp.arange(image.shape[0], dtype=jnp.float32)
-    distance = places[:, None] - places[None, :]
-    kernel = jnp.exp(-0.5 * jnp.square(distance / sigma))
-    kernel = kernel / kernel.sum(axis=1, keepdims=True)
-    kernel = jnp.where(jax.random.bernoulli(keys[1], BLUR_P), kernel, jnp.eye(len(places)))
-    return _separable(image, kernel, kernel)
+    sigma = sigma * min(image.shape[:2]) / BLUR_SIZE  # a smaller view has the finer detail
+    blurred = jax.random.bernoulli(keys[1], BLUR_P)
+
+    def kernel(side):
+        places = jnp.arange(side, dtype=jnp.float32)
+        distance = places[:, None] - places[None, :]
+        weights = jnp.exp(-0.5 * jnp.square(distance / sigma))
+        weights = weights / weights.sum(axis=1, keepdims=True)
+        return jnp.where(blurred, weights, jnp.eye(side))
+
+    return _separable(image, kernel(image.shape[0]), kernel(image.shape[1]))

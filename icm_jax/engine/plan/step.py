@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from icm_jax.codecs.codec import forward
-from icm_jax.data import DATASETS, open_source, pipeline
+from icm_jax.data import DATASETS, geometry, open_source, pipeline
 from icm_jax.engine import optim, sharding
 from icm_jax.engine.plan import hlo
 from icm_jax.engine.plan.chips import GIB, RESERVED, Chip, Target
@@ -49,10 +49,10 @@ def abstract_step(
     spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
     sizes = pipeline.layout(DATASETS[run.data.name].keys, spec)
     if run.decode_once:
-        side = run.task.size
-        image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), jnp.uint8)
+        size = geometry.sides(run.task.size)
+        image = jax.ShapeDtypeStruct((run.batch_size, *size, 3), jnp.uint8)
         coded = jax.eval_shape(
-            lambda v, x: forward(task.codec, v, {"image": x}, (side, side)).outputs["feature"],
+            lambda v, x: forward(task.codec, v, {"image": x}, size).outputs["feature"],
             state.variables,
             image,
         )
