@@ -48,7 +48,8 @@ def main():
     codecs = {}
     for name, codec in (("scalable", scalable), ("single", single)):
         codecs[name] = bitstream.freeze(codec, drawn(codec, image, rng), image)
-    fields = dict(name="detection", classes=given.classes, width=given.detector, depth=1.0)
+    own = dict(name="yolov3", width=given.detector, depth=1.0)
+    fields = dict(name="detection", classes=given.classes, detector=own)
     fields |= dict(dtype="float32", size=given.side, anchor_scale=1.0, crop=(1.0, 1.0))
     task = build_task(ConfigDict(dict(fields, least=0.1, overlap=0.45, limit=100)))
     predict = jax.jit(task.predict)

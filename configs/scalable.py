@@ -137,7 +137,7 @@ def scalable_task(config, kind: str, lmbda: float) -> dict:
     """The task of a scalable codec."""
     own = ("width", "base", "enhancement", "hypers", "feature_weight", "size", "straight_through")
     task = {field: config.model[field] for field in own}
-    task |= {f"detector_{field}": config.detector.model[field] for field in ("width", "depth")}
+    task["detector"] = config.detector.model.detector.to_dict()
     kind, _, backbone = kind.partition("-")
     task |= dict(name="scalable_compression", kind=kind, backbone=backbone or "balle2018")
     return task | dict(lmbda=lmbda)

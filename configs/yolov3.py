@@ -12,8 +12,8 @@
     Expect:  20.3 % mAP@.5 on these, 1.5 % on 64 others: too few to detect others by
 
     Command: python -m icm_jax.main --config=configs/yolov3.py:coco
-    Takes:   not run here; with `--config.weights=yolov3.weights --config.train.steps=0` it scores
-             published weights
+    Takes:   not run here; with `--config.weights.path=yolov3.weights --config.train.steps=0` it
+             scores published weights
     On:      accelerators; `--mode=plan` says which
     Expect:  no number of ours: published schedule
 
@@ -33,8 +33,7 @@ def demo() -> dict:
         seeds=(0,),
         data=common.scenes(train=5000, validation=400, boxes=4),  # boxes of an image at most
         model=dict(
-            width=0.25,
-            depth=0.34,
+            detector=dict(name="yolov3", width=0.25, depth=0.34),
             dtype="float32",
             size=96,
             anchor_scale=96 / 416,  # 1: the published sizes in pixels
@@ -48,7 +47,8 @@ def demo() -> dict:
             save_every=500,
             **common.stage(steps=4000, learning_rate=1e-3, warmup_steps=200, weight_decay=1e-4),
         ),
-        weights="",  # a Darknet file to start from; with train.steps=0 it is taken as it is
+        # A file to start from, and its reader; with train.steps=0 it is taken as it is.
+        weights=dict(reader="darknet", path=""),
         # "heif-30" (HEVC intra), "vvc-37" (VVC intra, at this quantisation parameter) and
         # "jxl-50" need the extra `formats`, "avif-50" nothing.
         files=tuple(f"jpeg-{q}" for q in (5, 10, 15, 25, 50, 80))
@@ -69,7 +69,8 @@ def coco() -> dict:
     """As published (Redmon and Farhadi 2018, yolov3.cfg): 416 pixels, batch 64, 500,200 steps."""
     config = demo()
     config["data"] = dict(name="coco/2014", path="", canvas=416, boxes=100)
-    config["model"].update(width=1.0, depth=1.0, size=416, anchor_scale=1.0, crop=(0.3, 1.0))
+    config["model"].update(size=416, anchor_scale=1.0, crop=(0.3, 1.0))
+    config["model"]["detector"].update(width=1.0, depth=1.0)
     config["train"].update(steps=500_200, batch_size=64, optimiser="sgd", weight_decay=5e-4)
     config["train"].update(warmup_steps=1000, save_every=5000)
     return config
@@ -79,7 +80,8 @@ def tiny() -> dict:
     """A few steps of the demo, for tests."""
     config = demo()
     config["data"] = common.scenes(train=16, validation=4, canvas=64, boxes=4)
-    config["model"].update(width=1 / 16, depth=0.1, size=64, anchor_scale=64 / 416)
+    config["model"].update(size=64, anchor_scale=64 / 416)
+    config["model"]["detector"].update(width=1 / 16, depth=0.1)
     config["train"].update(common.few(), steps=4, warmup_steps=1)
     config.update(files=("jpeg-20", "webp-20"))
     return config
@@ -102,7 +104,7 @@ def detector_run(config, seed: int) -> ml_collections.ConfigDict:
         seed=seed,
         task=dict(config.model, name="detection"),
         weight_decay=config.train.weight_decay,
-        weights=config.weights,
+        weights=(config.weights.reader, config.weights.path) if config.weights.path else None,
         needs=("objects",),
         evaluate=("pixels", *config.files),
         labels=dict(curve="detect", arm="detector", point=""),

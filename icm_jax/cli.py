@@ -253,7 +253,8 @@ def _finder(codec, options):
         )
     own, built = about["detector"], dict(codec.codec.config[1])
     fields = {key: own[key] for key in ("anchor_scale", "overlap", "limit")}
-    fields |= {key: built[f"detector_{key}"] for key in ("width", "depth")}
+    fields["detector"] = {key: built[f"detector_{key}"] for key in ("width", "depth")}
+    fields["detector"]["name"] = "yolov3"
     fields |= dict(name="detection", classes=built["classes"], dtype="float32")
     fields |= dict(crop=(1.0, 1.0), size=GRID)
     predict = jax.jit(build_task(ConfigDict(dict(fields, least=options.least))).predict)

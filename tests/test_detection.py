@@ -8,24 +8,25 @@ import pytest
 from ml_collections import ConfigDict
 
 from icm_jax.errors import IcmError
+from icm_jax.nets.yolo import yolov3
 from icm_jax.tasks import boxes, build_task
 from icm_jax.tasks.detection import anchors, detections, losses
 
 TRUTH = np.float32([[[0.1, 0.2, 0.3, 0.25], [0.3, 0.1, 0.95, 0.9], [0, 0, 0, 0]]])
 LABELS, VALID = jnp.array([[2, 0, 1]]), jnp.array([[True, True, False]])
 GRIDS = [(2, 3), (4, 6), (8, 12)]  # of 64 × 96 pixels
-SCALE = 0.2
+SHAPES = anchors(yolov3(3), GRIDS, 0.2)
 
 
 @jax.jit
 def cost(outputs, truth, labels, valid):
-    return losses(outputs, truth, labels, valid, SCALE)
+    return losses(outputs, truth, labels, valid, SHAPES)
 
 
 def truthful(sure=12.0):
     """Raw outputs that mean TRUTH."""
     outputs = []
-    wanted = boxes.targets(jnp.asarray(TRUTH), LABELS, VALID, anchors(GRIDS, SCALE), GRIDS, 3)
+    wanted = boxes.targets(jnp.asarray(TRUTH), LABELS, VALID, SHAPES, GRIDS, 3)
     for target in wanted:
         inner = jnp.clip(target.boxes[..., 1::-1], 1e-5, 1 - 1e-5)
         there = target.weight[..., None] > 0
@@ -44,7 +45,7 @@ def truthful(sure=12.0):
 
 
 def test_outputs_that_say_the_truth_give_it_back():
-    found = detections(truthful(), SCALE, 10, 0.5, 0.3)
+    found = detections(truthful(), SHAPES, 10, 0.5, 0.3)
     assert found.valid.sum() == 2
     order = np.argsort(np.asarray(found.labels[0, :2]))[::-1]
     assert np.asarray(found.labels)[0, order].tolist() == [2, 0]
@@ -53,9 +54,9 @@ def test_outputs_that_say_the_truth_give_it_back():
 
 def test_anchors_are_in_pixels():
     """As in Darknet, the same anchor is a smaller share of a larger image."""
-    whole = anchors([(13, 13), (26, 26), (52, 52)], 1.0)
+    whole = anchors(yolov3(3), [(13, 13), (26, 26), (52, 52)], 1.0)
     np.testing.assert_allclose(whole[0][0], [116 / 416, 90 / 416], rtol=1e-6)
-    wide = anchors([(13, 26), (26, 52), (52, 104)], 0.5)
+    wide = anchors(yolov3(3), [(13, 26), (26, 52), (52, 104)], 0.5)
     np.testing.assert_allclose(wide[2][2], [33 / 2 / 832, 23 / 2 / 416], rtol=1e-6)
 
 
@@ -79,7 +80,7 @@ def test_near_misses_are_not_asked():
     outputs = truthful()
     coarse = outputs[0]
     (n, y, x, a) = np.argwhere(coarse[..., 4] > 0)[0]
-    own, other = anchors(GRIDS, SCALE)[0][a], anchors(GRIDS, SCALE)[0][a - 1]
+    own, other = SHAPES[0][a], SHAPES[0][a - 1]
     near = coarse[n, y, x, a].at[2:4].add(jnp.log(own / other)).at[4].set(5.0)
     outputs[0] = coarse.at[n, y, x, a - 1].set(near)
     arguments = jnp.asarray(TRUTH), LABELS, VALID
@@ -89,7 +90,8 @@ def test_near_misses_are_not_asked():
 
 
 def test_a_small_detector_learns_a_batch():
-    config = dict(name="detection", classes=3, width=1 / 16, depth=0.1, dtype="float32")
+    own = dict(name="yolov3", width=1 / 16, depth=0.1)
+    config = dict(name="detection", classes=3, detector=own, dtype="float32")
     task = build_task(
         ConfigDict(
             config

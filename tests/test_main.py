@@ -18,6 +18,7 @@ import icm_jax
 from icm_jax.engine import checkpoint
 from icm_jax.main import load_experiment
 from icm_jax.nets import yolo
+from icm_jax.nets.detector import Part
 from icm_jax.report.curves import curves_of
 from icm_jax.report.pictures import principal_colours
 from icm_jax.tasks import build_task
@@ -129,13 +130,14 @@ def test_networks_on_a_code_end_with_a_report(tmp_path):
 
 def test_a_detector_and_a_scalable_codec_end_with_a_report(tmp_path):
     """The detector starts from a Darknet file; four steps move no weight by more than 0.01."""
-    table, rng = yolo.layers(12, 1 / 16, 0.1), np.random.default_rng(0)
-    network = yolo.Part(table, 0, len(table))
+    network, rng = Part(yolo.yolov3(12, 1 / 16, 0.1)), np.random.default_rng(0)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), image)
     given = jax.tree.map(lambda x: rng.uniform(0.05, 0.1, x.shape).astype(np.float32), shapes)
-    darknet.write(tmp_path / "small.weights", table, given)
-    done = main(tmp_path, f"--config.detector.weights={tmp_path}/small.weights", name="scalable")
+    darknet.write(tmp_path / "small.weights", given)
+    done = main(
+        tmp_path, f"--config.detector.weights.path={tmp_path}/small.weights", name="scalable"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (pixels, jpeg, webp) = json.loads((tmp_path / "seed0/detector/records.json").read_text())
     assert [r["kind"] for r in (pixels, jpeg, webp)] == ["pixels", "jpeg-20", "webp-20"]

@@ -25,7 +25,7 @@ from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
 from icm_jax.codecs.hyperprior import Gain
 from icm_jax.errors import IcmError
-from icm_jax.nets import yolo
+from icm_jax.nets.detector import Part
 from icm_jax.nets.transforms import (
     HYPER_SYNTHESIS,
     BaseAnalysis,
@@ -40,6 +40,7 @@ from icm_jax.nets.transforms import (
     ResidualSynthesis,
     hyper_synthesis_weights,
 )
+from icm_jax.nets.yolo import yolov3
 
 PART, DETECTOR = "scalable", "detector"
 KINDS = ("disentangled", "split", "residual")
@@ -156,17 +157,16 @@ def scalable_codec(
         1/8 of its sides, and of all other networks.
       base, enhancement: C_b, C_e, channels of the latents.
       hypers: hyperpriors, 2 (one per latent) or 1 (for both, in the base layer).
-      classes, detector_width, detector_depth: of `yolo.layers`.
+      classes, detector_width, detector_depth: of `yolov3`.
       backbone: whose picture transforms, one of `BACKBONES`.
 
     Raises: IcmError for an unknown kind or backbone or numbers that are not as above.
     """
     widths = width if isinstance(width, tuple) else (width,) * 4
     _require(kind, widths, (base, enhancement), hypers, backbone)
-    table = yolo.layers(classes, detector_width, detector_depth)
-    split = yolo.default_split(table)
-    front, end = yolo.Part(table, 0, split), yolo.Part(table, split, split)
-    features = table[split - 1].features
+    found = yolov3(classes, detector_width, detector_depth)
+    front, end = Part(found, 0, found.split), Part(found, found.split, found.split)
+    features = found.feature.channels
     module = Scalable(kind, widths, (base, enhancement), features, hypers, backbone)
     run = method_of(module, PART)
 
@@ -190,7 +190,7 @@ def scalable_codec(
     def init(key, image):
         keys = jax.random.split(key)
         x = jnp.zeros((1, 64, 64, 3))
-        whole = yolo.Part(table, 0, len(table)).init(keys[0], x, train=False)
+        whole = Part(found).init(keys[0], x, train=False)
         variables = {name: {DETECTOR: tree} for name, tree in whole.items()}
         own = module.init(keys[1], x, jnp.zeros((1, 8, 8, features)))["params"]
         variables["params"][PART] = own

@@ -30,11 +30,10 @@ from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.engine import checkpoint, optim, sharding
 from icm_jax.engine.log import Log
 from icm_jax.errors import IcmError
-from icm_jax.nets import yolo
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
 from icm_jax.tasks.task import TRAIN
-from icm_jax.weights import darknet
+from icm_jax.weights import start_from
 
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
@@ -59,9 +58,9 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
         save_every, fsdp, ema, start; keep_every, steps between checkpoints that stay (0: the newest
         alone); needs, what of an example the task and its score use besides the image ("label",
         "mask", "objects"); decode_once, to train on features that the codec of the first run of
-        `start` decoded beforehand, instead of decoding views at every step; and, of detectors,
-        weights: the path of a Darknet file to start from, or "" (with steps = 0 the detector is
-        that of the file).
+        `start` decoded beforehand, instead of decoding views at every step; weights, (name in
+        `icm_jax.weights.READERS`, path) of a file to start from, or None (with steps = 0 what it
+        holds is taken as it is).
       base: the folder of the experiment, where earlier runs lie that `run.start` names.
 
     Returns: the metrics of the last logging interval.
@@ -82,8 +81,6 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     task = build_task(complete(run.task, source))
     optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     start = [(checkpoint.load_variables(pathlib.Path(base) / n), p) for n, p in run.start]
-    if run.get("weights"):
-        start.append((detector_weights(run, source), None))
     features = (
         decoded_split(task.codec, start[0][0], source, run, base) if run.decode_once else None
     )
@@ -146,7 +143,8 @@ def complete(config: ml_collections.ConfigDict, source) -> ml_collections.Config
 def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple[TrainState, int]:
     """(state on the mesh, its step): the newest whole checkpoint, or a fresh state.
 
-    Restoring goes: own checkpoint; else `task.init`, then parts of earlier runs named in `start`.
+    Restoring goes: own checkpoint; else `task.init`, then parts of earlier runs named in `start`,
+    then `run.weights`.
     """
     init, abstract = initial(task, optimiser, run, mesh)
     saved, step = checkpoint.restore_newest(checkpoints, abstract)
@@ -158,7 +156,9 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
     variables = state.variables
     for earlier, prefixes in start:
         variables = copy_parts(variables, earlier, prefixes)
-    if start:
+    if run.get("weights"):
+        variables = start_from(variables, *run.weights)
+    if start or run.get("weights"):
         trained = trained_part(task, variables["params"])
         ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
         state = state.replace(variables=variables, ema=ema)
@@ -196,30 +196,14 @@ def initial(task: Task, optimiser, run, mesh):
     return init, abstract
 
 
-def detector_weights(run, source) -> dict:
-    """Variables of `run.weights`, a .weights file of YOLOv3 or of its backbone alone.
-
-    Raises: IcmError if it cannot be read or is of another network.
-    """
-    table = yolo.layers(len(source.classes), run.task.width, run.task.depth)
-    own = darknet.read(run.weights, table)
-    return {collection: {"detector": tree} for collection, tree in own.items()}
-
-
 def copy_parts(variables: dict, earlier: dict, prefixes) -> dict:
     """`variables` with the subtrees "collection/name" taken from another run's variables.
 
-    Parts that neither side has (a network without BatchNorm) are passed over. With prefixes None,
-    every layer that `earlier` has is taken.
+    Parts that neither side has (a network without BatchNorm) are passed over.
 
     Raises: IcmError if only one side has a part, or if shapes differ.
     """
     variables = {name: dict(tree) for name, tree in variables.items()}
-    if prefixes is None:
-        for collection, parts in earlier.items():
-            for name, layers in parts.items():
-                variables[collection][name] = {**variables[collection][name], **layers}
-        return variables
     for prefix in prefixes:
         collection, name = prefix.split("/")
         given, own = (tree.get(collection, {}).get(name) for tree in (earlier, variables))

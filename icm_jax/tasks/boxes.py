@@ -21,7 +21,7 @@ class Detections(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What one scale's outputs [N, h, w, A, 5 + K] should be; see `targets`.
+    """What an output [N, h, w, A, 5 + K] should be; see `targets`.
 
     boxes: float32 [N, h, w, A, 4], offsets in the cell (y, x in 0...1) and log ratios to the anchor
     (h, w). weight: float32 [N, h, w, A], 2 - area where an object belongs, else 0. classes: float32
@@ -67,56 +67,60 @@ def place(raw: jax.Array, anchors: jax.Array) -> jax.Array:
 
 
 def targets(boxes, labels, valid, anchors, grids, classes: int) -> list[Targets]:
-    """Each object belongs to the anchor, of all scales, whose shape overlaps its own best.
+    """Each object belongs to the anchor, of all outputs, whose shape overlaps its own best.
 
     Args:
       boxes: float32 [N, B, 4]; labels: int32 [N, B]; valid: bool [N, B].
-      anchors: per scale float32 [A, 2], fractions of the image.
-      grids: per scale (h, w). classes: K.
+      anchors: per output float32 [A, 2], (width, height) as fractions of the image.
+      grids: per output (h, w). classes: K.
 
     Two objects in one cell and anchor: the later one stands.
     """
-    n, count = labels.shape
     size = boxes[..., 2:] - boxes[..., :2]  # h, w
     centre = (boxes[..., 2:] + boxes[..., :2]) / 2
-    shapes = jnp.concatenate([a[:, ::-1] for a in anchors])  # h, w
-    origin = jnp.zeros_like(shapes)
-    overlap = iou(
-        jnp.concatenate([jnp.zeros_like(size), size], axis=-1),
-        jnp.broadcast_to(jnp.concatenate([origin, shapes], axis=-1)[None], (n, shapes.shape[0], 4)),
-    )
-    best = jnp.argmax(overlap, axis=-1)  # [N, B]
-    image = jnp.broadcast_to(jnp.arange(n)[:, None], (n, count))
+    best = _likest(size, jnp.concatenate([pairs[:, ::-1] for pairs in anchors]))
+    seen = valid & (size > 0).all(-1)
     found, first = [], 0
-    for own, (h, w) in zip(anchors, grids, strict=True):
+    for pairs, grid in zip(anchors, grids, strict=True):
         number = best - first
-        here = valid & (number >= 0) & (number < len(own)) & (size > 0).all(-1)
-        scaled = centre * jnp.array([h, w], centre.dtype).reshape(1, 1, 2)
-        cell = jnp.clip(scaled.astype(jnp.int32), 0, jnp.array([h - 1, w - 1]).reshape(1, 1, 2))
-        # Rows that do not count go out of range, where `drop` leaves them.
-        at = (
-            jnp.where(here, image, n),
-            cell[..., 0],
-            cell[..., 1],
-            jnp.clip(number, 0, len(own) - 1),
-        )
-        ratio = size / own[jnp.clip(number, 0, len(own) - 1)][..., ::-1]
-        values = jnp.concatenate(
-            [scaled - cell.astype(scaled.dtype), jnp.log(jnp.maximum(ratio, 1e-9))], axis=-1
-        )
-        grid = (n, h, w, len(own))
-        weight = 2.0 - jnp.clip(size[..., 0] * size[..., 1], 0.0, 1.0)
+        here = seen & (number >= 0) & (number < len(pairs))
+        number = jnp.clip(number, 0, len(pairs) - 1)
+        ratio = size / pairs[number][..., ::-1]
         found.append(
-            Targets(
-                jnp.zeros((*grid, 4)).at[at].set(values, mode="drop"),
-                jnp.zeros(grid).at[at].set(weight, mode="drop"),
-                jnp.zeros((*grid, classes))
-                .at[at]
-                .set(jax.nn.one_hot(labels, classes), mode="drop"),
-            )
+            _placed(centre, size, ratio, labels, here, number, (*grid, len(pairs), classes))
         )
-        first += len(own)
+        first += len(pairs)
     return found
+
+
+def _likest(size, shapes):
+    """Which of `shapes` [A, 2] overlaps each `size` [N, B, 2] best, both (h, w): int32 [N, B]."""
+    sizes, shapes = (jnp.concatenate([jnp.zeros_like(x), x], axis=-1) for x in (size, shapes))
+    shapes = jnp.broadcast_to(shapes[None], (size.shape[0], *shapes.shape))
+    return jnp.argmax(iou(sizes, shapes), axis=-1)
+
+
+def _placed(centre, size, ratio, labels, here, number, shape) -> Targets:
+    """Objects [N, B] that are `here`, each in its cell and anchor `number` of h, w, A and K.
+
+    `centre` and `size` are fractions of the image, `ratio` is the size over the anchor's.
+    """
+    n, (h, w, count, classes) = labels.shape[0], shape
+    scaled = centre * jnp.array([h, w], centre.dtype).reshape(1, 1, 2)
+    cell = jnp.clip(scaled.astype(jnp.int32), 0, jnp.array([h - 1, w - 1]).reshape(1, 1, 2))
+    # Rows that do not count go out of range, where `drop` leaves them.
+    image = jnp.where(here, jnp.broadcast_to(jnp.arange(n)[:, None], labels.shape), n)
+    at = image, cell[..., 0], cell[..., 1], number
+    offsets = scaled - cell.astype(scaled.dtype)
+    values = jnp.concatenate([offsets, jnp.log(jnp.maximum(ratio, 1e-9))], axis=-1)
+    weight = 2.0 - jnp.clip(size[..., 0] * size[..., 1], 0.0, 1.0)
+
+    def filled(values, *last):
+        return jnp.zeros((n, h, w, count, *last)).at[at].set(values, mode="drop")
+
+    return Targets(
+        filled(values, 4), filled(weight), filled(jax.nn.one_hot(labels, classes), classes)
+    )
 
 
 def suppress(

@@ -1,6 +1,6 @@
-"""YOLOv3 detection (Redmon and Farhadi 2018): loss over three scales, boxes after suppression.
+"""Detection (Redmon and Farhadi 2018): loss over all outputs, boxes after suppression.
 
-    image -> Part(0, all layers) -> raw outputs -> loss against targets, or boxes
+    image -> the detector -> raw outputs -> loss against targets, or boxes
 
 Per object, weighted 2 - area: binary cross-entropy of its offsets in the cell, half the squared
 error of its log size; and cross-entropy of each class on its own. Objectness is asked of all
@@ -14,7 +14,8 @@ import numpy as np
 import optax
 
 from icm_jax.errors import IcmError
-from icm_jax.nets import yolo
+from icm_jax.nets.detector import Detector, Part
+from icm_jax.nets.yolo import build_detector
 from icm_jax.tasks import boxes, views
 from icm_jax.tasks.task import TRAIN, Aux, Task, apply
 
@@ -22,36 +23,44 @@ IGNORED = 0.5
 """Overlap with an object above which an anchor that is not responsible is not asked."""
 
 
-def anchors(grids, scale: float) -> list[jax.Array]:
-    """Per scale, coarsest first, float32 [3, 2]: (width, height) as fractions of the image.
+def anchors(detector: Detector, grids, scale: float) -> list[jax.Array]:
+    """Per output float32 [A, 2]: (width, height) as fractions of the image.
 
     Args:
-      grids: (h, w) of each scale's outputs. scale: of the published anchors, which are in pixels.
+      grids: (h, w) of each output. scale: of the detector's anchors, which are in pixels.
     """
-    h, w = grids[0]
-    sides = np.float32([w * yolo.STRIDES[0], h * yolo.STRIDES[0]])
-    return [jnp.asarray(np.float32(own) * np.float32(scale) / sides) for own in yolo.ANCHORS]
+    return [
+        jnp.asarray(np.float32(pairs) * np.float32(scale) / np.float32([w * stride, h * stride]))
+        for pairs, (h, w), stride in zip(detector.anchors, grids, detector.strides, strict=True)
+    ]
 
 
 def detection(config) -> Task:
     """The task.
 
-    Fields: classes, width, depth, dtype (of `yolo.layers`); anchor_scale (1: anchors of the
-    published sizes, in pixels); least, overlap, limit (of `boxes.suppress`); crop (least and
-    largest share of an image that a training view shows); size (sides of the images).
+    Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`); classes; dtype;
+    anchor_scale (1: anchors of the published sizes, in pixels); least, overlap, limit (of
+    `boxes.suppress`); crop (least and largest share of an image that a training view shows); size
+    (side of the images, or height and width).
 
-    Predictions are made of "image" or, from the default split on, of "feature".
+    Predictions are made of "image" or, from the detector's split on, of "feature".
 
-    Raises: IcmError for a size that is no multiple of 32, and as `yolo.layers`.
+    Raises: IcmError for a size that is no multiple of the detector's grid, or no such detector.
 
-    Batches hold "image" uint8 [N, H, W, 3], sides multiples of 32, "boxes" float32 [N, B, 4],
-    "box_labels" int32 [N, B], "box_valid" bool [N, B].
+    Batches hold "image" uint8 [N, H, W, 3], sides multiples of the grid, "boxes" float32
+    [N, B, 4], "box_labels" int32 [N, B], "box_valid" bool [N, B].
     """
-    if any(side % yolo.STRIDES[0] for side in views.sides(config.size)):
-        raise IcmError(f"YOLOv3 takes images whose sides are multiples of 32, not {config.size}")
-    table = yolo.layers(config.classes, config.width, config.depth)
-    whole = yolo.Part(table, 0, len(table), jnp.dtype(config.dtype))
-    tail = yolo.Part(table, yolo.default_split(table), len(table), jnp.dtype(config.dtype))
+    detector = build_detector(config.detector, config.classes)
+    if any(side % detector.grid for side in views.sides(config.size)):
+        raise IcmError(
+            f"the detector takes images whose sides are multiples of {detector.grid}, not "
+            f"{config.size}"
+        )
+    dtype = jnp.dtype(config.dtype)
+    whole, tail = Part(detector, dtype=dtype), Part(detector, detector.split, dtype=dtype)
+
+    def anchors_of(outputs):
+        return anchors(detector, [raw.shape[1:3] for raw in outputs], config.anchor_scale)
 
     def init(key, batch):
         own = whole.init(key, scaled(batch["image"][:1]), train=False)
@@ -68,7 +77,7 @@ def detection(config) -> Task:
             batch["image"], batch["boxes"], batch["box_valid"], crop=tuple(config.crop), key=key
         )
         outputs, stats = apply(whole, variables, "detector", scaled(images), True)
-        metrics = losses(outputs, truth, batch["box_labels"], valid, config.anchor_scale)
+        metrics = losses(outputs, truth, batch["box_labels"], valid, anchors_of(outputs))
         return sum(metrics.values()), Aux(metrics, {"batch_stats": {"detector": stats}})
 
     def predict(variables, batch):
@@ -76,8 +85,8 @@ def detection(config) -> Task:
             outputs, _ = apply(tail, variables, "detector", batch["feature"], False)
         else:
             outputs, _ = apply(whole, variables, "detector", scaled(batch["image"]), False)
-        found = detections(outputs, config.anchor_scale, config.limit, config.overlap, config.least)
-        return found._asdict()
+        options = config.limit, config.overlap, config.least
+        return detections(outputs, anchors_of(outputs), *options)._asdict()
 
     return Task(init, loss, predict, groups=lambda name: TRAIN)
 
@@ -87,16 +96,16 @@ def scaled(image):
     return image.astype(jnp.float32) / 255.0
 
 
-def losses(outputs, truth, labels, valid, scale: float) -> dict[str, jax.Array]:
+def losses(outputs, truth, labels, valid, shapes) -> dict[str, jax.Array]:
     """{"place", "objectness", "class"}: float32 scalars; see the head of this file.
 
     Args:
-      outputs: per scale float32 [N, h, w, 3, 5 + K].
-      truth: float32 [N, B, 4]; labels: int32 [N, B]; valid: bool [N, B]. scale: of `anchors`.
+      outputs: float32 [N, h, w, A, 5 + K] each.
+      truth: float32 [N, B, 4]; labels: int32 [N, B]; valid: bool [N, B].
+      shapes: what `anchors` gives.
     """
     classes = outputs[0].shape[-1] - 5
     grids = [raw.shape[1:3] for raw in outputs]
-    shapes = anchors(grids, scale)
     wanted = boxes.targets(truth, labels, valid, shapes, grids, classes)
     place = objectness = kind = jnp.float32(0.0)
     cross = optax.sigmoid_binary_cross_entropy
@@ -115,11 +124,11 @@ def losses(outputs, truth, labels, valid, scale: float) -> dict[str, jax.Array]:
     return {"place": place, "objectness": objectness, "class": kind}
 
 
-def detections(outputs, scale: float, limit: int, overlap: float, least: float) -> boxes.Detections:
-    """Boxes of raw outputs; a class's score is objectness times its own probability."""
+def detections(outputs, shapes, limit: int, overlap: float, least: float) -> boxes.Detections:
+    """Boxes of raw outputs; a class's score is objectness times its own probability. `shapes` is
+    what `anchors` gives, the rest is of `boxes.suppress`."""
     n = outputs[0].shape[0]
     found, scores = [], []
-    shapes = anchors([raw.shape[1:3] for raw in outputs], scale)
     for raw, own in zip(outputs, shapes, strict=True):
         found.append(boxes.place(raw, own).reshape(n, -1, 4))
         probability = jax.nn.sigmoid(raw[..., 4:5]) * jax.nn.sigmoid(raw[..., 5:])

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.scalable import DETECTOR, scalable_codec
-from icm_jax.nets import yolo
+from icm_jax.nets.detector import Part
+from icm_jax.nets.yolo import build_detector
 from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
 
@@ -21,9 +22,9 @@ from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
 def scalable_compression(config) -> Task:
     """The task.
 
-    Fields: kind, width, base, enhancement, hypers, detector_width, detector_depth, classes,
-    backbone (of `scalable_codec`); lmbda (λ); feature_weight (w); size (sides of the training
-    views, a multiple of 32); straight_through.
+    Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`); kind, width, base,
+    enhancement, hypers, classes, backbone (of `scalable_codec`); lmbda (λ); feature_weight (w);
+    size (sides of the training views, a multiple of 32); straight_through.
     """
     width = config.width if isinstance(config.width, int) else tuple(config.width)
     codec = scalable_codec(
@@ -33,12 +34,12 @@ def scalable_compression(config) -> Task:
         config.enhancement,
         config.hypers,
         config.classes,
-        config.detector_width,
-        config.detector_depth,
+        config.detector.width,
+        config.detector.depth,
         config.backbone,
     )
-    table = yolo.layers(config.classes, config.detector_width, config.detector_depth)
-    front = yolo.Part(table, 0, yolo.default_split(table))
+    detector = build_detector(config.detector, config.classes)
+    front = Part(detector, end=detector.split)
 
     def loss(variables, batch, key, step):
         del step

@@ -1,1 +1,52 @@
-"""Readers of weights that other programs trained."""
+"""Weights of other software, as what a run starts from: one reader per format.
+
+A reader takes a path and the shapes of the variables that a run would start from, and gives those
+that the file has, under the same names:
+
+    (path, {collection: {name: ... ShapeDtypeStruct}}) -> {collection: {name: ... array}}
+
+It may leave out what it likes: the rest keeps its random start.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from icm_jax.errors import IcmError
+from icm_jax.weights import darknet
+
+READERS: dict[str, Callable[[str | os.PathLike, Mapping[str, Any]], Mapping[str, Any]]] = {
+    "darknet": darknet.detector,
+}
+"""Name -> reader."""
+
+
+def start_from(variables: Mapping[str, Any], reader: str, path: str | os.PathLike) -> dict:
+    """`variables` with what a file has in their place, as NumPy arrays of the same dtypes.
+
+    Raises: IcmError for an unknown reader, a file that it cannot read, or one that gives nothing,
+    or anything that the variables have not, or in another shape.
+    """
+    if reader not in READERS:
+        raise IcmError(f"no reader of weights {reader!r}; choose one of {', '.join(READERS)}")
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    leaves = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
+    given = flax.traverse_util.flatten_dict(READERS[reader](path, shapes))
+    if not given:
+        raise IcmError(f"{path} has no weights for this task's networks")
+    for place, value in given.items():
+        if place not in leaves:
+            name = "/".join(place)
+            raise IcmError(f"{path} has weights {name}, which this task's networks have not")
+        own = leaves[place]
+        if np.shape(value) != own.shape:
+            raise IcmError(
+                f"the weights {'/'.join(place)} of {path} have shape {np.shape(value)}, those of "
+                f"this task {own.shape}"
+            )
+        leaves[place] = np.asarray(value, own.dtype)
+    return flax.traverse_util.unflatten_dict(leaves)

@@ -1,0 +1,254 @@
+"""Detectors as Darknet describes them (Redmon and Farhadi 2018): a table of layers, cut in two.
+
+    image -> front (layers 0 ... split - 1) -> f -> tail (the rest) -> raw outputs
+
+A table is data: what layers are, which anchors each output has, where the network may be cut. All
+of it is checked when a `Detector` is made, so no network with a typing error in it is ever built.
+Numbers of layers are those of Darknet's .cfg files, shortcuts and routes included.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from icm_jax import ops
+from icm_jax.errors import IcmError
+from icm_jax.nets.layers import end_of_block
+from icm_jax.nets.resnet import BatchNorm, Conv
+
+KINDS = ("conv", "maxpool", "shortcut", "upsample", "route", "detect")
+ACTIVATIONS = {"leaky": functools.partial(nn.leaky_relu, negative_slope=0.1), "linear": lambda x: x}
+"""Darknet's name -> function."""
+
+
+class Layer(NamedTuple):
+    """One layer of a table.
+
+    kind: conv (k×k, stride 1 or 2, then BatchNorm or else a bias, then the activation), maxpool
+      (k×k), shortcut (adds the output of layer `inputs[0]`), upsample (repeats rows and columns
+      `stride` times), route (concatenates `inputs`) or detect (an output).
+    features, normalised, activation: of conv. kernel, stride: of conv and maxpool; both give
+      ceil(side / stride) rows, and what lies outside is 0, of maxpool -inf.
+    """
+
+    kind: str
+    features: int = 0
+    kernel: int = 1
+    stride: int = 1
+    inputs: tuple[int, ...] = ()
+    activation: str = "leaky"
+    normalised: bool = True
+
+
+class Shape(NamedTuple):
+    """Of a layer's output: its channels, and how many pixels of the image a step of its grid is."""
+
+    channels: int
+    stride: int
+
+
+class _Fields(NamedTuple):
+    table: tuple[Layer, ...]
+    anchors: tuple[tuple[tuple[float, float], ...], ...]
+    strides: tuple[int, ...]
+    split: int
+
+
+class Detector(_Fields):
+    """A detector as data; equal ones are equal, and their JSON is of lists that make them again.
+
+    Attributes:
+      table: the layers.
+      anchors: per output, in the order of the table, (width, height) in pixels of each anchor.
+      strides: per output, pixels between the centres of two cells.
+      split: how many layers the front has; what comes after them needs nothing earlier.
+
+    Raises: IcmError, by the constructor, if the table is none or the rest does not belong to it.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, table, anchors, strides, split):
+        rows = tuple(Layer(*row) for row in table)
+        self = super().__new__(
+            cls,
+            tuple(row._replace(inputs=tuple(row.inputs)) for row in rows),
+            tuple(tuple((float(w), float(h)) for w, h in output) for output in anchors),
+            tuple(strides),
+            split,
+        )
+        _check_outputs(self)
+        check_split(self.table, split)
+        return self
+
+    @property
+    def classes(self) -> int:
+        """K; each anchor has 5 + K outputs."""
+        first = [layer.kind for layer in self.table].index("detect")
+        return shapes(self.table)[first].channels // len(self.anchors[0]) - 5
+
+    @property
+    def feature(self) -> Shape:
+        """Of f."""
+        return shapes(self.table)[self.split - 1]
+
+    @property
+    def grid(self) -> int:
+        """Sides of images are multiples of it: the coarsest stride of any layer."""
+        return max(shape.stride for shape in shapes(self.table))
+
+
+@functools.cache
+def shapes(table: tuple[Layer, ...], channels: int = 3) -> tuple[Shape, ...]:
+    """Of each layer's output, for images of so many channels.
+
+    Raises: IcmError that names the layer which is of an unknown kind or cannot be where it is.
+    """
+    found: list[Shape] = []
+    for number, layer in enumerate(table):
+        try:
+            if not all(0 <= i < number for i in layer.inputs):
+                raise IcmError(f"takes layers {layer.inputs}; only those before it are there")
+            before = found[-1] if found else Shape(channels, 1)
+            found.append(_shape(layer, before, [found[i] for i in layer.inputs]))
+        except IcmError as error:
+            raise IcmError(f"layer {number} ({layer.kind}) of the detector {error}") from error
+    return tuple(found)
+
+
+def _shape(layer: Layer, before: Shape, inputs: list[Shape]) -> Shape:
+    if layer.kind not in KINDS:
+        raise IcmError(f"is of an unknown kind; there are {', '.join(KINDS)}")
+    if min(layer.kernel, layer.stride) < 1:
+        raise IcmError(f"has kernel {layer.kernel} and stride {layer.stride}; both begin at 1")
+    if layer.kind == "conv":
+        if layer.features < 1 or layer.stride > 2 or layer.activation not in ACTIVATIONS:
+            raise IcmError(
+                f"has {layer.features} features, stride {layer.stride} and activation "
+                f"{layer.activation!r}; there are features from 1 on, strides 1 and 2, activations "
+                f"{', '.join(ACTIVATIONS)}"
+            )
+        return Shape(layer.features, before.stride * layer.stride)
+    if layer.kind == "maxpool":
+        return Shape(before.channels, before.stride * layer.stride)
+    if layer.kind == "upsample":
+        if before.stride % layer.stride:
+            raise IcmError(f"makes {layer.stride} rows of one where only {before.stride} are one")
+        return Shape(before.channels, before.stride // layer.stride)
+    if layer.kind == "shortcut" and (len(inputs) != 1 or inputs[0] != before):
+        raise IcmError(f"adds {inputs} to {before}; it takes one layer of the same shape")
+    if layer.kind == "route":
+        if len({shape.stride for shape in inputs}) != 1:
+            raise IcmError(f"joins {inputs}; it takes one layer or more of the same stride")
+        return Shape(sum(shape.channels for shape in inputs), inputs[0].stride)
+    return before
+
+
+def _check_outputs(detector: Detector) -> None:
+    """Raises IcmError unless anchors and strides are those of the table's outputs."""
+    table = detector.table
+    found = [s for layer, s in zip(table, shapes(table), strict=True) if layer.kind == "detect"]
+    if not found or not len(found) == len(detector.anchors) == len(detector.strides):
+        raise IcmError(
+            f"the detector's table has {len(found)} outputs, with anchors for "
+            f"{len(detector.anchors)} and strides for {len(detector.strides)}; give each both"
+        )
+    strides = tuple(shape.stride for shape in found)
+    if strides != detector.strides:
+        raise IcmError(f"strides of the table are {strides}, not {detector.strides}")
+    classes = set()
+    for shape, anchors in zip(found, detector.anchors, strict=True):
+        if not anchors or min(min(pair) for pair in anchors) <= 0:
+            raise IcmError(f"anchors are pairs of a width and a height above 0, not {anchors}")
+        outputs, rest = divmod(shape.channels, len(anchors))
+        if rest or outputs < 6:
+            raise IcmError(
+                f"{shape.channels} channels are no output for {len(anchors)} anchors: each takes 5 "
+                "and the number of classes, at least 1"
+            )
+        classes.add(outputs - 5)
+    if len(classes) > 1:
+        raise IcmError(f"outputs of the detector are for {sorted(classes)} classes; all need one")
+
+
+def check_split(table: tuple[Layer, ...], split: int) -> None:
+    """Raises IcmError if what comes after `split` layers needs more than the last one's output."""
+    if not 0 < split < len(table):
+        raise IcmError(f"a detector of {len(table)} layers is cut after 1 to {len(table) - 1}")
+    for number in range(split, len(table)):
+        early = [i for i in table[number].inputs if i < split - 1]
+        if early:
+            raise IcmError(
+                f"the detector cannot be cut after {split} layers: layer {number} "
+                f"({table[number].kind}) also needs the output of layer {early[0]}"
+            )
+    if any(layer.kind == "detect" for layer in table[:split]):
+        raise IcmError(f"after {split} layers the detector has given outputs; cut it earlier")
+
+
+class Part(ops.Module):
+    """Layers begin ... end - 1 of a detector, all if not said; those of layer i are `layer{i}`
+    and `norm{i}`.
+
+    Attributes:
+      dtype: of computation; parameters are float32.
+    """
+
+    detector: Detector
+    begin: int = 0
+    end: int | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool, raw: bool = False):
+        """The output of layer begin - 1 -> that of layer end - 1, or all outputs.
+
+        Args:
+          x: float [N, H, W, C]; an image on 0...1 if begin is 0.
+          raw: x is the output of layer begin - 1, a conv, before its BatchNorm and activation,
+            which are then done here with that layer's parameters.
+
+        Returns: dtype [N, h, w, C'], or if the part ends with the network a tuple of
+        float32 [N, h, w, A, 5 + K], one per output in the order of the table.
+        """
+        table, anchors = self.detector.table, self.detector.anchors
+        end = len(table) if self.end is None else self.end
+        x = self._activated(self.begin - 1, x, train) if raw else x
+        done, found = {self.begin - 1: x}, []
+        for number in range(self.begin, end):
+            layer = table[number]
+            if layer.kind == "conv":
+                x = self._activated(number, self._convolved(number, x), train)
+            elif layer.kind == "maxpool":
+                pad = ((layer.kernel - 1) // 2, layer.kernel // 2)
+                x = nn.max_pool(x, (layer.kernel,) * 2, (layer.stride,) * 2, (pad, pad))
+            elif layer.kind == "shortcut":
+                x = end_of_block(x + done[layer.inputs[0]])
+            elif layer.kind == "upsample":
+                x = jnp.repeat(jnp.repeat(x, layer.stride, axis=1), layer.stride, axis=2)
+            elif layer.kind == "route":
+                x = jnp.concatenate([done[i] for i in layer.inputs], axis=-1)
+            elif layer.kind == "detect":
+                split = len(anchors[len(found)]), 5 + self.detector.classes
+                found.append(x.astype(jnp.float32).reshape(*x.shape[:3], *split))
+            else:
+                raise IcmError(f"layers of kind {layer.kind!r} cannot be run")
+            done[number] = x
+        return tuple(found) if end == len(table) else x
+
+    def _convolved(self, number, x):
+        layer, options = self.detector.table[number], dict(dtype=self.dtype, name=f"layer{number}")
+        if layer.normalised:
+            return Conv(layer.features, layer.kernel, layer.stride, **options)(x)
+        pad = ((layer.kernel - 1) // 2, layer.kernel // 2)
+        square = (layer.kernel,) * 2
+        return nn.Conv(layer.features, square, layer.stride, (pad, pad), **options)(x)
+
+    def _activated(self, number, x, train):
+        layer = self.detector.table[number]
+        if layer.normalised:
+            x = BatchNorm(dtype=self.dtype, name=f"norm{number}")(x, train)
+        return ACTIVATIONS[layer.activation](x)
