@@ -1,4 +1,5 @@
-"""Of scalable codecs: what one latent tells of the other, and the channels that cost most."""
+"""Of codecs with two layers: what the latent of one tells of the other's, and the channels that
+cost most."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import tqdm
 from matplotlib.figure import Figure
 
 from icm_jax.codecs import CODECS, model_file
-from icm_jax.codecs.codec import forward
+from icm_jax.codecs.codec import Codec, forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.engine.train import complete
@@ -18,22 +19,55 @@ from icm_jax.tasks import build_task
 REDUNDANCY_IMAGES = 256
 
 
+def codec_of(run) -> Codec:
+    """The codec that a run trains or stands on."""
+    return build_task(complete(run.task, open_source(run.data, "validation"))).codec
+
+
+def layer_latents(codec: Codec) -> list[str]:
+    """The last segment of each layer: what the side information of a layer is for."""
+    return list({segment.layer: segment.name for segment in codec.segments}.values())
+
+
 def latents(runs, workdir) -> list[tuple[str, object]]:
-    """Of scalable codecs: what one latent tells of the other, and the channels that cost most."""
+    """The part on the codecs of two layers among those that the runs trained."""
+    pairs = {run.name: layer_latents(codec_of(run)) for run in runs}
+    runs = [run for run in runs if len(pairs[run.name]) == 2]
+    if not runs:
+        return []
+    titles = told_titles(*pairs[runs[0].name])
     source = open_source(runs[0].data, "validation")
     count = min(REDUNDANCY_IMAGES, source.length)
     spec = pipeline.image_spec(runs[0].data, count)
     images = next(pipeline.in_order(source, spec, limit=count))["image"]
-    table = [["codec", "λ", "seed", "of y_b, y_e tells", "of y_e, y_b tells"]]
+    table = [["codec", "λ", "seed", *titles]]
     rows = []  # of the figure
     for run in tqdm.tqdm(runs, "redundancy", unit="codec"):
         frozen = model_file.load(workdir / run.name / "codec.icmc", CODECS)
-        latents, costs = _costs(frozen, images)
-        known = ["–" if np.isnan(value) else f"{value:.2f}" for value in _told(latents)]
+        (latents, costs), pair = _costs(frozen, images), pairs[run.name]
+        told = _told(*(latents[name] for name in pair))
+        known = ["–" if np.isnan(value) else f"{value:.2f}" for value in told]
         labels = run.labels
         table.append([title_of_arm(labels), labels.point, str(run.seed), *known])
         if labels.arm not in [arm for arm, *_ in rows] and run.seed == runs[0].seed:
-            rows += [(labels.arm, name, latents[name][0], costs[name]) for name in ("y_b", "y_e")]
+            rows += [(labels.arm, name, latents[name][0], costs[name]) for name in pair]
+    text = (
+        f"Uncertainty coefficients of {count} validation images, fibres of 1×1×C in {CLUSTERS} "
+        "clusters: 0, nothing; 1, all of it."
+    )
+    parts = [("h2", "Redundancy"), ("table", table), ("p", text)]
+    parts += _redundancy_in_training(runs, workdir, images, titles)
+    parts.append(("h2", "The eight channels of each latent that cost most, of one image"))
+    return [*parts, ("image", _draw_channels(rows, workdir / "latents.png"))]
+
+
+def told_titles(base: str, enhancement: str) -> tuple[str, str]:
+    """What the two coefficients are called."""
+    return f"of {base}, {enhancement} tells", f"of {enhancement}, {base} tells"
+
+
+def _draw_channels(rows, path) -> str:
+    """A row a latent: (arm, name, latent [h, w, C], bits of each channel [C])."""
     figure = Figure(figsize=(12, 1.6 * len(rows)), dpi=110)
     axes = figure.subplots(len(rows), 8, squeeze=False)
     for own, (arm, name, latent, bits) in zip(axes, rows, strict=True):
@@ -47,17 +81,10 @@ def latents(runs, workdir) -> list[tuple[str, object]]:
             axis.set_xlabel(f"{100 * bits[channel] / bits.sum():.0f} % of bits", fontsize=7)
         own[0].set_ylabel(f"{arm}\n{name}", fontsize=8)
     figure.tight_layout()
-    text = (
-        f"Uncertainty coefficients of {count} validation images, fibres of 1×1×C in {CLUSTERS} "
-        "clusters: 0, nothing; 1, all of it."
-    )
-    picture = ("image", save(figure, workdir / "latents.png"))
-    title = "The eight channels of each latent that cost most, of one image"
-    parts = [("h2", "Redundancy"), ("table", table), ("p", text)]
-    return [*parts, *_redundancy_in_training(runs, workdir, images), ("h2", title), picture]
+    return save(figure, path)
 
 
-def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
+def _redundancy_in_training(runs, workdir, images, titles) -> list[tuple[str, object]]:
     """Redundancy at the checkpoints that were kept, for the first λ of each kind, first seed.
 
     The first λ, as the codecs of the others may start from it.
@@ -68,20 +95,21 @@ def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
     axes = figure.subplots(1, 2, sharey=True)
     for run in tqdm.tqdm(chosen, "redundancy in training", unit="codec"):
         folder = workdir / run.name
-        codec = build_task(complete(run.task, open_source(run.data, "validation"))).codec
-        latents_of = jax.jit(
-            lambda variables, codec=codec: jax.tree.map(
-                jnp.round, codec.analyse(variables, {"image": images})
-            )
-        )
+        codec = codec_of(run)
+
+        @jax.jit
+        def latents_of(variables, codec=codec):
+            found = codec.analyse(variables, {"image": images})
+            return [jnp.round(found[name]) for name in layer_latents(codec)]
+
         steps = checkpoint.kept_steps(folder)
         told = [
-            _told(jax.device_get(latents_of(checkpoint.load_variables(folder, step))))
+            _told(*jax.device_get(latents_of(checkpoint.load_variables(folder, step))))
             for step in steps
         ]
         for axis, values in zip(axes, np.transpose(told), strict=True):
             axis.plot(steps, values, marker="o", label=title_of_arm(run.labels))
-    for axis, title in zip(axes, ("of y_b, y_e tells", "of y_e, y_b tells"), strict=True):
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_xlabel("step")
         axis.set_title(f"{title}, λ = {point}", fontsize=9)
         axis.set_ylim(bottom=0)
@@ -90,9 +118,10 @@ def _redundancy_in_training(runs, workdir, images) -> list[tuple[str, object]]:
     return [("image", save(figure, workdir / "redundancy.png"))]
 
 
-def _told(latents) -> tuple[float, float]:
-    """What y_e tells of y_b, and y_b of y_e; NaN for too few fibres."""
-    base, enhancement = (fibres(latents[name]) for name in ("y_b", "y_e"))
+def _told(base: np.ndarray, enhancement: np.ndarray) -> tuple[float, float]:
+    """What the second latent [N, h, w, C] tells of the first, and the first of the second; NaN for
+    too few fibres."""
+    base, enhancement = fibres(base), fibres(enhancement)
     if len(base) < 4 * CLUSTERS:
         return float("nan"), float("nan")
     return uncertainty_coefficient(base, enhancement), uncertainty_coefficient(enhancement, base)

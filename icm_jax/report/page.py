@@ -36,45 +36,55 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     if missing:
         parts.append(("p", "Not finished yet: " + ", ".join(missing)))
     for measure in curves.MEASURES:
-        own = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
-        if own:
-            parts += [("h2", measure.title)]
-            several = [m.curve for m in curves.MEASURES].count(measure.curve) > 1
-            name = f"rate_{measure.key if several else measure.curve}.png"
-            parts += [("image", curves.draw_curves(own, workdir / name, measure))]
-            seeds = len({record["seed"] for record in own})
-            spread = "mean and population standard deviation over the seeds"
-            parts += [("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}.")]
-            parts += [("table", tables.curve_table(own, measure))]
-            compared = tables.bd_table(own, measure)
-            parts += [("table", compared)] if len(compared) > 1 else []
-    speeds = [record for record in records if record.get("curve") == "speed"]
-    timed = {tables.arm_of(record) for record in speeds}
-    arms = [r for r in records if r.get("curve") in ("arms", "classify")]
-    arms = [r for r in arms if r["curve"] == "arms" or tables.arm_of(r) in timed]
-    if arms:
-        parts.append(("h2", "Arms: accuracy, speed and cost"))
-        if speeds:
-            parts.append(("image", speed.draw_speed(arms, speeds, workdir / "speed.png")))
-        parts += [("table", tables.arms_table(arms, speeds)), ("p", ARMS_NOTE)]
+        parts += _of_curves(records, measure, workdir)
+    parts += _of_arms(records, workdir)
     streams = [record for record in records if record["kind"].startswith("stream")]
     if streams:
         parts += [("h2", "Bitstreams"), ("table", tables.stream_table(streams))]
-    detectors = [run for run in runs if run.task.name == "detection" and run.name not in missing]
+    frozen = [run for run in runs if (workdir / run.name / "codec.icmc").is_file()]
+    detectors = [run for run in runs if "objects" in run.needs and run.name not in missing]
     if detectors:
-        frozen = [run for run in runs if (workdir / run.name / "codec.icmc").is_file()]
         parts += detections.detections(detectors[0], frozen, workdir)
     if any(point.startswith("stream") for run in runs for point in run.evaluate):
         parts += pictures.decoded(config, runs, workdir)
-    scalable = [run for run in runs if run.task.name == "scalable_compression"]
-    scalable = [run for run in scalable if (workdir / run.name / "codec.icmc").is_file()]
-    if scalable:
-        parts += latents.latents(scalable, workdir)
+    parts += latents.latents(frozen, workdir)
     parts += [("h2", "Training"), ("image", training.draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]
     write_whole(workdir / "report.md", _markdown(parts).encode())
     write_whole(workdir / "report.html", _html(parts, workdir).encode())
     return workdir / "report.html"
+
+
+def _of_curves(records, measure: curves.Measure, workdir) -> list[tuple[str, object]]:
+    """Figure and tables of one measure over the rate, if any record has it."""
+    own = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
+    if not own:
+        return []
+    several = [m.curve for m in curves.MEASURES].count(measure.curve) > 1
+    name = f"rate_{measure.key if several else measure.curve}.png"
+    seeds = len({record["seed"] for record in own})
+    spread = "mean and population standard deviation over the seeds"
+    compared = tables.bd_table(own, measure)
+    return [
+        ("h2", measure.title),
+        ("image", curves.draw_curves(own, workdir / name, measure)),
+        ("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}."),
+        ("table", tables.curve_table(own, measure)),
+        *([("table", compared)] if len(compared) > 1 else []),
+    ]
+
+
+def _of_arms(records, workdir) -> list[tuple[str, object]]:
+    """Figure and table of networks that are compared in speed, too."""
+    speeds = [record for record in records if record.get("curve") == "speed"]
+    timed = {tables.arm_of(record) for record in speeds}
+    arms = [r for r in records if r.get("curve") in ("arms", "classify")]
+    arms = [r for r in arms if r["curve"] == "arms" or tables.arm_of(r) in timed]
+    if not arms:
+        return []
+    drawn = [("image", speed.draw_speed(arms, speeds, workdir / "speed.png"))] if speeds else []
+    table = [("table", tables.arms_table(arms, speeds)), ("p", ARMS_NOTE)]
+    return [("h2", "Arms: accuracy, speed and cost"), *drawn, *table]
 
 
 def _provenance(config, workdir) -> str:
