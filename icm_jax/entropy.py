@@ -183,7 +183,11 @@ def _log_normal_cdf(x):
 
 
 def scale_of(index: jax.Array) -> jax.Array:
-    """The scale at a real-valued place of the 64-entry table, within it (docs/papers.md 6.2)."""
+    """The scale at a real-valued place of the 64-entry table, within it (docs/papers.md 6.2).
+
+    >>> [round(float(scale), 2) for scale in scale_of(jnp.array([0.0, 63.0]))]
+    [0.11, 256.0]
+    """
     top = len(tables.SCALES) - 1
     index = ops.upper_bound(ops.lower_bound(index.astype(jnp.float32), 0.0), float(top))
     low, high = math.log(tables.SCALES[0]), math.log(tables.SCALES[-1])
@@ -195,6 +199,9 @@ def table_index(index: jax.Array) -> jax.Array:
 
     tensorflow-compression truncates; given whole indexes, it codes the same bytes. Truncation
     always picks the narrower scale, which on some images costs 5 % more bits than expected.
+
+    >>> table_index(jnp.array([-3.0, 0.6, 99.0])).tolist()
+    [0, 1, 63]
     """
     index = jnp.clip(index.astype(jnp.float32), 0.0, len(tables.SCALES) - 1.0)
     return jnp.round(index).astype(jnp.int32)

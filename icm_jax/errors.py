@@ -6,5 +6,9 @@ class IcmError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library raised, for a message of ours; its type if empty."""
+    """The first line of what another library raised, for a message of ours; its type if empty.
+
+    >>> reason(ValueError("no such file\\nat 0x7f")), reason(KeyboardInterrupt())
+    ('no such file', 'KeyboardInterrupt')
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0]

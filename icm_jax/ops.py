@@ -71,7 +71,11 @@ def upper_bound(x: jax.Array, bound: float) -> jax.Array:
 
 
 def round_straight_through(x: jax.Array) -> jax.Array:
-    """Rounds half to even; the gradient is the identity's."""
+    """Rounds half to even; the gradient is the identity's.
+
+    >>> round_straight_through(jnp.array([0.5, 1.5, -0.6])).tolist()
+    [0.0, 2.0, -1.0]
+    """
     return x + jax.lax.stop_gradient(jnp.round(x) - x)
 
 
@@ -111,7 +115,11 @@ def ycbcr_420(image: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def halved(size: int, times: int) -> int:
-    """`size` after `times` halvings, each rounded up."""
+    """`size` after `times` halvings, each rounded up.
+
+    >>> halved(17, 2)
+    5
+    """
     return -(-size // 2**times)
 
 
@@ -121,7 +129,12 @@ def crop_to(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def pad_to(image: Array, factor: int) -> Array:
-    """[N, H, W, C] with its last row and column repeated up to multiples of `factor`."""
+    """[N, H, W, C] with its last row and column repeated up to multiples of `factor`.
+
+    >>> pad_to(np.array([[1, 2, 3], [4, 5, 6]]).reshape(1, 2, 3, 1), 2)[0, ..., 0]
+    array([[1, 2, 3, 3],
+           [4, 5, 6, 6]])
+    """
     pads = [(0, -side % factor) for side in image.shape[1:3]]
     if isinstance(image, np.ndarray):
         return np.pad(image, ((0, 0), *pads, (0, 0)), mode="edge")
@@ -129,7 +142,11 @@ def pad_to(image: Array, factor: int) -> Array:
 
 
 def depth_to_space(x: jax.Array) -> jax.Array:
-    """[N, h, w, 4F] -> [N, 2h, 2w, F]; channels are (row, column, feature)."""
+    """[N, h, w, 4F] -> [N, 2h, 2w, F]; channels are (row, column, feature).
+
+    >>> depth_to_space(jnp.arange(4).reshape(1, 1, 1, 4))[0, ..., 0].tolist()
+    [[0, 1], [2, 3]]
+    """
     n, h, w, c = x.shape
     x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(n, 2 * h, 2 * w, c // 4)

@@ -64,11 +64,11 @@ def synthesise(tiling: Tiling, run: Callable, y: np.ndarray, window: int = WINDO
 def _in_windows(run, given: np.ndarray, window: int, halo: int, up: int, down: int) -> np.ndarray:
     """Cuts the sides of `given`, runs, and puts the kept parts together; sides scale by up/down."""
     sizes = [min(window, side) for side in given.shape[1:3]]
-    result = None
+    result = np.empty(0)
     for top, first, last in spans(given.shape[1], sizes[0], halo):
         for left, begin, end in spans(given.shape[2], sizes[1], halo):
             part = np.asarray(run(given[:, top : top + sizes[0], left : left + sizes[1]]))
-            if result is None:
+            if not result.size:
                 sides = [side * up // down for side in given.shape[1:3]]
                 result = np.empty((1, *sides, part.shape[-1]), part.dtype)
             rows, columns = (

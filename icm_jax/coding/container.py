@@ -116,6 +116,10 @@ def unpack(data: bytes, layers: int | None = None) -> Stream:
 
     Raises: IcmError on anything that `pack` has not written; what follows the layers asked for is
       not looked at.
+
+    >>> stream = unpack(pack(Header(b"abcd", (480, 640)), [([b"first", b"second"], 0)]))
+    >>> stream.header.shape, stream.layers[0].strings
+    ((480, 640), (b'first', b'second'))
     """
     data = bytes(data)
     header, directory, at = _parse_head(data)
@@ -178,7 +182,7 @@ def _parse_head(data: bytes) -> tuple[Header, list[list[int]], int]:
         raise IcmError("the header of the file is of no known kind")
     if not (1 <= height < _MAX_SIDE and 1 <= width < _MAX_SIDE):
         raise IcmError(f"the file claims an impossible image of {height}×{width} pixels")
-    if has_quality and quality > 100 * QUALITY_STEPS:
+    if quality is not None and quality > 100 * QUALITY_STEPS:
         raise IcmError(f"the file claims an impossible quality of {quality / QUALITY_STEPS}")
     return header, directory, at
 

@@ -113,7 +113,7 @@ def _decode_tfc(data: bytes, indexes: np.ndarray, tables: Tables) -> np.ndarray:
 
 def _tfc_ops():
     try:
-        import tensorflow_compression_ops
+        import tensorflow_compression_ops  # pyright: ignore[reportMissingImports]  # optional
     except ImportError as error:
         raise IcmError(
             'coder="tfc" needs the official ops: pip install "icm_jax[tfc]"; '

@@ -107,7 +107,7 @@ class Tables:
 
 
 def from_pmfs(
-    pmfs: Sequence[np.ndarray], offsets: Sequence[int], precision: int = PRECISION
+    pmfs: Sequence[np.ndarray], offsets: Sequence[int] | np.ndarray, precision: int = PRECISION
 ) -> Tables:
     """Tables with an escape symbol from probabilities of consecutive integers.
 
@@ -146,6 +146,9 @@ def quantise_pmf(pmf: np.ndarray, precision: int) -> np.ndarray:
       pmf: float64 [L]; precision: 1 to 16.
     Returns: int64 [L].
     Raises: IcmError if L > 2^precision.
+
+    >>> quantise_pmf(np.array([0.5, 0.3, 0.2, 0.0]), 4)
+    array([7, 5, 3, 1])
     """
     if not 1 <= precision <= 16 or len(pmf) > 1 << precision:
         raise IcmError(f"{len(pmf)} symbols do not fit {precision} bits of precision (1 to 16)")

@@ -117,6 +117,12 @@ def read_coefficients(data: bytes, name: str = "JPEG file", pixels: int = 1 << 2
 
     Raises: IcmError if `data` is no JPEG file, is one of another process (lossless, hierarchical,
       arithmetic coding, 12 bits), or is truncated or damaged.
+
+    >>> import simplejpeg
+    >>> grey = np.full((16, 24, 3), 128, np.uint8)
+    >>> read = read_coefficients(simplejpeg.encode_jpeg(grey, colorsubsampling="420"))
+    >>> [plane.shape for plane in read.planes], read.sampling
+    ([(2, 3, 64), (1, 2, 64), (1, 2, 64)], ((2, 2), (1, 1), (1, 1)))
     """
     try:
         return _read(data, pixels)
@@ -136,7 +142,7 @@ def _read(data: bytes, pixels: int) -> Coefficients:
     huffman: dict[int, bytes] = {}
     latched: dict[int, np.ndarray] = {}  # table of a component when its first scan began
     frame, coefficients, restart, adobe, at = None, None, 0, -1, 2
-    progress: dict[int, np.ndarray | None] = {}
+    progress: dict[int, np.ndarray] = {}
     while True:
         at, marker = _next_marker(data, at)
         if marker == 0xD9:
@@ -185,7 +191,7 @@ def _read(data: bytes, pixels: int) -> Coefficients:
             at = _decode_scan(buffer, at, frame, scan, huffman, restart, coefficients)
         elif not (0xE0 <= marker <= 0xEF or marker == 0xFE):  # applications, comments
             raise _Damaged(f"has a segment FF{marker:02X}, which is not read")
-    if frame is None or len(latched) < len(frame.components):
+    if frame is None or coefficients is None or len(latched) < len(frame.components):
         raise _Damaged("ends before all of its components; it is truncated or damaged")
     planes = []
     for c in frame.components:
@@ -332,13 +338,13 @@ def _scan_header(body: bytes, kind: tuple) -> _Scan:
     return _Scan(*fields, np.array(layout, np.int64), grid)
 
 
-def _check_order(scan: _Scan, frame: _Frame, progress: dict[int, np.ndarray | None]) -> None:
+def _check_order(scan: _Scan, frame: _Frame, progress: dict[int, np.ndarray]) -> None:
     """Every bit of every coefficient comes once, the higher ones first."""
     for component in scan.components:
         if not frame.progressive:
             if component.number in progress:
                 raise _Damaged("codes a component twice")
-            progress[component.number] = None
+            progress[component.number] = np.zeros(0)
             continue
         known = progress.setdefault(component.number, np.full(64, -1))
         expected = -1 if scan.high == 0 else scan.high

@@ -6,6 +6,7 @@ that hold a pixel's three colours 21 bits apart, so that one product makes all t
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,13 +17,19 @@ LANE = 21
 HALF = 1 << (BITS - 1)
 
 
-def bilinear(image: np.ndarray, size: tuple[int, int], box=None) -> np.ndarray:
+def bilinear(
+    image: np.ndarray, size: Sequence[int], box: Sequence[float] | None = None
+) -> np.ndarray:
     """Scales a window of an image.
 
     Args:
       image: uint8 [H, W, 3]. size: (width, height), as Pillow's. box: (left, top, right, bottom) of
         the window in pixels, fractions allowed; default: all.
     Returns: uint8 [height, width, 3]; within 1 of Pillow's.
+
+    >>> row = np.repeat(np.array([[[0], [100], [200], [100]]], np.uint8), 3, axis=2)
+    >>> bilinear(row, (2, 1))[..., 0]
+    array([[ 71, 143]], dtype=uint8)
     """
     height, width = image.shape[:2]
     box = (0, 0, width, height) if box is None else box

@@ -54,6 +54,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder):
     """TFDS builder; its features are image, label, objects (bbox, label) and mask."""
 
     VERSION = tfds.core.Version("1.0.0")
+    builder_config: ScenesConfig
 
     def _info(self):
         side = self.builder_config.size

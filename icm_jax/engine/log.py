@@ -30,7 +30,7 @@ class Log:
         self._path, self._batch_size = folder / "metrics.jsonl", batch_size
         self._pending: list[tuple[int, dict]] = []
         self._since: float | None = None
-        self._waited = dict.fromkeys(WAITS, 0.0)  # seconds since the last line
+        self._waited: dict[str, float] = dict.fromkeys(WAITS, 0.0)  # seconds since the last line
         self.starving = ""
         self._writer = _tensorboard(folder)
         if self._path.is_file() and jax.process_index() == 0:

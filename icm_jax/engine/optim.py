@@ -41,6 +41,9 @@ def scaled(rate: float, batch: int, base: int, rule: str) -> float:
     after Krizhevsky 2014 and, with LAMB, You et al. 2020.
 
     Raises: IcmError for an unknown rule or a base below 1.
+
+    >>> scaled(0.1, 1024, 256, "linear"), scaled(0.1, 1024, 256, "sqrt")
+    (0.4, 0.2)
     """
     if rule not in SCALINGS:
         raise IcmError(f"unknown rate_scaling {rule!r}; choose one of {', '.join(SCALINGS)}")

@@ -1,6 +1,7 @@
 """Mesh, placement of parameters, and host batches as global arrays: 1 device to N processes."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
     return Mesh(devices.reshape(count // fsdp, fsdp), AXES)
 
 
-def state_shardings(mesh: Mesh, shapes):
+def state_shardings(mesh: Mesh, shapes: Any) -> Any:
     """A sharding for each array of a tree of shapes: the largest dimension that `fsdp` divides.
 
     Small arrays, and those that no dimension divides, are replicated. A "queue" of batches
@@ -34,7 +35,7 @@ def state_shardings(mesh: Mesh, shapes):
     fsdp = mesh.shape["fsdp"]
 
     def place(path, shape):
-        spec = [None] * len(shape.shape)
+        spec: list[Any] = [None] * len(shape.shape)
         if len(spec) > 1 and jax.tree_util.DictKey("queue") in path:
             spec[1] = AXES
         elif fsdp > 1 and math.prod(shape.shape) >= _SMALL:

@@ -10,12 +10,20 @@ SMALLEST = SSIM_WINDOW << (len(MS_SSIM_WEIGHTS) - 1)
 
 
 def bpp(size: float, height: int, width: int) -> float:
-    """Bits per pixel of `size` bytes."""
+    """Bits per pixel of `size` bytes.
+
+    >>> bpp(6144, 256, 384)
+    0.5
+    """
     return 8 * size / (height * width)
 
 
 def psnr(reference: np.ndarray, given: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 arrays; infinite for equal ones."""
+    """Peak signal-to-noise ratio in dB of two uint8 arrays; infinite for equal ones.
+
+    >>> round(psnr(np.full((8, 8, 3), 100, np.uint8), np.full((8, 8, 3), 101, np.uint8)), 2)
+    48.13
+    """
     error = np.mean(np.square(reference.astype(np.float64) - given.astype(np.float64)))
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
@@ -47,7 +55,11 @@ def ms_ssim(reference: np.ndarray, given: np.ndarray) -> float:
 
 
 def decibels(similarity: float) -> float:
-    """-10 log10(1 - s) of an SSIM or MS-SSIM; infinite for 1."""
+    """-10 log10(1 - s) of an SSIM or MS-SSIM; infinite for 1.
+
+    >>> round(decibels(0.99), 6)
+    20.0
+    """
     return float("inf") if similarity >= 1 else float(-10 * np.log10(1 - similarity))
 
 
@@ -103,6 +115,10 @@ def bd_rate(
 
     Returns: negative where `curve` needs fewer bits; NaN where fewer than two points remain or the
       quality ranges do not overlap.
+
+    >>> anchor = np.array([(0.25, 28.0), (0.5, 31.0), (1.0, 34.0)])
+    >>> round(bd_rate(anchor, anchor * (0.9, 1.0)), 6)
+    -10.0
     """
     (rate_a, quality_a), (rate_b, quality_b) = (_increasing(points) for points in (anchor, curve))
     if min(len(rate_a), len(rate_b)) < 2:

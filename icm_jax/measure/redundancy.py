@@ -10,6 +10,7 @@ many groups do not look like much knowledge.
 
 import functools
 import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,9 @@ def uncertainty_coefficient(
     a, b = a[order], b[order]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a cluster may be left empty; it then has no weight
-        _, groups = scipy.cluster.vq.kmeans2(b, clusters, minit="++", seed=seed)
+        # SciPy 1.15 names the seed anew and takes the old name too, of which its types say nothing.
+        kmeans: Callable = scipy.cluster.vq.kmeans2
+        _, groups = kmeans(b, clusters, minit="++", seed=seed)
     half = len(a) // 2
     one = np.zeros(len(a), np.int32)
     whole = _cross_entropy(a, one, 1, half, steps)
@@ -54,7 +57,11 @@ def uncertainty_coefficient(
 
 
 def fibres(latent: np.ndarray) -> np.ndarray:
-    """[N, h, w, C] -> [N·h·w, C]."""
+    """[N, h, w, C] -> [N·h·w, C].
+
+    >>> fibres(np.zeros((2, 4, 4, 48))).shape
+    (32, 48)
+    """
     return np.asarray(latent).reshape(-1, latent.shape[-1])
 
 

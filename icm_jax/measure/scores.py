@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import os
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,13 @@ class Score(abc.ABC):
 
 
 class Accuracy(Score):
-    """top1 and top5 of "logits" [N, K] against "label" [N]; ties count against the model."""
+    """top1 and top5 of "logits" [N, K] against "label" [N]; ties count against the model.
+
+    >>> score = Accuracy()
+    >>> score.update({"logits": [[2, 1], [3, 3]]}, {"label": [0, 1], "valid": [True, True]})
+    >>> score.result()
+    {'top1': 0.5, 'top5': 1.0, 'examples': 2}
+    """
 
     def __init__(self):
         self._sums = np.zeros(3, np.int64)  # right at 1, right at 5, examples
@@ -126,11 +133,12 @@ class AveragePrecision(Score):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             given, own = COCO(), COCO()
             for coco, rows in ((given, truth), (own, found)):
-                coco.dataset = {
+                dataset: Any = {
                     "images": [{"id": i + 1} for i in range(self._images)],
                     "categories": [{"id": k} for k in range(self._classes)],
                     "annotations": [dict(row, id=n) for n, row in enumerate(rows, 1)],
                 }
+                coco.dataset = dataset
                 coco.createIndex()
             scoring = COCOeval(given, own, "bbox")
             scoring.evaluate()

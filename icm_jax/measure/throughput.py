@@ -68,9 +68,10 @@ def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
       reading alone; and, counted, multiply_accumulates of an image, decoding included, and
       parameters of all networks.
     """
-    found, times = {}, {}
+    found: dict[str, dict] = {}
+    times: dict[str, list] = {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        ready = {}
+        ready: dict[str, tuple] = {}
         for name, path in paths.items():
             inputs = _stacked(path, pool)
             ready[name] = jax.jit(path.predict), inputs, jax.device_put(inputs)
@@ -84,7 +85,8 @@ def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
             jax.block_until_ready(ready[name][0](path.variables, inputs))  # compiles
         for _ in range(rounds):
             for name, path in paths.items():
-                times[name].append(_once(path, *ready[name], pool))
+                predict, inputs, placed = ready[name]
+                times[name].append(_once(path, predict, inputs, placed, pool))
     for name, own in times.items():
         network, whole, reading = (len(paths[name].files) / t for t in np.median(own, axis=0))
         found[name] |= {

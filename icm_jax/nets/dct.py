@@ -172,4 +172,4 @@ class BlockTransform(ops.Module):
 def dct_filters() -> np.ndarray:
     """float32 [64, 64]: samples of a block by rows -> its coefficients by rows (T.81, A.3.3)."""
     basis = scipy.fft.dctn(np.eye(64).reshape(64, 8, 8), axes=(1, 2), norm="ortho")
-    return basis.reshape(64, 64).astype(np.float32)
+    return np.asarray(basis).reshape(64, 64).astype(np.float32)

@@ -5,6 +5,7 @@
 Torfason et al. 2018 use the same with rates 6, 12, 18 and 24 (docs/papers.md 1.3).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -46,4 +47,4 @@ class ASPP(ops.Module):
             )(c4)
             for rate in self.rates
         ]
-        return sum(branch.astype(jnp.float32) for branch in logits)
+        return functools.reduce(jnp.add, (branch.astype(jnp.float32) for branch in logits))

@@ -238,7 +238,7 @@ def around(window: np.ndarray, surplus: float = 0.01, front: int = 0):
         share = np.where(empty, surplus, 0.01) / math.sqrt(math.prod(shape[:3]))
         begin = [side // 2 - front for side in shape[:2]]
         at = [slice(b, b + length) for b, length in zip(begin, window.shape[:2], strict=True)]
-        noise = share.reshape(1, 1, 1, -1) * jax.random.normal(key, shape, dtype)
+        noise = jax.random.normal(key, shape, dtype) * share.reshape(1, 1, 1, -1)
         return noise.at[at[0], at[1]].add(window).astype(dtype)
 
     return init

@@ -330,15 +330,13 @@ def _pooled(x):
     h, w = ((side + 1) // 2 for side in x.shape[1:3])
     pads = (0, 0), (1, 2 * h - x.shape[1]), (1, 2 * w - x.shape[2]), (0, 0)
     x = jnp.pad(x, pads, constant_values=-jnp.inf)
-    best = at = None
-    for place in range(9):
+    best = x[:, : 2 * h - 1 : 2, : 2 * w - 1 : 2]
+    at = jnp.zeros(best.shape, jnp.uint8)
+    for place in range(1, 9):
         top, left = divmod(place, 3)
-        own = x[:, top : top + 2 * h - 1 : 2, left : left + 2 * w - 1 : 2]
-        if best is None:
-            best, at = own, jnp.zeros(own.shape, jnp.uint8)
-        else:
-            at = jnp.where(own > best, jnp.uint8(place), at)
-            best = jnp.maximum(best, own)
+        value = x[:, top : top + 2 * h - 1 : 2, left : left + 2 * w - 1 : 2]
+        at = jnp.where(value > best, jnp.uint8(place), at)
+        best = jnp.maximum(best, value)
     return best, at
 
 

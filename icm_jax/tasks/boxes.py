@@ -39,7 +39,12 @@ def area(boxes: jax.Array) -> jax.Array:
 
 
 def iou(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Intersection over union: float [..., A, 4], [..., B, 4] -> [..., A, B]; 0 of nothing."""
+    """Intersection over union: float [..., A, 4], [..., B, 4] -> [..., A, B]; 0 of nothing.
+
+    >>> one, other = jnp.array([[0.0, 0.0, 1.0, 0.5]]), jnp.array([[0.0, 0.0, 0.5, 1.0]])
+    >>> round(float(iou(one, other)[0, 0]), 4)
+    0.3333
+    """
     one, other = one[..., :, None, :], other[..., None, :, :]
     low, high = jnp.maximum(one[..., :2], other[..., :2]), jnp.minimum(one[..., 2:], other[..., 2:])
     both = area(jnp.concatenate([low, high], axis=-1))

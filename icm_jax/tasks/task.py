@@ -160,7 +160,7 @@ def apply(module, variables, name: str, x, train: bool):
     return output, updated["batch_stats"]
 
 
-def merge(variables: dict, name: str, own: dict) -> None:
+def merge(variables: dict, name: str, own: Mapping) -> None:
     """Puts a module's collections into the flat dict under `name`."""
     for collection, tree in own.items():
         variables.setdefault(collection, {})[name] = tree

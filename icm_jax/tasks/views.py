@@ -265,7 +265,8 @@ def _nearest(mask, window, size):
 
 
 def _luma(image):
-    return sum(image[..., i : i + 1] * weight for i, weight in enumerate(LUMA))
+    red, green, blue = (image[..., i : i + 1] * weight for i, weight in enumerate(LUMA))
+    return red + green + blue
 
 
 def _jitter(image, key):

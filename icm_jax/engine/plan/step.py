@@ -115,7 +115,7 @@ def _kept(run: ml_collections.ConfigDict, target: Target, state: TrainState, bat
     }
 
 
-def _too_large(error: jax.errors.JaxRuntimeError) -> dict:
+def _too_large(error: Exception) -> dict:
     """What a TPU's compiler tells of a program that it refuses for its size."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
     if not used:
@@ -125,7 +125,7 @@ def _too_large(error: jax.errors.JaxRuntimeError) -> dict:
     return {"peak": peak, "memory": memory, "excess": peak - memory}
 
 
-def _read_off(compiled: jax.stages.Compiled, devices: int) -> dict:
+def _read_off(compiled: Any, devices: int) -> dict:
     """A program's memory, work and messages."""
     size = compiled.memory_analysis()
     cost = compiled.cost_analysis()
