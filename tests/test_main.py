@@ -15,6 +15,7 @@ import pytest
 from small import UNOPTIMISED
 
 import icm_jax
+from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.main import load_experiment
 from icm_jax.nets import yolo
@@ -240,36 +241,45 @@ def test_every_run_of_every_scale_builds(name, scale):
         kinds.setdefault(tuple(kind), run)
     for run in kinds.values():
         fields |= set(run.task)
-        side = run.data.canvas
-        image = jax.ShapeDtypeStruct((run.batch_size, side, side, 3), np.uint8)
-        batch = {
-            "image": image,
-            "label": jax.ShapeDtypeStruct((run.batch_size,), np.int32),
-            "mask": jax.ShapeDtypeStruct((run.batch_size, side, side), np.uint8),
-            "valid": jax.ShapeDtypeStruct((run.batch_size,), np.bool_),
-        }
-        if run.data.get("coefficients"):
-            del batch["image"]
-            for name, size in (("luma", (side // 8, side // 8, 64)), ("steps", (192,))):
-                shape = (run.batch_size, *size)
-                batch[name] = jax.ShapeDtypeStruct(shape, np.int16 if size[1:] else np.int32)
-            shape = (run.batch_size, side // 16, side // 16, 128)
-            batch["chroma"] = jax.ShapeDtypeStruct(shape, np.int16)
-        rows = (run.batch_size, run.data.get("boxes", 0))
-        if rows[1]:
-            batch["boxes"] = jax.ShapeDtypeStruct((*rows, 4), np.float32)
-            batch["box_labels"] = jax.ShapeDtypeStruct(rows, np.int32)
-            batch["box_valid"] = jax.ShapeDtypeStruct(rows, np.bool_)
-        task = build_task(Recorder(dict(run.task, classes=12, mask_classes=13)))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        variables = jax.eval_shape(task.init, key, batch) | {"constants": dict(task.constants)}
-        step = jax.ShapeDtypeStruct((), np.int32)
-        total, _ = jax.eval_shape(task.loss, variables, batch, key, step)
-        assert total.shape == () and total.dtype == np.float32
-        if rows[1]:
-            found = jax.eval_shape(task.predict, variables, batch)
-            assert found["boxes"].shape == (*found["labels"].shape, 4)
+        builds(run)
     assert fields <= Recorder.read
+
+
+def builds(run):
+    """Traces the task of a run on batches of its shapes."""
+    spec = pipeline.batch_spec(run.data, run.batch_size)
+    shapes = pipeline.layout(("label", "mask"), spec)
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    task = build_task(Recorder(dict(run.task, classes=12, mask_classes=13)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    image = {"image": jax.ShapeDtypeStruct((run.batch_size, *spec.canvas, 3), np.uint8)}
+    variables = jax.eval_shape(task.init, key, image) | {"constants": dict(task.constants)}
+    step = jax.ShapeDtypeStruct((), np.int32)
+    total, _ = jax.eval_shape(task.loss, variables, batch, key, step)
+    assert total.shape == () and total.dtype == np.float32
+    if task.codec is not None and task.codec.qualities:
+        batch["quality"] = jax.ShapeDtypeStruct((run.batch_size,), np.float32)
+    found = jax.eval_shape(task.predict, variables, batch)
+    if spec.boxes:
+        assert found["boxes"].shape == (*found["labels"].shape, 4)
+    if run.task.name == "segmentation":
+        assert found["segments"].shape == (run.batch_size, *geometry.sides(run.task.size))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_every_task_takes_images_twice_as_wide_as_high(name):
+    module = load(name)
+    config = module.get_config("tiny")
+    config.data.canvas = (config.data.canvas, 2 * config.data.canvas)
+    if name == "cresnet":
+        config.joint.steps = config.segment.steps = 1
+    parts = [config.model, config.get("code"), config.get("detector", {}).get("model")]
+    for part in filter(None, parts):
+        if "size" in part:
+            part.size = (part.size, 2 * part.size)
+    for run in module.runs(config):
+        assert geometry.sides(run.task.size)[1] == 2 * geometry.sides(run.task.size)[0]
+        builds(run)
 
 
 @pytest.mark.parametrize(

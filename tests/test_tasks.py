@@ -93,7 +93,7 @@ def test_a_crop_of_everything_is_the_image_or_its_mirror():
     for flip in (False, True):
         given = views._resample(ramp[..., None], (*window, jnp.bool_(flip)), (16, 16))[..., 0]
         np.testing.assert_allclose(given, ramp[:, ::-1] if flip else ramp, atol=1e-5)
-        given = views._nearest(masks[0], (*window, jnp.bool_(flip)), 16)
+        given = views._nearest(masks[0], (*window, jnp.bool_(flip)), (16, 16))
         np.testing.assert_array_equal(given, masks[0][:, ::-1] if flip else masks[0])
     assert view.shape == (6, 16, 16, 3) and mask.dtype == jnp.uint8
     # Halving a ramp averages it: antialiased, no shift.
