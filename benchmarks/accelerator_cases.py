@@ -1,5 +1,6 @@
 """What bench_accelerator.py measures: sizes, and our side of each case."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -89,7 +90,7 @@ def our_stage1(sizes: Sizes, options) -> Case:
         run.task.update(filter_channels=sizes.filter_channels)
         run.task.update(filter_widths=(sizes.filter_width,) * 3)
         run.task.update(projector_hidden=sizes.hidden, embedding=sizes.embedding)
-    run.batch_size = options.stage1_batch
+    run = dataclasses.replace(run, batch_size=options.stage1_batch)
     task = build_task(run.task)
     batch = {"image": our_images(run.batch_size, run.data.canvas, run.data.canvas)}
     state, call = our_training(run, task, batch)
@@ -106,7 +107,7 @@ def our_hyperprior(sizes: Sizes, options, dtype: str) -> Case:
         run.data.canvas = sizes.canvas
         run.task.update(width=sizes.codec_width, channels=sizes.codec_channels, size=sizes.crop)
     run.task.dtype = dtype
-    run.batch_size = options.hyperprior_batch
+    run = dataclasses.replace(run, batch_size=options.hyperprior_batch)
     task = build_task(run.task)
     batch = {"image": our_images(run.batch_size, run.task.size, run.task.size)}
     state, call = our_training(run, task, batch)

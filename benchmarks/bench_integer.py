@@ -8,17 +8,16 @@ bytes stand beside them. One line per quality, over all images.
 """
 
 import argparse
-import json
 import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 from PIL import Image
 
 from icm_jax.codecs import bitstream
 from icm_jax.codecs.codec import forward
 from icm_jax.engine import checkpoint
+from icm_jax.engine.run import load_run
 from icm_jax.measure.evaluate import freeze
 from icm_jax.tasks import build_task
 
@@ -30,7 +29,7 @@ def main():
     parser.add_argument("run", type=pathlib.Path, help="folder of a run, with its config.json")
     parser.add_argument("images", type=pathlib.Path, help="folder of .png and .jpg files")
     options = parser.parse_args()
-    run = ml_collections.ConfigDict(json.loads((options.run / "config.json").read_text()))
+    run = load_run(options.run)
     codec = build_task(run.task).codec
     variables = checkpoint.load_variables(options.run)
     frozen = freeze(codec, variables, run, run.task)

@@ -9,6 +9,7 @@ command goes on from there.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -53,7 +54,7 @@ def main() -> None:
         experiment, scale, only, _ = RUNS[name]
         module = load_experiment(str(ROOT / "configs" / f"{experiment}.py"))
         run = plan.distinct(module.runs(module.get_config(scale)), only)[0]
-        run.update(changes)
+        run = dataclasses.replace(run, **changes)
         record = plan.plan(run, plan.open_target(topology))
         done[key] = record | {"level": level, "case": name}
         write_whole(kept, json.dumps(done, indent=1).encode())

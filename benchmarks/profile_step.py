@@ -12,6 +12,7 @@ ynn_fusion comes from: convolutions and matrix products that YNNPACK computes.
 
 import argparse
 import collections
+import dataclasses
 import gzip
 import json
 import os
@@ -49,7 +50,7 @@ def main() -> None:
     config = module.get_config(scale) if scale else module.get_config()
     for run in plan.distinct(module.runs(config), options.only):
         if options.batch_size:
-            run.update(batch_size=options.batch_size)
+            run = dataclasses.replace(run, batch_size=options.batch_size)
         show(run, options)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import ml_collections
 
 from icm_jax.data import DATASETS
+from icm_jax.measure.classical import FORMATS
 
 
 def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.ConfigDict]:
@@ -51,6 +52,14 @@ def label_keys(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """What the images of `config.data` come with; a data set that TFDS knows: classes."""
     known = config.data.name in DATASETS
     return DATASETS[config.data.name].keys if known else ("label",)
+
+
+def files(**qualities: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
+    """Qualities of the classical files that a codec is compared with, for every format there is.
+
+    heif (HEVC intra), vvc (VVC intra, by quantisation parameters) and jxl need the extra `formats`.
+    """
+    return {name: qualities.get(name, ()) for name in FORMATS}
 
 
 def loop(**changes) -> dict:

@@ -45,7 +45,7 @@ Embedded data see the autoencoder, r50 and c51 alone; `arms` adds networks, `joi
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
 
 CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")
@@ -86,12 +86,9 @@ def demo() -> dict:
             steps=0, learning_rate=3e-3, warmup_steps=50, aspp_rates=(1, 2, 3, 4), output_stride=8
         ),
         joint=common.stage(steps=0, learning_rate=3e-4, warmup_steps=20, gamma=0.001),
-        files=tuple(f"{f}-{q}" for f, qs in FILES.items() for q in qs),
+        files=common.files(jpeg=(5, 10, 20, 40, 70), jpeg2000=(20, 24, 28, 32, 36)),
         speed=16,  # images of a batch when speed is measured; 0: it is not
     )
-
-
-FILES = {"jpeg": (5, 10, 20, 40, 70), "jpeg2000": (20, 24, 28, 32, 36)}
 
 
 def photos() -> dict:
@@ -149,7 +146,8 @@ def voc() -> dict:
 def tiny() -> dict:
     """A few steps of everything, for tests."""
     config = demo()
-    config.update(points=((0.5, 4),), arms=("r50", "c39"), files=("jpeg-20",), speed=2)
+    config.update(points=((0.5, 4),), arms=("r50", "c39"), files=common.files(jpeg=(20,)))
+    config.update(speed=2)
     config["data"] = common.scenes(train=16, validation=8, canvas=32)
     config["model"].update(width=2, size=32)
     config["code"].update(width=4, blocks=1, size=32)
@@ -162,7 +160,7 @@ def tiny() -> dict:
 get_config = common.scales(demo, photos, streets, imagenet, voc, tiny)
 
 
-def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """All runs, in the order in which they depend on each other."""
     keys, listed = common.label_keys(config), []
     for seed in config.seeds:
@@ -176,7 +174,7 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
     code = dict(code_channels=channels)
     code |= {f"code_{k}": config.code[k] for k in ("width", "centres", "learned", "blocks")}
     rate = dict(target_bpp=point, beta=config.code.beta)
-    speed = (f"speed-{config.speed}",) if config.speed else ()
+    speed = (Point("speed", config.speed),) if config.speed else ()
 
     def named(arm):
         return f"seed{seed}/{arm}-{point:g}"
@@ -193,18 +191,19 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
             side=config.model.size,  # of the squares that codecs are scored on
             needs=needs,
             evaluate=evaluate,
-            labels=dict(curve=curve, arm=arm, point=f"{point:g} bpp", **LOOKS.get(arm, {})),
+            labels=Labels(curve, arm, f"{point:g} bpp", **LOOKS.get(arm, {})),
         )
 
     task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)
-    files = tuple(config.files) if point == config.points[0][0] and seed == config.seeds[0] else ()
-    listed = [run("autoencoder", "image", "codec", task, [], ("stream", *files))]
-    coded = [(named("autoencoder"), CODEC)]
+    first = point == config.points[0][0] and seed == config.seeds[0]
+    files = file_points(config.files) if first else ()
+    listed = [run("autoencoder", "image", "codec", task, [], (Point("picture"), *files))]
+    coded = [Start(named("autoencoder"), CODEC)]
     cnets = [arm for arm in config.arms if arm.startswith("c")]
     if "label" in keys:
         for arm in config.arms:
             task = network_task(config, code, arm, "classification")
-            own = ("stream", *speed), ("label",)
+            own = (Point("stream"), *speed), ("label",)
             listed.append(run(arm, "classify", "classify", task, coded, *own))
         if config.joint.steps and cnets:
             listed += joint_runs(config, code, rate, cnets[0], named, run)
@@ -212,8 +211,8 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
         for arm in config.arms:
             task = network_task(config, code, arm, "segmentation")
             # Of a classifier on the same data, where there is one: as published.
-            start = [*coded, *([(named(arm), TRUNK)] if "label" in keys else [])]
-            own = ("stream",), ("mask",)
+            start = [*coded, *([Start(named(arm), TRUNK)] if "label" in keys else [])]
+            own = (Point("stream"),), ("mask",)
             listed.append(run(f"{arm}-d", "segment", "segment", task, start, *own))
     return listed
 
@@ -222,15 +221,15 @@ def joint_runs(config, code, rate, arm, named, run) -> list:
     """Torfason et al. 2018, section 5: joint training and what it is compared with."""
     task = dict(config.model, **code, **rate, name="joint_classification")
     task |= dict(variant=VARIANTS[arm], gamma=config.joint.gamma)
-    start = [(named("autoencoder"), CODEC), (named(arm), NETWORK)]
-    own = ("stream", "picture"), ("label",)
+    start = [Start(named("autoencoder"), CODEC), Start(named(arm), NETWORK)]
+    own = (Point("stream"), Point("picture")), ("label",)
     listed = [run("joint", "classify", "joint", task, start, *own)]
     task = network_task(config, code, arm, "classification")
-    own = ("stream",), ("label",)
+    own = (Point("stream"),), ("label",)
     listed.append(run("alone", "classify", "joint", task, start, *own))
-    joint = (named("joint"), CODEC)
+    joint = Start(named("joint"), CODEC)
     listed.append(run("anew", "classify", "classify", task, [joint], *own))
-    start = [joint, (named("anew"), NETWORK)]
+    start = [joint, Start(named("anew"), NETWORK)]
     listed.append(run("again", "classify", "joint", task, start, *own))
     return listed
 

@@ -24,10 +24,12 @@
 On your own images: `--config.data.name=photos --config.data.path=FOLDER`.
 """
 
+import dataclasses
+
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
 """The field's λ for the mean squared error on 0...255 (docs/papers.md 6.2)."""
@@ -59,8 +61,7 @@ def demo() -> dict:
         before=dict(model=dict(), train=dict()),  # a first run with these changes, if there are any
         codec_file=dict(weights="float32", licence="", description=""),
         qualities=(0, 25, 50, 75, 100),
-        jpeg=(5, 10, 20, 40, 60, 80),
-        webp=(0, 10, 25, 50, 75, 90),
+        files=common.files(jpeg=(5, 10, 20, 40, 60, 80), webp=(0, 10, 25, 50, 75, 90)),
     )
 
 
@@ -120,7 +121,8 @@ def boxed() -> dict:
         licence="Apache-2.0",
         description="photographs, every rate; trained by configs/hyperprior.py:boxed",
     )
-    config.update(qualities=(0, 20, 40, 60, 80, 100), jpeg=(5, 10, 20, 40, 60, 75, 85, 92))
+    config.update(qualities=(0, 20, 40, 60, 80, 100))
+    config["files"].update(jpeg=(5, 10, 20, 40, 60, 75, 85, 92))
     return config
 
 
@@ -130,14 +132,14 @@ def tiny() -> dict:
     config["data"] = common.scenes(train=24, validation=3, canvas=64)
     config["model"].update(width=8, channels=8, levels=3)
     config["train"].update(common.few(), steps=6, warmup_steps=2)
-    config.update(qualities=(0, 100), jpeg=(10, 40), webp=(10, 40))
+    config.update(qualities=(0, 100), files=common.files(jpeg=(10, 40), webp=(10, 40)))
     return config
 
 
 get_config = common.scales(demo, sweep, large, boxed, tiny)
 
 
-def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """A run per seed and kind, and per λ where a model has one rate; each after its `before`."""
     listed = []
     earlier = config.copy_and_resolve_references()
@@ -153,18 +155,19 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
                 if any(config.before.values()):
                     lambdas = earlier.model.lambdas
                     first = codec_run(earlier, seed, kind, lambdas, several, False)
-                    first.update(name=run.name + "-before", evaluate=())
-                    run.start = ((first.name, ("params/image_codec",)),)
+                    first = dataclasses.replace(first, name=run.name + "-before", evaluate=())
+                    start = (Start(first.name, ("params/image_codec",)),)
+                    run = dataclasses.replace(run, start=start)
                     listed.append(first)
                 listed.append(run)
     return listed
 
 
-def codec_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.ConfigDict:
+def codec_run(config, seed, kind, lambdas, several, rivals) -> Run:
     """One codec."""
     point = "" if several else f"{lambdas[0]:g}"
-    streams = [f"stream-{q:g}" for q in config.qualities] if several else ["stream"]
-    files = [f"jpeg-{q}" for q in config.jpeg] + [f"webp-{q}" for q in config.webp]
+    qualities = config.qualities if several else (None,)
+    points = tuple(Point("picture", quality) for quality in qualities)
     model = {name: value for name, value in config.model.items() if name != "kinds"}
     return make_run(
         config,
@@ -174,6 +177,6 @@ def codec_run(config, seed, kind, lambdas, several, rivals) -> ml_collections.Co
         task=dict(model, name="image_compression", kind=kind, lambdas=lambdas),
         weight_decay=0.0,
         codec_file=config.codec_file.to_dict(),
-        evaluate=tuple(streams + (files if rivals else [])),
-        labels=dict(curve="image", arm=kind, point=point),
+        evaluate=points + (file_points(config.files) if rivals else ()),
+        labels=Labels("image", kind, point),
     )

@@ -32,7 +32,7 @@ exact crops and flips of coefficients; `data.crop=(0.35,1.0)` with `model.size` 
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import make_run
+from icm_jax.engine.run import Labels, Point, Run, make_run
 
 WIRINGS = (
     "upsampling",
@@ -109,18 +109,18 @@ def tiny() -> dict:
 get_config = common.scales(demo, photos, imagenet, tiny)
 
 
-def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """A network per seed and arm."""
     return [network_run(config, seed, arm) for seed in config.seeds for arm in config.arms]
 
 
-def network_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
+def network_run(config, seed: int, arm: str) -> Run:
     """One network."""
     given, network = arm.split("-")
     network, _, factor = network.partition("@")
     task = dict(config.model, name="coefficient_classification", input=given, network=network)
     task |= dict(width=config.model.width * float(factor or 1))
-    speed = (f"speed-{config.speed}",) if config.speed else ()
+    speed = (Point("speed", config.speed),) if config.speed else ()
     return make_run(
         config,
         config.train,
@@ -130,6 +130,6 @@ def network_run(config, seed: int, arm: str) -> ml_collections.ConfigDict:
         data=dict(config.data, coefficients=config.data.coefficients if given == "jpeg" else ""),
         weight_decay=config.train.weight_decay,
         needs=("label",),
-        evaluate=("pixels", *speed),
-        labels=dict(curve="arms", arm=arm, point="", marker=MARKERS.get(given, "^")),
+        evaluate=(Point("pixels"), *speed),
+        labels=Labels("arms", arm, marker=MARKERS.get(given, "^")),
     )

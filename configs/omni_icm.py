@@ -29,7 +29,7 @@ Runs, in this order and for every seed:
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
 
 ARMS = {
     "omni": dict(title="Omni-ICM (α > 0)", colour="#0072B2", reference=True),
@@ -101,7 +101,7 @@ def demo() -> dict:
             aspp_rates=(1, 2, 3),
             output_stride=16,
         ),
-        rgb=dict(steps=900, jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50)),
+        rgb=dict(steps=900, files=common.files(jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50))),
     )
 
 
@@ -134,7 +134,7 @@ def tiny() -> dict:
     config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
     config["stage3"].update(tasks=dict(classify=4, linear=4, segment=4), warmup_steps=2)
-    config["rgb"].update(steps=4, jpeg=(20,), webp=(20,))
+    config["rgb"].update(steps=4, files=common.files(jpeg=(20,), webp=(20,)))
     return config
 
 
@@ -175,7 +175,7 @@ def imagenet() -> dict:
 get_config = common.scales(demo, study, tiny, imagenet)
 
 
-def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """All runs, each complete in itself, in the order in which they depend on each other."""
     keys, listed = common.label_keys(config), []
     for seed in config.seeds:
@@ -198,7 +198,8 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
             if arm == "omni":
                 own = dict(task, pretrain_filter=kind == "filter", alpha=0.0)
                 listed.append(stage_run(config, config[stage], seed, name, own, start))
-            start = [(name, BACKBONE + FILTER + (PROJECTOR if kind == "contrast" else ()))]
+            projector = PROJECTOR if kind == "contrast" else ()
+            start = [Start(name, BACKBONE + FILTER + projector)]
     task |= dict(pretrain_filter=False, alpha=s1.alpha if arm == "omni" else 0.0)
     listed.append(stage_run(config, s1, seed, f"{base}/stage1", task, start))
     for lmbda in config.stage2.lambdas:
@@ -210,12 +211,12 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
             feature_weights=config.stage2.feature_weights,
             relative=True,
         )
-        start = [(f"{base}/stage1", BACKBONE + FILTER)]
+        start = [Start(f"{base}/stage1", BACKBONE + FILTER)]
         listed.append(stage_run(config, config.stage2, seed, codec, task, start))
-        start = [(codec, BACKBONE + FILTER + CODEC)]
+        start = [Start(codec, BACKBONE + FILTER + CODEC)]
         for kind, steps in task_steps(config, keys).items():
             name = f"{base}/{kind}-{lmbda:g}"
-            labels = dict(curve=kind, arm=arm, point=f"{lmbda:g}", **ARMS[arm])
+            labels = Labels(kind, arm, f"{lmbda:g}", **ARMS[arm])
             listed.append(task_run(config, seed, name, kind, steps, start, labels))
     return listed
 
@@ -237,7 +238,7 @@ def task_run(config, seed, name, kind, steps, start, labels):
         mode = "linear" if kind == "linear" else "finetune"
         task |= dict(name="classification", mode=mode)
     own = dict(steps=steps, decode_once=config.stage3.decode_once, labels=labels)
-    own |= dict(needs=(NEEDS[kind],), evaluate=("stream",))
+    own |= dict(needs=(NEEDS[kind],), evaluate=(Point("stream"),))
     return stage_run(config, config.stage3, seed, name, task, start, **own)
 
 
@@ -255,14 +256,13 @@ def rgb_run(config, keys, seed: int):
         task |= dict(name="segmentation", **own)
     name = f"seed{seed}/rgb/{kind}"
     origin = "contrast" if config.pretrain.steps else "unfiltered/stage1"
-    start = [(f"seed{seed}/{origin}", BACKBONE)]
-    points = [f"jpeg-{q}" for q in config.rgb.jpeg] + [f"webp-{q}" for q in config.rgb.webp]
-    own = dict(steps=config.rgb.steps, labels=dict(curve=kind, arm="rgb", point=""))
-    own |= dict(needs=(NEEDS[kind],), evaluate=("pixels", *points))
+    start = [Start(f"seed{seed}/{origin}", BACKBONE)]
+    own = dict(steps=config.rgb.steps, labels=Labels(kind, "rgb"), needs=(NEEDS[kind],))
+    own |= dict(evaluate=(Point("pixels"), *file_points(config.rgb.files)))
     return stage_run(config, config.stage3, seed, name, task, start, **own)
 
 
-def stage_run(config, stage, seed: int, name: str, task: dict, start, **own):
+def stage_run(config, stage, seed: int, name: str, task: dict, start, **fields) -> Run:
     """A run of one stage."""
     given = dict(name=name, seed=seed, task=task, start=tuple(start), weight_decay=1e-4)
-    return make_run(config, stage, **given, **(dict(labels={}) | own))
+    return make_run(config, stage, **given, **fields)

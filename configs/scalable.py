@@ -22,10 +22,12 @@ kind is trained in full, and each one after it starts from the one before. The r
 detector's precision over the bits of the base layer, and the picture's quality over those of both.
 """
 
+import dataclasses
+
 import ml_collections
 
 from configs import common, yolov3
-from icm_jax.engine.run import make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
 """The field's λ for the mean squared error on 0...255 (docs/papers.md 3.4)."""
@@ -47,8 +49,7 @@ def detector(scale: str) -> dict:
     for name in ("name", "seeds"):
         del config[name]
     if scale != "tiny":
-        config["files"] += tuple(f"heif-{q}" for q in (10, 20, 35, 50))
-        config["files"] += tuple(f"vvc-{q}" for q in (47, 42, 37))
+        config["files"].update(heif=(10, 20, 35, 50), vvc=(47, 42, 37))
     return dict(data=config.pop("data"), detector=config)
 
 
@@ -113,7 +114,7 @@ def tiny() -> dict:
 get_config = common.scales(demo, photos, coco, tiny)
 
 
-def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """Per seed a detector, then a codec per kind and λ, then the single-layer codecs."""
     with_data = config.detector.copy_and_resolve_references()
     with with_data.unlocked():
@@ -127,8 +128,9 @@ def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
             codecs += sweep(config, first, kind, config.model.lambdas, tasks)
         tasks = [single_task(config, lmbda) for lmbda in config.single.lambdas]
         codecs += sweep(config, first, "single", config.single.lambdas, tasks)
-        for codec in codecs[:1]:  # pictures in classical formats, once a seed
-            codec.evaluate += tuple(config.detector.files)
+        if codecs:  # pictures in classical formats, once a seed
+            points = codecs[0].evaluate + file_points(config.detector.files)
+            codecs[0] = dataclasses.replace(codecs[0], evaluate=points)
         listed += codecs
     return listed
 
@@ -161,16 +163,16 @@ def single_task(config, lmbda: float) -> dict:
     )
 
 
-def sweep(config, found, arm: str, lambdas, tasks: list[dict]) -> list[ml_collections.ConfigDict]:
+def sweep(config, found: Run, arm: str, lambdas, tasks: list[dict]) -> list[Run]:
     """The codecs of one arm; `found` is the detector's run."""
     listed, train = [], config.train
     for lmbda, task in zip(lambdas, tasks, strict=True):
         scalable, steps = task["name"] == "scalable_compression", train.steps
-        start = [(found.name, DETECTOR)] if scalable else []
+        start = [Start(found.name, DETECTOR)] if scalable else []
         if listed and train.following_steps:
             steps = train.following_steps
             part = "scalable" if scalable else "image_codec"
-            start.append((listed[-1].name, (f"params/{part}",)))
+            start.append(Start(listed[-1].name, (f"params/{part}",)))
         run = make_run(
             config,
             train,
@@ -183,8 +185,8 @@ def sweep(config, found, arm: str, lambdas, tasks: list[dict]) -> list[ml_collec
             keep_every=train.keep_every,
             start=tuple(start),
             detector=found.name,
-            evaluate=("detect", "stream"),
-            labels=dict(curve="image", arm=arm, point=f"{lmbda:g}", **ARMS.get(arm, {})),
+            evaluate=(Point("detect"), Point("picture")),
+            labels=Labels("image", arm, f"{lmbda:g}", **ARMS.get(arm, {})),
         )
         listed.append(run)
     return listed

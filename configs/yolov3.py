@@ -23,7 +23,7 @@
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import make_run
+from icm_jax.engine.run import Labels, Point, Run, file_points, make_run
 
 
 def demo() -> dict:
@@ -49,10 +49,7 @@ def demo() -> dict:
         ),
         # A file to start from, and its reader; with train.steps=0 it is taken as it is.
         weights=dict(reader="darknet", path=""),
-        # "heif-30" (HEVC intra), "vvc-37" (VVC intra, at this quantisation parameter) and
-        # "jxl-50" need the extra `formats`, "avif-50" nothing.
-        files=tuple(f"jpeg-{q}" for q in (5, 10, 15, 25, 50, 80))
-        + tuple(f"webp-{q}" for q in (0, 10, 25, 50, 80)),
+        files=common.files(jpeg=(5, 10, 15, 25, 50, 80), webp=(0, 10, 25, 50, 80)),
     )
 
 
@@ -83,19 +80,19 @@ def tiny() -> dict:
     config["model"].update(size=64, anchor_scale=64 / 416)
     config["model"]["detector"].update(width=1 / 16, depth=0.1)
     config["train"].update(common.few(), steps=4, warmup_steps=1)
-    config.update(files=("jpeg-20", "webp-20"))
+    config.update(files=common.files(jpeg=(20,), webp=(20,)))
     return config
 
 
 get_config = common.scales(demo, photos, coco, tiny)
 
 
-def runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """A detector per seed."""
     return [detector_run(config, seed) for seed in config.seeds]
 
 
-def detector_run(config, seed: int) -> ml_collections.ConfigDict:
+def detector_run(config, seed: int) -> Run:
     """One detector."""
     return make_run(
         config,
@@ -106,6 +103,6 @@ def detector_run(config, seed: int) -> ml_collections.ConfigDict:
         weight_decay=config.train.weight_decay,
         weights=(config.weights.reader, config.weights.path) if config.weights.path else None,
         needs=("objects",),
-        evaluate=("pixels", *config.files),
-        labels=dict(curve="detect", arm="detector", point=""),
+        evaluate=(Point("pixels"), *file_points(config.files)),
+        labels=Labels("detect", "detector"),
     )

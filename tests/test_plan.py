@@ -1,5 +1,6 @@
 """Plans against hand-counted programs, real batches and real states."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,15 +9,16 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 from test_main import ROOT, main
 
 from icm_jax import ops
 from icm_jax.data import DATASETS, open_source, pipeline
 from icm_jax.engine import optim, plan, sharding, train
+from icm_jax.engine.run import Run
 from icm_jax.errors import IcmError
 from icm_jax.main import load_experiment
 from icm_jax.nets.layers import GDN
@@ -38,8 +40,13 @@ def tiny_run(experiment, name, tmp_path, **changes):
     config = module.get_config("tiny")
     config.data.path = str(tmp_path)
     run = next(run for run in module.runs(config) if run.name == name)
-    run.update(changes)
-    return run
+    return dataclasses.replace(run, **changes)
+
+
+def small_run(remat):
+    """A run with what `make_step` reads."""
+    empty = ConfigDict()
+    return Run("small", 0, empty, empty, empty, 2, 4, log_every=1, save_every=1, remat=remat)
 
 
 PROGRAM = """
@@ -196,7 +203,7 @@ def test_remat_computes_again_and_changes_no_result(remat):
     arguments = state, {"x": jnp.linspace(-2, 2, 12).reshape(4, 3)}, jax.random.key(0)
     found, programs = {}, {}
     for own in ("none", remat):
-        step = train.make_step(task, sgd, ml_collections.ConfigDict(dict(ema=0.0, remat=own)))
+        step = train.make_step(task, sgd, small_run(remat=own))
         found[own] = step(*arguments)
         programs[own] = str(jax.make_jaxpr(step)(*arguments))
     jax.tree.map(
@@ -208,7 +215,7 @@ def test_remat_computes_again_and_changes_no_result(remat):
 
 
 def test_an_unknown_remat_is_refused():
-    config = ml_collections.ConfigDict(dict(ema=0.0, remat="all"))
+    config = small_run(remat="all")
     with pytest.raises(IcmError, match="unknown remat 'all'"):
         train.make_step(None, optax.sgd(0.1), config)
 

@@ -1,5 +1,6 @@
 """What a report states, against numbers worked out by hand; and that gaps are named, not fatal."""
 
+import dataclasses
 import json
 import re
 
@@ -7,6 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from icm_jax.engine.run import Labels, Point, Run
 from icm_jax.report import curves, page, pictures, tables, training
 
 CLASSIFY = curves.MEASURES[0]
@@ -40,8 +42,8 @@ def full_records():
         records.append(stream("unfiltered", str(number), rate, share))
         records.append(stream("omni", str(number), 0.6 * rate, share))
         bare = {"bpp": 2 * rate, "bpp_without_tables": rate}
-        records.append(pixels(f"jpeg-{10 * number}", share, **bare))
-        records.append(pixels(f"webp-{10 * number}", share - 0.45, bpp=rate))
+        records.append(pixels("jpeg", share, quality=10 * number, **bare))
+        records.append(pixels("webp", share - 0.45, quality=10 * number, bpp=rate))
     return [*records, pixels("pixels", 0.75)]
 
 
@@ -52,8 +54,18 @@ def experiment(tmp_path):
         {"name": "trial", "data": {"name": "folder"}, "rate": {"α": 0.5}}
     )
     runs = [
-        ml_collections.ConfigDict(
-            {"name": n, "seed": 0, "task": {"name": "trial"}, "evaluate": ("stream",), "needs": ()}
+        Run(
+            name=n,
+            seed=0,
+            task=ml_collections.ConfigDict({"name": "trial"}),
+            data=config.data,
+            optim=ml_collections.ConfigDict(),
+            batch_size=1,
+            steps=20,
+            log_every=10,
+            save_every=10,
+            evaluate=(Point("stream"),),
+            labels=Labels("classify", "omni"),
         )
         for n in ("finished", "absent")
     ]
@@ -134,8 +146,9 @@ def test_an_arm_that_nobody_labelled_has_its_name_and_a_colour(tmp_path, monkeyp
 
 def test_images_are_measured_in_decibels():
     own = {"curve": "image", "arm": "codec", "point": "", "seed": 0, "images": 3}
-    records = [{**own, "kind": "stream-12.5", "bpp": 0.5, "psnr": 30.125}]
-    records.append({**own, "kind": "jpeg-7", "bpp": 0.7, "bpp_without_tables": 0.6, "psnr": 29.0})
+    records = [{**own, "kind": "stream", "quality": 12.5, "bpp": 0.5, "psnr": 30.125}]
+    jpeg = {"kind": "jpeg", "quality": 7, "bpp": 0.7, "bpp_without_tables": 0.6}
+    records.append({**own, **jpeg, "psnr": 29.0})
     measure = next(measure for measure in curves.MEASURES if measure.key == "psnr")
     head, *rows = tables.curve_table(records, measure)
     cells = [dict(zip(head, row, strict=True)) for row in rows]
@@ -151,7 +164,7 @@ def arm(name, seed, top1, network, files):
     speed = {"network_images_per_second": network, "images_per_second": files, "read_per_second": 9}
     cost = {"multiply_accumulates": 3_858_000_000, "parameters": 25_500_000}
     accuracy = {"curve": "arms", "kind": "pixels", "top1": top1, "top5": 0.9}
-    return [own | accuracy, own | speed | cost | {"curve": "speed", "kind": "speed-16"}]
+    return [own | accuracy, own | speed | cost | {"curve": "speed", "kind": "speed", "quality": 16}]
 
 
 def test_arms_are_averaged_over_seeds_and_compared_with_the_first(experiment):
@@ -193,8 +206,7 @@ def test_panels_of_training_keep_their_size_however_many_runs(experiment, monkey
     monkeypatch.setattr(training, "save", lambda figure, path: figures.append(figure))
     runs = []
     for number in range(90):
-        run = ml_collections.ConfigDict(finished.to_dict())
-        run.name = f"seed{number % 3}/arm{number // 3}"
+        run = dataclasses.replace(finished, name=f"seed{number % 3}/arm{number // 3}")
         (folder / run.name).mkdir(parents=True)
         (folder / run.name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
         runs.append(run)

@@ -25,6 +25,7 @@ from small import UNOPTIMISED
 from icm_jax.codecs import bitstream, feature_codec
 from icm_jax.data.sources import Source
 from icm_jax.engine import checkpoint, log, optim, sharding, train
+from icm_jax.engine.run import Run, Start
 from icm_jax.errors import IcmError
 from icm_jax.tasks.task import Aux, Task
 
@@ -207,9 +208,7 @@ def toy_run(**changes):
         steps=8,
         log_every=2,
         save_every=2,
-        fsdp=1,
         ema=0.9,
-        start=(),
         optim=dict(
             name="sgd",
             learning_rate=0.1,
@@ -219,7 +218,9 @@ def toy_run(**changes):
             clip_norm=0.0,
         ),
     )
-    return ml_collections.ConfigDict(dict(run, **changes))
+    run |= {"task": {}} | changes
+    configs = {name: ml_collections.ConfigDict(run[name]) for name in ("task", "data", "optim")}
+    return Run(**(run | configs))
 
 
 def toy_batches(first, stop):
@@ -394,7 +395,7 @@ def test_features_decoded_beforehand_are_those_of_the_bitstreams(tmp_path):
     source = Source("five", 5, ("one",), load)
     built = feature_codec("18", 8, 8, (8, 8, 8), 8, (8, 8), 8)
     variables = jax.jit(built.init)(jax.random.key(0), pictures)
-    run = toy_run(task=dict(size=32), data=dict(canvas=32), start=(("codec", ()),))
+    run = toy_run(task=dict(size=32), data=dict(canvas=32), start=(Start("codec", ()),))
     given = train.decoded_split(built, variables, source, run, tmp_path)
     frozen = bitstream.freeze(built, variables, pictures)
     wanted = bitstream.decode(frozen, bitstream.encode(frozen, pictures), "feature")

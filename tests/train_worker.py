@@ -3,6 +3,7 @@
 python train_worker.py BASE OVERRIDES_JSON [COORDINATOR COUNT INDEX]
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -27,5 +28,6 @@ config.stage1.learning_rate = 1e-4  # gentle: rounding differences must not be a
 config.stage1.negatives = "both"  # the queue, too, lies on all devices
 config.pretrain.steps = config.stage0.steps = 0
 run = module.runs(config)[0]
-run.update(name="run", steps=10, save_every=3, log_every=1, **json.loads(sys.argv[2]))
+changes = dict(name="run", steps=10, save_every=3, log_every=1, **json.loads(sys.argv[2]))
+run = dataclasses.replace(run, **changes)
 train.train(run, base)

@@ -8,7 +8,6 @@ import shutil
 import warnings
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -131,14 +130,6 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 def kept_steps(folder: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints that a run has left."""
     return sorted(ocp.utils.checkpoint_steps(pathlib.Path(folder).absolute() / "checkpoints"))
-
-
-def load_config(folder: str | os.PathLike) -> ml_collections.ConfigDict:
-    """The config that a run was started with. Raises IcmError if there is none."""
-    path = pathlib.Path(folder) / "config.json"
-    if not path.is_file():
-        raise IcmError(f"there is no run {folder}; run it first")
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
 
 
 def write_json(path: str | os.PathLike, content) -> None:

@@ -1,11 +1,164 @@
-"""The entries of an experiment's list of runs, as the files in `configs/` make them."""
+"""A run of an experiment as data: what the files in `configs/` make, and the loop reads."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 
 from icm_jax.data import data_fields
+from icm_jax.errors import IcmError
 
-OWN_RATE = ("plateau", "rate_scaling", "rate_batch")
+CODEC = "codec.icmc"
+"""The file, in a run's folder, of the codec that it trained."""
+SCHEDULE = ("plateau", "rate_scaling", "rate_batch")
 """Settings of the learning rate that not every experiment has; see `icm_jax.engine.optim`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One point of a curve: by which way images reach what is scored.
+
+    Attributes:
+      kind: a key of `icm_jax.measure.evaluate.SCORERS`.
+      quality: of a file, or of a codec with qualities (0 to 100); of "speed", images of a batch.
+    """
+
+    kind: str
+    quality: float | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.quality is None else f"{self.kind} {self.quality:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What a record, and so the report, knows of a run's curve.
+
+    Attributes:
+      curve: what is scored: "classify", "linear", "segment", "detect", "arms" or "image".
+      arm: which of several that are compared. point: which point of the arm's curve, or "".
+      title: of the arm, in words; "": its name. colour: "#rrggbb", marker: of Matplotlib;
+        "": the report chooses.
+      reference: whether the other arms are compared with this one.
+    """
+
+    curve: str
+    arm: str
+    point: str = ""
+    title: str = ""
+    colour: str = ""
+    marker: str = ""
+    reference: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """An earlier run that a run starts from.
+
+    Attributes:
+      run: its name. workdir: its work directory; "": that of the run itself.
+      parts: subtrees "collection/name" of its variables, e.g. "params/tail".
+    """
+
+    run: str
+    parts: tuple[str, ...]
+    workdir: str = ""
+
+    def folder(self, base: str | os.PathLike) -> pathlib.Path:
+        """Where that run lies, seen from a run in the work directory `base`."""
+        return pathlib.Path(self.workdir or base) / self.run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+      name: its folder, in the work directory. seed: of weights, order of examples and random keys.
+      task: fields of a task in `icm_jax.tasks.TASKS`. data: fields of a data set in
+        `icm_jax.data.DATASETS`. optim: see `icm_jax.engine.optim.make_optimiser`.
+      labels: of its records; None if nothing is evaluated.
+      batch_size: images of a step, of all devices together. steps: how many.
+      log_every, save_every, keep_every: steps between lines of the log, checkpoints, and
+        checkpoints that stay (0: the newest alone).
+      fsdp: devices that share the parameters. remat: a key of `icm_jax.engine.train.REMAT`.
+      ema: decay of the averaged parameters; 0: none are kept.
+      start: earlier runs, whose parts are copied over the initial variables in this order.
+      weights: (a key of `icm_jax.weights.READERS`, path) of foreign weights to start from; with
+        steps = 0 they are taken as they are.
+      decode_once: train on features that the codec of the first run of `start` decoded beforehand,
+        instead of decoding views at every step.
+      needs: what of an example task and score use besides the image: "label", "mask", "objects".
+      evaluate: points that are scored once it is trained.
+      codec_file: of the codec file: weights ("float32" or "float16"), licence, description.
+      detector: name of the run whose detector a scalable codec is trained for and scored with.
+      side: images are scored as squares of so many pixels, as a network sees them; 0: whole.
+    """
+
+    name: str
+    seed: int
+    task: ml_collections.ConfigDict
+    data: ml_collections.ConfigDict
+    optim: ml_collections.ConfigDict
+    batch_size: int
+    steps: int
+    log_every: int
+    save_every: int
+    keep_every: int = 0
+    fsdp: int = 1
+    remat: str = "none"
+    ema: float = 0.0
+    labels: Labels | None = None
+    start: tuple[Start, ...] = ()
+    weights: tuple[str, str] | None = None
+    decode_once: bool = False
+    needs: tuple[str, ...] = ()
+    evaluate: tuple[Point, ...] = ()
+    codec_file: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    detector: str = ""
+    side: int = 0
+
+
+def to_json(run: Run) -> dict:
+    """A run as plain dicts, lists, strings and numbers: what config.json of its folder holds."""
+    fields = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    return json.loads(json.dumps(fields, default=_plain))
+
+
+def from_json(tree: Mapping[str, Any]) -> Run:
+    """The run that `to_json` made the tree from.
+
+    Raises: IcmError if fields are missing or unknown, as in a folder of another version.
+    """
+    fields = {name: _tupled(value) for name, value in tree.items()}
+    try:
+        fields |= {k: ml_collections.ConfigDict(fields[k]) for k in ("task", "data", "optim")}
+        fields["start"] = tuple(Start(**own) for own in fields["start"])
+        fields["evaluate"] = tuple(Point(**own) for own in fields["evaluate"])
+        fields["labels"] = Labels(**fields["labels"]) if fields["labels"] else None
+        return Run(**fields)
+    except (KeyError, TypeError) as error:
+        raise IcmError(
+            f"this is not a run as this icm_jax writes it ({error}): it is of another version; "
+            "run the experiment anew in another --workdir"
+        ) from error
+
+
+def load_run(folder: str | os.PathLike) -> Run:
+    """The run that was started in a folder. Raises IcmError if there is none."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise IcmError(f"there is no run {folder}; run it first")
+    return from_json(json.loads(path.read_text()))
+
+
+def file_points(files: Mapping[str, tuple[float, ...]]) -> tuple[Point, ...]:
+    """The points of {format: qualities}, e.g. {"jpeg": (5, 10), "webp": (0, 25)}."""
+    return tuple(Point(kind, quality) for kind, qualities in files.items() for quality in qualities)
 
 
 def make_run(
@@ -14,22 +167,21 @@ def make_run(
     *,
     name: str,
     seed: int,
-    task: dict,
+    task: Mapping[str, Any],
     weight_decay: float,
-    labels: dict,
-    **own,
-) -> ml_collections.ConfigDict:
-    """One run; `engine.train.train` and `measure.evaluate.evaluate` tell its fields.
+    data: Mapping[str, Any] | None = None,
+    **fields,
+) -> Run:
+    """A run with what an experiment's config says of all its runs.
 
     Args:
       config: the experiment; `data` and what all runs share in `train`: batch_size, log_every,
         save_every, clip_norm, fsdp, remat, accumulate, ema.
-      stage: what is this run's own: optimiser, learning_rate, warmup_steps, steps, and if it is not
-        as for the others batch_size (0: as for the others) and schedule (cosine); it may be
+      stage: what is this run's alone: optimiser, learning_rate, warmup_steps, steps, and if it is
+        not as for the others batch_size (0: as for the others) and schedule (cosine); it may be
         config.train itself.
-      labels: curve, arm and point of the records.
-      own: further fields, or others than the defaults: no start, nothing needed but images, nothing
-        evaluated, data and steps of the config.
+      data: if it is not that of the config.
+      fields: further fields of `Run`, which go before those of the config.
     """
     train = config.train
     optim = dict(
@@ -41,25 +193,33 @@ def make_run(
         clip_norm=train.clip_norm,
         accumulate=train.accumulate,
     )
-    optim |= {field: train[field] for field in OWN_RATE if field in train}
-    fields = dict(
+    optim |= {field: train[field] for field in SCHEDULE if field in train}
+    shared = {field: train[field] for field in ("log_every", "save_every", "fsdp", "remat", "ema")}
+    shared |= dict(batch_size=stage.get("batch_size", 0) or train.batch_size)
+    shared |= dict(steps=stage.get("steps"))
+    return Run(
         name=name,
         seed=seed,
-        task=task,
-        data=config.data.to_dict(),
-        optim=optim,
-        batch_size=stage.get("batch_size", 0) or train.batch_size,
-        steps=stage.get("steps"),
-        log_every=train.log_every,
-        save_every=train.save_every,
-        fsdp=train.fsdp,
-        remat=train.remat,
-        ema=train.ema,
-        start=(),
-        decode_once=False,
-        needs=(),
-        evaluate=(),
-        labels=labels,
+        task=_config(task),
+        data=_config(data_fields(_config(config.data if data is None else data))),
+        optim=ml_collections.ConfigDict(optim),
+        **(shared | fields),
     )
-    fields |= own
-    return ml_collections.ConfigDict(fields | {"data": data_fields(fields["data"])})
+
+
+def _config(fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config of its own: nothing is shared with the experiment's."""
+    return ml_collections.ConfigDict(dict(fields)).copy_and_resolve_references()
+
+
+def _plain(value):
+    """For `json.dumps`: configs and dataclasses as dicts."""
+    if isinstance(value, ml_collections.ConfigDict):
+        return value.to_dict()
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def _tupled(value):
+    if isinstance(value, dict):
+        return {name: _tupled(item) for name, item in value.items()}
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value

@@ -29,6 +29,7 @@ from icm_jax.codecs.codec import forward
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.engine import checkpoint, optim, sharding
 from icm_jax.engine.log import Log
+from icm_jax.engine.run import Run, to_json
 from icm_jax.errors import IcmError
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
@@ -38,6 +39,7 @@ from icm_jax.weights import start_from
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
 HARMLESS = ("log_every", "save_every", "keep_every", "fsdp", "remat", "evaluate")
+HARMLESS += ("labels.title", "labels.colour", "labels.marker", "labels.reference")
 """Fields that may differ when a run is resumed: they do not change what is computed."""
 
 
@@ -50,18 +52,10 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any
 
 
-def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
+def train(run: Run, base: str | os.PathLike) -> dict:
     """Trains one run in `base`/run.name, or resumes it, or returns at once if it is done.
 
-    Args:
-      run: see `configs/`; fields name, seed, task, data, optim, batch_size, steps, log_every,
-        save_every, fsdp, ema, start; keep_every, steps between checkpoints that stay (0: the newest
-        alone); needs, what of an example the task and its score use besides the image ("label",
-        "mask", "objects"); decode_once, to train on features that the codec of the first run of
-        `start` decoded beforehand, instead of decoding views at every step; weights, (name in
-        `icm_jax.weights.READERS`, path) of a file to start from, or None (with steps = 0 what it
-        holds is taken as it is).
-      base: the folder of the experiment, where earlier runs lie that `run.start` names.
+    `base` is the work directory, where also lie the earlier runs of `run.start` that name no other.
 
     Returns: the metrics of the last logging interval.
 
@@ -80,11 +74,11 @@ def train(run: ml_collections.ConfigDict, base: str | os.PathLike) -> dict:
     source = open_source(run.data, "train")
     task = build_task(complete(run.task, source))
     optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
-    start = [(checkpoint.load_variables(pathlib.Path(base) / n), p) for n, p in run.start]
+    start = [(checkpoint.load_variables(own.folder(base)), own.parts) for own in run.start]
     features = (
         decoded_split(task.codec, start[0][0], source, run, base) if run.decode_once else None
     )
-    with checkpoint.manager(folder, period=run.get("keep_every", 0)) as checkpoints:
+    with checkpoint.manager(folder, period=run.keep_every) as checkpoints:
         state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
         if not run.steps and not checkpoints.all_steps():
             checkpoint.save(checkpoints, 0, state)
@@ -112,7 +106,7 @@ def decoded_split(codec, variables, source, run, base) -> np.ndarray:
     does not depend on how many there are.
     """
     size = geometry.sides(run.task.size)
-    name = (os.fspath(base), run.start[0][0], run.data.to_json_best_effort(), size)
+    name = (os.fspath(run.start[0].folder(base)), run.data.to_json_best_effort(), size)
     if name in _decoded:
         return _decoded[name]
     _decoded.clear()
@@ -156,9 +150,9 @@ def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple
     variables = state.variables
     for earlier, prefixes in start:
         variables = copy_parts(variables, earlier, prefixes)
-    if run.get("weights"):
+    if run.weights:
         variables = start_from(variables, *run.weights)
-    if start or run.get("weights"):
+    if start or run.weights:
         trained = trained_part(task, variables["params"])
         ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
         state = state.replace(variables=variables, ema=ema)
@@ -238,7 +232,7 @@ def make_step(task: Task, optimiser, run):
     Raises: IcmError for an unknown `run.remat`.
     """
     optimiser = optax.with_extra_args_support(optimiser)
-    remat = run.get("remat", "none")
+    remat = run.remat
     if remat not in REMAT:
         raise IcmError(f"unknown remat {remat!r}; choose one of {', '.join(REMAT)}")
 
@@ -359,10 +353,10 @@ def _stop_request() -> Callable[[], bool]:
     return event.is_set
 
 
-def _claim(folder: pathlib.Path, run: ml_collections.ConfigDict) -> None:
+def _claim(folder: pathlib.Path, run: Run) -> None:
     """Writes config.json, or checks that the folder's run is this one."""
     path = folder / "config.json"
-    given = json.loads(run.to_json_best_effort())
+    given = to_json(run)
     if path.is_file():
         kept = json.loads(path.read_text())
         differing = [

@@ -1,29 +1,33 @@
 """Scores a finished run on the validation split, with bytes that were really written.
 
-Each entry of `run.evaluate` gives records, one per point of a curve:
+Each point of `run.evaluate` gives a record. Kinds of points:
 
-    "stream"     every image -> bytes of the frozen codec -> decoded feature -> prediction;
-                 "stream-q" at quality q, for codecs with qualities
-    "jpeg-q"     every image -> JPEG (or "webp-q", ...) file at quality q -> decoded pixels ->
-                 prediction; formats that are not installed are left out and named
-    "pixels"     the images as they are
-    "picture"    every image -> bytes -> decoded image, of a codec that was trained with a task
-    "speed-b"    batches of b images from files to predictions, timed; see `throughput.measure`
-    "detect"     the detector that `run.detector` names, on what the codec gives: on the decoded
+    stream       every image -> bytes of the frozen codec -> decoded feature or image -> prediction
+    pixels       the images as they are -> prediction
+    jpeg, ...    every image -> file of that format and quality -> decoded pixels -> prediction, or
+                 of runs that train a codec of images, against the original; formats that are not
+                 installed are left out and named
+    picture      every image -> bytes of the frozen codec -> decoded image against the original
+    detect       the detector of the run `run.detector` on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
+    speed        batches of so many images from files to predictions, timed; see
+                 `throughput.measure`
 
-For codecs of images, all points but "detect" hold decoded images against the originals: at their
-full size or, where the run has a `side`, the middle of that size, which networks see.
+Pictures are compared at their full size or, where the run has a `side`, as the middle of that size,
+which networks see.
 
-A record is a flat dict, kept in records.json of the run's folder: curve, arm, seed, point, kind,
-asked (the entry that it answers), images, bpp (measured), top1 / top5, miou, map50 / map, or psnr,
-ssim_db and ms_ssim_db (means over images, of a similarity s as -10 log10(1 - s)); of JPEG and WebP
-also bpp_without_tables; of streams also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes
-(the most by which an image's bytes exceed its estimate + 1 %), encode_ms and decode_ms (median of
-an image, networks included); of "speed" what `throughput.measure` gives.
+A record is a flat dict, kept in records.json of the run's folder: the fields of `run.labels` (the
+curve of "picture", "detect" and "speed" is "image", "detect" and "speed"), run, seed, asked (the
+point), kind ("stream" for all that went through a codec's bytes, or as the point's), quality,
+images, bpp (measured), top1 / top5, miou, map50 / map, or psnr, ssim_db and ms_ssim_db (means over
+images, of a similarity s as -10 log10(1 - s)); of JPEG and WebP also bpp_without_tables; of streams
+also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes
+exceed its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included); of
+"speed" what `throughput.measure` gives.
 """
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -31,7 +35,6 @@ import sys
 import time
 
 import jax
-import ml_collections
 import numpy as np
 import tqdm
 
@@ -41,6 +44,7 @@ from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.data.images import read_rgb
 from icm_jax.engine import checkpoint, sharding
+from icm_jax.engine.run import CODEC, Point, Run, load_run
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
 from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, metrics, throughput
@@ -50,7 +54,7 @@ from icm_jax.tasks import build_task, views
 CALIBRATION = 64  # training images that set the ranges of integer networks
 
 
-def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[dict]:
+def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     """Records of a finished run; computed once, then read from its folder. Points that
     `run.evaluate` has gained since are added to them.
 
@@ -60,7 +64,7 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     folder = pathlib.Path(base) / run.name
     kept = folder / "records.json"
     records = json.loads(kept.read_text()) if sharding.as_first(kept.is_file()) else []
-    there = {record["asked"] for record in records}
+    there = [Point(**record["asked"]) for record in records]
     asked = [point for point in run.evaluate if point not in there and written_here(run, point)]
     if not asked:
         return records
@@ -69,30 +73,25 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     task = build_task(config)
     variables = checkpoint.load_variables(folder)
     frozen = None
-    if any(point.startswith(("stream", "detect", "picture")) for point in run.evaluate):
+    if any(point.kind in STREAMED for point in run.evaluate):
         frozen = freeze(task.codec, variables, run, config)
         if jax.process_index() == 0:
-            own = run.get("codec_file", {})
-            about = {key: own[key] for key in ("licence", "description") if key in own}
-            if config.name == "scalable_compression":
+            about = {key: text for key, text in run.codec_file.items() if key != "weights"}
+            if run.detector and "feature" in task.codec.outputs:
                 about["detector"] = detector_facts(pathlib.Path(base) / run.detector)
-            model_file.save(folder / "codec.icmc", frozen, **about)
+            model_file.save(folder / CODEC, frozen, **about)
     of_images = task.codec is not None and "image" in task.codec.outputs and not run.needs
     for point in asked:
-        method = point.partition("-")[0]
-        record = dict(run.labels)
-        record |= {"seed": run.seed, "kind": point, "run": run.name, "asked": point}
-        if point == "detect":
-            record |= {"curve": "detect", "kind": "stream"}
-            record |= score_detection(frozen, run, base)
-        elif method == "speed":
+        record = dataclasses.asdict(run.labels) | {"run": run.name, "seed": run.seed}
+        record |= {"asked": dataclasses.asdict(point), "quality": point.quality}
+        record |= {"kind": "stream" if point.kind in STREAMED else point.kind}
+        if point.kind == "detect":
+            record |= {"curve": "detect"} | score_detection(frozen, run, base)
+        elif point.kind == "speed":
             record |= {"curve": "speed"}
             record |= speed(task, variables, frozen, point, source, run, config)
-        elif point == "picture":
-            record |= {"curve": "image", "kind": "stream"}
-            record |= score_images(frozen, "stream", source, run)
-        elif of_images:
-            record |= score_images(frozen, point, source, run)
+        elif point.kind == "picture" or of_images:
+            record |= {"curve": "image"} | score_images(frozen, point, source, run)
         else:
             record |= score(task, variables, frozen, point, source, run, config)
         records.append(record)
@@ -101,10 +100,13 @@ def evaluate(run: ml_collections.ConfigDict, base: str | os.PathLike) -> list[di
     return records
 
 
-def written_here(run, point: str) -> bool:
+STREAMED = ("stream", "picture", "detect")
+"""Points that need a codec's bytes."""
+
+
+def written_here(run: Run, point: Point) -> bool:
     """Whether a point can be scored on this machine; names it if its format is not installed."""
-    method = point.partition("-")[0]
-    there = method not in classical.FORMATS or classical.available(method)
+    there = point.kind not in classical.FORMATS or classical.available(point.kind)
     if not there:
         print(f"{run.name}: {point} is left out, nothing here writes it", file=sys.stderr)
     return there
@@ -116,11 +118,11 @@ def freeze(codec, variables, run, config) -> bitstream.FrozenCodec:
     spec = pipeline.image_spec(run.data, min(CALIBRATION, source.length))
     batches = pipeline.batches(source, spec, seed=run.seed, stop=1)
     images = views.centre(next(batches)["image"], config.size)
-    weights = run.get("codec_file", {}).get("weights", "float32")
+    weights = run.codec_file.get("weights", "float32")
     return bitstream.freeze(codec, variables, np.asarray(images), weights=weights)
 
 
-def score(task, variables, frozen, point: str, source, run, config) -> dict:
+def score(task, variables, frozen, point: Point, source, run, config) -> dict:
     """Rate and accuracy of one point over the validation split."""
     predict = jax.jit(task.predict)
     tallies = {"mask": lambda: MeanIoU(config.mask_classes)}
@@ -141,12 +143,12 @@ def score(task, variables, frozen, point: str, source, run, config) -> dict:
         images = np.asarray(views.centre(batch["image"], side))
         if "mask" in batch:
             batch["mask"] = np.asarray(views.centre(batch["mask"], side))
-        if point == "stream":
+        if point.kind == "stream":
             given, own = through_stream(frozen, images[:count], output)
             given = given.clip(0, 255) if output == "image" else given
             parts += own
             inputs = {output: _padded(given, len(images))}
-        elif point == "pixels":
+        elif point.kind == "pixels":
             inputs = {"image": images}
         else:
             images, own = through_files(images, point, batch.get("extent"), count)
@@ -166,9 +168,9 @@ def output_for(config) -> str:
     return "image" if config.get("frontend") == "decoded" else "feature"
 
 
-def speed(task, variables, frozen, point: str, source, run, config) -> dict:
+def speed(task, variables, frozen, point: Point, source, run, config) -> dict:
     """What `throughput.measure` says of one batch of validation images."""
-    count = int(point.partition("-")[2])
+    count = int(point.quality or 1)
     batch = next(pipeline.in_order(source, pipeline.image_spec(run.data, count)))
     images = np.asarray(views.centre(batch["image"], config.size))
     if frozen is not None:
@@ -180,21 +182,20 @@ def speed(task, variables, frozen, point: str, source, run, config) -> dict:
     return {**throughput.measure({"own": path})["own"], "images": count}
 
 
-def through_files(images: np.ndarray, point: str, extents, count: int):
+def through_files(images: np.ndarray, point: Point, extents, count: int):
     """(`images` after JPEG or WebP, (bpp, bpp without tables) of each of the first `count`).
 
     Of letterboxed images, whose pictures have the `extents` (height, width), the picture alone is
     coded.
     """
-    method, _, quality = point.partition("-")
     given = images.copy()
 
     def code(row: int) -> tuple[float, float]:
         height, width = images.shape[1:3] if extents is None else extents[row]
         picture = np.ascontiguousarray(images[row, :height, :width])
-        file = classical.encode(picture, method, int(quality))
+        file = classical.encode(picture, point.kind, point.quality)
         given[row, :height, :width] = classical.decode(file)
-        return _file_sizes(file, method, height, width)
+        return _file_sizes(file, point.kind, height, width)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return given, list(pool.map(code, range(count)))
@@ -212,7 +213,7 @@ def _of_files(sizes: list[tuple[float, float]]) -> dict:
 
 def detector_facts(folder: pathlib.Path) -> dict:
     """What `model_file.save` stores of a detector that was trained in a folder."""
-    own = checkpoint.load_config(folder)
+    own = load_run(folder)
     classes = list(open_source(own.data, "validation").classes)
     return {"classes": classes} | {k: own.task[k] for k in ("anchor_scale", "overlap", "limit")}
 
@@ -223,7 +224,7 @@ def score_detection(frozen, run, base) -> dict:
     Images are letterboxed and coded with their bars; bits are divided by the picture's own pixels.
     """
     folder = pathlib.Path(base) / run.detector
-    own = checkpoint.load_config(folder)
+    own = load_run(folder)
     source = open_source(own.data, "validation")
     config = complete(own.task, source)
     predict = jax.jit(build_task(config).predict)
@@ -260,15 +261,15 @@ def _of_parts(parts: list[dict]) -> dict:
     return record | {"worst_gap_bytes": max(gaps)}
 
 
-def score_images(frozen, point: str, source, run) -> dict:
+def score_images(frozen, point: Point, source, run) -> dict:
     """Rate and distortion of one point over the validation split.
 
     Images have their full size; with `run.side`, they are fitted to the canvas and their middle is
     cut out, as for a network, so one compiled program serves all. SSIM and MS-SSIM are left out
     where an image is too small for them.
     """
-    method, _, quality = point.partition("-")
-    side, canvas = run.get("side", 0), geometry.sides(run.data.canvas)
+    streamed = point.kind == "picture"
+    side, canvas = run.side, geometry.sides(run.data.canvas)
 
     def code(number: int) -> tuple:
         """(sizes, {metric: value or None}) of an image."""
@@ -276,13 +277,12 @@ def score_images(frozen, point: str, source, run) -> dict:
         image = read_rgb(loaded["image"], loaded["name"])
         if side:
             image = np.asarray(views.centre(geometry.fit(image, canvas)[None], side))[0]
-        if method == "stream":
-            own = float(quality) if quality else None
-            given, (size,) = through_stream(frozen, image[None], "image", own)
+        if streamed:
+            given, (size,) = through_stream(frozen, image[None], "image", point.quality)
             given = np.rint(given[0].clip(0, 255)).astype(np.uint8)
         else:
-            file = classical.encode(image, method, int(quality))
-            given, size = classical.decode(file), _file_sizes(file, method, *image.shape[:2])
+            file = classical.encode(image, point.kind, point.quality)
+            given, size = classical.decode(file), _file_sizes(file, point.kind, *image.shape[:2])
         scores = {"psnr": metrics.psnr(image, given)}
         for name, similarity, least in (
             ("ssim_db", metrics.ssim, ops.SSIM_WINDOW),
@@ -293,7 +293,7 @@ def score_images(frozen, point: str, source, run) -> dict:
         return size, scores
 
     # Coding times are measured: one stream at a time.
-    workers = 1 if method == "stream" else os.cpu_count()
+    workers = 1 if streamed else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         results = pool.map(code, range(source.length))
         options = dict(total=source.length, desc=f"{run.name} {point}", unit="image")
@@ -302,7 +302,7 @@ def score_images(frozen, point: str, source, run) -> dict:
     for key in ("psnr", "ssim_db", "ms_ssim_db"):
         values = [own[key] for own in scores if key in own]
         record |= {key: float(np.mean(values))} if values else {}
-    return record | (_of_parts(sizes) if method == "stream" else _of_files(sizes))
+    return record | (_of_parts(sizes) if streamed else _of_files(sizes))
 
 
 def through_stream(

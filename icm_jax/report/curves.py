@@ -60,7 +60,7 @@ def draw_curves(records, path, measure: Measure):
             label=looks[name].title,
             capsize=2,
         )
-    jpeg = [record for record in records if record["kind"].partition("-")[0] == "jpeg"]
+    jpeg = [record for record in records if record["kind"] == "jpeg"]
     for rows in curves_of(jpeg, measure.key, "bpp_without_tables").values():
         axes.plot(
             rows[:, 0],

@@ -13,7 +13,7 @@ from icm_jax.data import open_source, pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.engine.train import complete
 from icm_jax.measure.redundancy import CLUSTERS, fibres, uncertainty_coefficient
-from icm_jax.report.looks import save, title_of_arm
+from icm_jax.report.looks import save
 from icm_jax.tasks import build_task
 
 REDUNDANCY_IMAGES = 256
@@ -48,7 +48,7 @@ def latents(runs, workdir) -> list[tuple[str, object]]:
         told = _told(*(latents[name] for name in pair))
         known = ["–" if np.isnan(value) else f"{value:.2f}" for value in told]
         labels = run.labels
-        table.append([title_of_arm(labels), labels.point, str(run.seed), *known])
+        table.append([labels.title or labels.arm, labels.point, str(run.seed), *known])
         if labels.arm not in [arm for arm, *_ in rows] and run.seed == runs[0].seed:
             rows += [(labels.arm, name, latents[name][0], costs[name]) for name in pair]
     text = (
@@ -108,7 +108,7 @@ def _redundancy_in_training(runs, workdir, images, titles) -> list[tuple[str, ob
             for step in steps
         ]
         for axis, values in zip(axes, np.transpose(told), strict=True):
-            axis.plot(steps, values, marker="o", label=title_of_arm(run.labels))
+            axis.plot(steps, values, marker="o", label=run.labels.title or run.labels.arm)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_xlabel("step")
         axis.set_title(f"{title}, λ = {point}", fontsize=9)

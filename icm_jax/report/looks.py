@@ -35,10 +35,10 @@ def title_of_arm(labels: Mapping[str, Any]) -> str:
 
 def name_and_point(record: Mapping[str, Any]) -> tuple[str, str]:
     """The curve that a record belongs to, an arm or a file format, and which point of it."""
-    method, _, quality = record["kind"].partition("-")
-    if method == "stream":
+    quality = "" if record.get("quality") is None else f"{record['quality']:g}"
+    if record["kind"] == "stream":
         return record["arm"], f"{record['point']} {quality}".strip()
-    return method, quality
+    return record["kind"], quality
 
 
 def looks_of(records: list[dict]) -> dict[str, Look]:
@@ -46,7 +46,7 @@ def looks_of(records: list[dict]) -> dict[str, Look]:
     looks = {}
     for record in records:
         name, _ = name_and_point(record)
-        if record["kind"].startswith("stream"):
+        if record["kind"] == "stream":
             looks[name] = Look(title_of_arm(record), record.get("colour") or None)
         else:
             looks[name] = FORMATS.get(name, Look(name))

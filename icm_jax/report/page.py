@@ -38,14 +38,14 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     for measure in curves.MEASURES:
         parts += _of_curves(records, measure, workdir)
     parts += _of_arms(records, workdir)
-    streams = [record for record in records if record["kind"].startswith("stream")]
+    streams = [record for record in records if record["kind"] == "stream"]
     if streams:
         parts += [("h2", "Bitstreams"), ("table", tables.stream_table(streams))]
     frozen = [run for run in runs if (workdir / run.name / "codec.icmc").is_file()]
     detectors = [run for run in runs if "objects" in run.needs and run.name not in missing]
     if detectors:
         parts += detections.detections(detectors[0], frozen, workdir)
-    if any(point.startswith("stream") for run in runs for point in run.evaluate):
+    if any(point.kind in ("stream", "picture") for run in runs for point in run.evaluate):
         parts += pictures.decoded(config, runs, workdir)
     parts += latents.latents(frozen, workdir)
     parts += [("h2", "Training"), ("image", training.draw_training(runs, workdir))]

@@ -16,16 +16,15 @@ from icm_jax.tasks import views
 def decoded(config, runs, workdir) -> list[tuple[str, object]]:
     """Images beside what is decoded: images, or features (principal components as colours)."""
     columns: dict[str, tuple] = {}
-    bare = [run for run in runs if "stream" in run.evaluate and not run.needs]
+    bare = [run for run in runs if not run.needs and any(p.kind == "picture" for p in run.evaluate)]
     for run in bare or runs:  # codecs themselves, or those that tasks stand on
         path = workdir / run.name / "codec.icmc"
         for point in run.evaluate:
-            method, _, quality = point.partition("-")
-            if method == "stream" and run.seed == runs[0].seed and path.is_file():
-                title = f"{run.labels.arm}\n" + (
-                    f"quality {quality}" if quality else title_of(run.labels.point)
-                )
-                columns.setdefault(title, (path, float(quality) if quality else None))
+            streamed = point.kind in ("stream", "picture")
+            if streamed and run.seed == runs[0].seed and path.is_file():
+                one = point.quality is None
+                text = title_of(run.labels.point) if one else f"quality {point.quality:g}"
+                columns.setdefault(f"{run.labels.arm}\n{text}", (path, point.quality))
     if not columns:
         return [("p", "No frozen codec yet.")]
     source = open_source(runs[0].data, "validation")

@@ -11,9 +11,11 @@ def curve_table(records, measure: Measure) -> list[list[str]]:
     top5, looks = any("top5" in record for record in records), looks_of(records)
     head = ["curve", "point", "seed", "bpp measured", "bpp without tables", measure.axis]
     rows = [[*head, *(["top-5 [%]"] if top5 else []), "images"]]
-    for r in sorted(records, key=lambda r: (r["arm"], r["kind"].split("-")[0], r.get("bpp", 99))):
+    for r in sorted(
+        records, key=lambda r: (r["arm"], r["kind"], r.get("quality") or 0, r.get("bpp", 99))
+    ):
         name, point = name_and_point(r)
-        stream = r["kind"].startswith("stream")
+        stream = r["kind"] == "stream"
         rates = [f"{r[key]:.4f}" if key in r else "–" for key in ("bpp", "bpp_without_tables")]
         last = [f"{100 * r['top5']:.1f}"] if top5 else []
         value = f"{measure.factor * r[measure.key]:.{1 if measure.factor == 100 else 2}f}"
@@ -29,7 +31,7 @@ def bd_table(records, measure: Measure) -> list[list[str]]:
 
     A curve that does not depend on the seed (one file format on one network) stands against all.
     """
-    streams = [record for record in records if record["kind"].startswith("stream")]
+    streams = [record for record in records if record["kind"] == "stream"]
     if not streams:
         return []
     ours = next((r["arm"] for r in streams if r.get("reference")), streams[0]["arm"])

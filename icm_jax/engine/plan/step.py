@@ -1,5 +1,6 @@
 """One step of a run: compiled as `engine.train` compiles it, and what its program costs."""
 
+import dataclasses
 import fnmatch
 import json
 import math
@@ -17,11 +18,12 @@ from icm_jax.data import DATASETS, geometry, open_source, pipeline
 from icm_jax.engine import optim, sharding
 from icm_jax.engine.plan import hlo
 from icm_jax.engine.plan.chips import GIB, RESERVED, Chip, Target
+from icm_jax.engine.run import Run
 from icm_jax.engine.train import TrainState, compiled_step, initial
 from icm_jax.tasks import build_task
 
 
-def counted(run: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def counted(run: Run) -> ml_collections.ConfigDict:
     """The task's config with the numbers of classes; the data is opened only if it must be."""
     known = DATASETS.get(run.data.name)
     config = run.task.copy_and_resolve_references()
@@ -35,7 +37,7 @@ def counted(run: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def abstract_step(
-    run: ml_collections.ConfigDict, target: Target
+    run: Run, target: Target
 ) -> tuple[Any, tuple[TrainState, dict, jax.ShapeDtypeStruct]]:
     """(the jitted step, its arguments as shapes with places) of a run on a target.
 
@@ -68,7 +70,7 @@ def abstract_step(
     return compiled_step(task, optimiser, run, mesh, state), (state, batch, key)
 
 
-def plan(run: ml_collections.ConfigDict, target: Target) -> dict:
+def plan(run: Run, target: Target) -> dict:
     """What one step of a run costs on one device of a target, read off its compiled program.
 
     Returns: a flat dict: run, topology, devices, batch, remat, fsdp; in bytes per device
@@ -98,7 +100,7 @@ def plan(run: ml_collections.ConfigDict, target: Target) -> dict:
     return record
 
 
-def _kept(run: ml_collections.ConfigDict, target: Target, state: TrainState, batch: dict) -> dict:
+def _kept(run: Run, target: Target, state: TrainState, batch: dict) -> dict:
     """What a step is of, and the bytes of what it starts from."""
     others = {k: v for k, v in state.variables.items() if k != "params"}
     return {
@@ -106,7 +108,7 @@ def _kept(run: ml_collections.ConfigDict, target: Target, state: TrainState, bat
         "topology": target.name,
         "devices": len(target.devices),
         "batch": run.batch_size,
-        "remat": run.get("remat", "none"),
+        "remat": run.remat,
         "fsdp": run.fsdp,
         "parameters": _bytes(state.variables["params"]),
         "optimiser": _bytes(state.opt_state),
@@ -168,19 +170,19 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def compare(run: ml_collections.ConfigDict, target: Target) -> list[dict]:
+def compare(run: Run, target: Target) -> list[dict]:
     """The run's own plan first; then with other `remat` and `fsdp`, and with the largest batch."""
     records = [plan(run, target)]
-    given = {"remat": run.get("remat", "none"), "fsdp": run.fsdp}
+    given = {"remat": run.remat, "fsdp": run.fsdp}
     shards = math.gcd(8, len(target.devices))
     for change in ({"remat": "convolutions"}, {"remat": "blocks"}, {"fsdp": shards}):
         if given | change != given:
-            records.append(plan(_changed(run, **change), target))
+            records.append(plan(dataclasses.replace(run, **change), target))
     best = largest_batch(run, target, records[0])
     return records + ([best] if best and best["batch"] != run.batch_size else [])
 
 
-def largest_batch(run: ml_collections.ConfigDict, target: Target, record: dict) -> dict | None:
+def largest_batch(run: Run, target: Target, record: dict) -> dict | None:
     """The plan with the most images per device, among powers of two, that fits; None if none does
     or nothing is known of the memory.
 
@@ -194,7 +196,7 @@ def largest_batch(run: ml_collections.ConfigDict, target: Target, record: dict) 
     rows = 2 ** round(math.log2(max(1, run.batch_size / count)))
     best = None
     while rows >= 1:
-        found = plan(_changed(run, batch_size=rows * count), target)
+        found = plan(dataclasses.replace(run, batch_size=rows * count), target)
         fits = "excess" not in found and found["peak"] <= found["memory"]
         if not fits and best:
             return best
@@ -210,16 +212,7 @@ def largest_batch(run: ml_collections.ConfigDict, target: Target, record: dict) 
     return best
 
 
-def _changed(run: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
-    run = run.copy_and_resolve_references()
-    with run.unlocked():
-        run.update(fields)
-    return run
-
-
-def distinct(
-    runs: Iterable[ml_collections.ConfigDict], pattern: str = "*"
-) -> list[ml_collections.ConfigDict]:
+def distinct(runs: Iterable[Run], pattern: str = "*") -> list[Run]:
     """Runs whose names match, without those that share a program with one before."""
     seen, found = set(), []
     for run in runs:
