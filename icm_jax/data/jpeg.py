@@ -373,12 +373,12 @@ def _decode_scan(buffer, at, frame, scan, huffman, restart, coefficients) -> int
     if found > intervals:
         raise _Damaged(f"{ERRORS[4]}; it is damaged")
     clean = clean[: ends[-1] + 8]  # eight zeros at the end
-    options = (clean, ends, coefficients, scan.layout, *scan.grid, restart or count, lookups, codes)
+    options = (clean, ends, coefficients, scan.layout, *scan.grid, restart or count)
     if frame.progressive:
         own = np.array([scan.start, scan.end, scan.high, scan.low], np.int64)
-        problem = progressive(*options, own, ZIGZAG)
+        problem = progressive(*options, codes, own, ZIGZAG)
     else:
-        problem = sequential(*options, ZIGZAG)
+        problem = sequential(*options, lookups, codes, ZIGZAG)
     if problem:
         raise _Damaged(f"{ERRORS[problem]}; it is truncated or damaged")
     return stop

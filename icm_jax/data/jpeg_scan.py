@@ -98,9 +98,9 @@ def unstuff(data, at, clean, ends):
 
 
 @compiled
-def _long_symbol(bits, codes, table):
-    """(length, symbol) of a code of more than LOOK bits; length 17 if there is none."""
-    for length in range(LOOK + 1, 17):
+def _symbol(bits, codes, table, least):
+    """(length, symbol) of a code of `least` bits or more; length 17 if there is none."""
+    for length in range(least, 17):
         code = np.int64(bits >> np.uint64(64 - length))
         if code < codes[table, 17 + length]:
             return length, codes[
@@ -158,7 +158,7 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
                     entry = np.int64(lookups[np.uint64(2 * c << LOOK) | bits >> _54])
                     length, size = entry & 31, (entry >> 9) & 15
                     if entry == 0:
-                        length, size = _long_symbol(bits, codes, 2 * c)
+                        length, size = _symbol(bits, codes, 2 * c, LOOK + 1)
                         if length == 17:
                             return 1
                     bits <<= np.uint64(length)
@@ -189,7 +189,7 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
                             continue
                         run, size = (entry >> 5) & 15, (entry >> 9) & 15
                         if entry == 0:
-                            length, symbol = _long_symbol(bits, codes, 2 * c + 1)
+                            length, symbol = _symbol(bits, codes, 2 * c + 1, LOOK + 1)
                             if length == 17:
                                 return 1
                             run, size = symbol >> 4, symbol & 15
@@ -230,19 +230,7 @@ def _more(clean, bits, have, at):
 
 
 @compiled
-def _symbol(bits, lookups, codes, table):
-    """(length, symbol) of a code, the value after it left alone; length 17 if there is none."""
-    for length in range(1, 17):
-        code = np.int64(bits >> np.uint64(64 - length))
-        if code < codes[table, 17 + length]:
-            return length, codes[
-                table, 51 + codes[table, 34 + length] + code - codes[table, length]
-            ]
-    return 17, np.int64(0)
-
-
-@compiled
-def progressive(clean, ends, out, layout, rows, columns, restart, lookups, codes, scan, zigzag):
+def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, zigzag):
     """All blocks of one scan of a progressive file; returns a key of ERRORS, or 0."""
     start, end, refines, low = scan[0], scan[1], scan[2] > 0, scan[3]
     last = np.zeros(4, np.int64)
@@ -276,7 +264,7 @@ def progressive(clean, ends, out, layout, rows, columns, restart, lookups, codes
                             bits <<= _1
                             have -= 1
                             continue
-                        length, size = _symbol(bits, lookups, codes, 2 * c)
+                        length, size = _symbol(bits, codes, 2 * c, 1)
                         if length == 17:
                             return 1
                         bits <<= np.uint64(length)
@@ -291,7 +279,7 @@ def progressive(clean, ends, out, layout, rows, columns, restart, lookups, codes
                     k = start
                     while k <= end and run_of_ends == 0:
                         bits, have, at = _more(clean, bits, have, at)
-                        length, symbol = _symbol(bits, lookups, codes, 2 * c + 1)
+                        length, symbol = _symbol(bits, codes, 2 * c + 1, 1)
                         if length == 17:
                             return 1
                         bits <<= np.uint64(length)
