@@ -105,8 +105,9 @@ def our_hyperprior(sizes: Sizes, options, dtype: str) -> Case:
     run = our_run("hyperprior", "large", "mean_scale_hyperprior")
     if options.tiny:
         run.data.canvas = sizes.canvas
-        run.task.update(width=sizes.codec_width, channels=sizes.codec_channels, size=sizes.crop)
-    run.task.dtype = dtype
+        run.task.size = sizes.crop
+        run.task.codec.update(width=sizes.codec_width, channels=sizes.codec_channels)
+    run.task.codec.dtype = dtype
     run = dataclasses.replace(run, batch_size=options.hyperprior_batch)
     task = build_task(run.task)
     batch = {"image": our_images(run.batch_size, run.task.size, run.task.size)}

@@ -82,12 +82,7 @@ def ours(part: str) -> dict:
     config = ml_collections.ConfigDict(
         dict(
             name="image_compression",
-            kind="scale_hyperprior",
-            width=WIDTH,
-            channels=CHANNELS,
-            last=5,
-            levels=1,
-            dtype="float32",
+            codec=dict(name="image", kind="scale_hyperprior", width=WIDTH, channels=CHANNELS),
             metric="mse",
             ms_ssim_weight=0.0,
             lambdas=(0.01,),

@@ -169,12 +169,14 @@ def codec_run(config, seed, kind, lambdas, several, rivals) -> Run:
     qualities = config.qualities if several else (None,)
     points = tuple(Point("picture", quality) for quality in qualities)
     model = {name: value for name, value in config.model.items() if name != "kinds"}
+    codec = {field: model.pop(field) for field in ("width", "channels", "levels", "dtype", "last")}
+    codec |= dict(name="image", kind=kind)
     return make_run(
         config,
         config.train,
         name=f"seed{seed}/{kind}" + (f"-{point}" if point else ""),
         seed=seed,
-        task=dict(model, name="image_compression", kind=kind, lambdas=lambdas),
+        task=dict(model, name="image_compression", codec=codec, lambdas=lambdas),
         weight_decay=0.0,
         codec_file=config.codec_file.to_dict(),
         evaluate=points + (file_points(config.files) if rivals else ()),

@@ -149,12 +149,12 @@ def single_task(config, lmbda: float) -> dict:
     """The task of a single-layer codec."""
     return dict(
         name="image_compression",
-        kind="scale_hyperprior",
-        width=config.single.width,
-        channels=config.single.channels,
-        last=5,
-        levels=1,
-        dtype="float32",
+        codec=dict(
+            name="image",
+            kind="scale_hyperprior",
+            width=config.single.width,
+            channels=config.single.channels,
+        ),
         metric="mse",
         ms_ssim_weight=0.0,
         lambdas=(lmbda,),

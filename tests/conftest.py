@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
-from small import BUILT, RNG, SEEDED, UNOPTIMISED, small_codec
+from small import BUILT, RNG, SEEDED, STRANGERS, UNOPTIMISED, small_codec
 
 for flag in ("--xla_force_host_platform_device_count=2", UNOPTIMISED):
     given = os.environ.get("XLA_FLAGS", "")
@@ -46,7 +46,7 @@ def real_data() -> pathlib.Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=list(BUILT))
+@pytest.fixture(scope="session", params=[*BUILT, *STRANGERS])
 def frozen(request):
     """A frozen codec of every kind."""
     return small_codec(request.param)

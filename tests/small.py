@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from strangers.codec import checkerboard_codec
 
 from icm_jax.codecs import (
     autoencoder_codec,
@@ -45,6 +46,7 @@ BUILT = {
         "mean_scale_hyperprior", (4, 6, 8, 5), 8, levels=3, last=3
     ),
 }
+STRANGERS = {"checkerboard": lambda: checkerboard_codec(4, 5, levels=3)}
 SCALABLE = {
     "disentangled": lambda: scalable_codec("disentangled", 6, 5, 4, 2, 2, 1 / 32, 0.1),
     "split": lambda: scalable_codec("split", 6, 3, 5, 1, 2, 1 / 32, 0.1, "cheng2020"),
@@ -55,7 +57,7 @@ SCALABLE = {
 @functools.cache
 def small_codec(name) -> bitstream.FrozenCodec:
     before, RNG.bit_generator.state = RNG.bit_generator.state, SEEDED
-    built, batch = (BUILT | SCALABLE)[name](), images(2, 32, 32, 3)
+    built, batch = (BUILT | STRANGERS | SCALABLE)[name](), images(2, 32, 32, 3)
     frozen = bitstream.freeze(built, initial(built, batch), batch)
     RNG.bit_generator.state = before
     return frozen
@@ -66,7 +68,10 @@ def initial(built, batch):
     key = jax.random.key(1)
     shapes = jax.eval_shape(built.init, key, batch)
     if "detector" not in shapes["params"]:
-        return jax.jit(built.init)(key, batch)
+        variables = jax.jit(built.init)(key, batch)
+        if "checkerboard" in variables["params"]:  # as if trained: means and scales that differ
+            variables["params"]["checkerboard"]["last_kernel"] *= 40
+        return variables
 
     def drawn(path, leaf):
         if path[-1].key == "kernel":

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import BUILT, FEATURE, encoded, images, quality_of
+from small import BUILT, FEATURE, encoded, images, quality_of, small_codec
 
 from icm_jax.codecs import bitstream, codec, feature_codec, filter_codec, image_codec, tiles
 from icm_jax.codecs.hyperprior import Gain
@@ -97,6 +97,38 @@ def test_a_layer_decodes_without_the_next():
         bitstream.decode(frozen, [data], "image", layers=1)
     with pytest.raises(IcmError, match="the first 1 can still be decoded"):
         bitstream.decode(frozen, [cut], "image")
+
+
+def test_passes_see_what_was_decoded_before_and_nothing_else():
+    """Of two passes: the first knows nothing of y, the second all black squares and no white."""
+    frozen = small_codec("checkerboard")
+    batch = images(1, 64, 80, 3)
+    given = bitstream.decode_latents(frozen, encoded(frozen, batch)[0]).latents
+    segment, shape = frozen.codec.segments[1], given["y"].shape
+    black, white = codec.pass_masks(segment, shape)
+    assert (black ^ white).all() and black[0, 0].all() and not black[0, 1].any()
+
+    def rows(known, change=0.0):
+        values = (given["y"] + change) * known[None]
+        prior = segment.prior(frozen.on_device, codec.seen(segment, given, values, known), shape)
+        return np.asarray(prior.index), np.asarray(prior.mean)
+
+    nothing, blacks = np.zeros_like(black), black
+    first, second, other = rows(nothing), rows(blacks), rows(blacks, 8.0)
+    assert (first[1] != second[1])[:, white].any() and (second[1] != other[1])[:, white].any()
+    stream = container.unpack(encoded(frozen, batch)[0])
+    assert [len(layer.strings) for layer in stream.layers] == [3]  # z, and two of y
+    estimate = bitstream.estimate(frozen, batch, quality=quality_of(frozen.codec)[0])
+    assert abs(8 * len(stream.layers[0].strings[0]) - estimate["z"][0]) < 64
+    written = 8 * sum(map(len, stream.layers[0].strings[1:]))
+    assert abs(written - estimate["y"][0]) < 0.02 * estimate["y"][0] + 64
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((3, 3, 5)), np.full((3, 3, 5), -1), np.zeros(5, int)])
+def test_passes_that_are_no_numbers_of_each_element_are_refused(wrong):
+    y = small_codec("checkerboard").codec.segments[1]._replace(passes=lambda shape: wrong)
+    with pytest.raises(IcmError, match="passes of latent 'y' are"):
+        codec.pass_masks(y, (1, 3, 3, 5))
 
 
 def test_written_bytes_match_the_estimate():

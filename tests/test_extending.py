@@ -8,8 +8,12 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from strangers import dataset
+from ml_collections import ConfigDict
+from small import images
+from strangers import codec, dataset
 
+from icm_jax.codecs import CODECS, bitstream, model_file
+from icm_jax.codecs.codec import forward
 from icm_jax.data import DATASETS, open_source, pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.engine.train import complete, train
@@ -46,3 +50,40 @@ def test_streets_of_another_data_set_are_trained_and_scored_whole(tmp_path, monk
     assert (ends == 2).mean() > 0.8 and (np.asarray(found)[:, :24, 16:48] == 2).mean() < 0.1
     with pytest.raises(IcmError, match=r"set streets has no field data\.path; it has count"):
         open_source(dict(name="streets", path="x"), "train")
+
+
+def test_a_context_model_is_trained_frozen_and_read_back(tmp_path, monkeypatch):
+    """Its files; tests/test_codecs.py and test_model_file.py ask of it what they ask of all."""
+    monkeypatch.setitem(CODECS, "checkerboard", codec.checkerboard_codec)
+    fields = dict(name="image_compression", codec=dict(name="checkerboard", width=4, channels=6))
+    fields |= dict(metric="mse", ms_ssim_weight=0.0, lambdas=(0.01,), size=64)
+    task = build_task(ConfigDict(fields | dict(straight_through=True)))
+    batch, key = {"image": images(2, 64, 64, 3)}, jax.random.key(0)
+    variables = jax.jit(task.init)(key, batch) | {"constants": dict(task.constants)}
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            return task.loss(variables | {"params": params}, batch, key, 0)[0]
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        return (
+            value,
+            jax.tree.map(lambda p, g: p - 1e-3 * jax.numpy.sign(g), params, gradient),
+            gradient,
+        )
+
+    losses, params = [], variables["params"]
+    for _ in range(4):
+        value, params, gradient = step(params)
+        losses.append(float(value))
+    assert losses[3] < losses[0]
+    assert np.abs(gradient["checkerboard"]["context_kernel"]).max() > 0
+    frozen = bitstream.freeze(task.codec, {"params": params}, batch["image"])
+    model_file.save(tmp_path / "codec.icmc", frozen)
+    loaded, picture = model_file.load(tmp_path / "codec.icmc", CODECS), images(45, 70, 3)
+    data = frozen.compress(picture)
+    given = bitstream.decode(loaded, [data], "image")
+    expected = forward(frozen.codec, frozen.on_device, {"image": picture[None]}, (45, 70))
+    np.testing.assert_allclose(given, expected.outputs["image"], rtol=1e-3, atol=1e-2)
+    np.testing.assert_array_equal(loaded.decompress(data), frozen.decompress(data))

@@ -7,10 +7,14 @@ import jax
 import numpy as np
 import pytest
 from small import encoded, images
+from strangers.codec import checkerboard_codec
 
 import icm_jax
-from icm_jax.codecs import CODECS, bitstream, image_codec, model_file
+from icm_jax.codecs import CODECS as OURS
+from icm_jax.codecs import bitstream, image_codec, model_file
 from icm_jax.errors import IcmError
+
+CODECS = OURS | {"checkerboard": checkerboard_codec}
 
 
 def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):

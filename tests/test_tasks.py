@@ -238,14 +238,11 @@ def test_stage_2_weighs_its_distortions():
     assert {n for n in variables["params"] if task.groups(n) == "train"} == {"feature_codec"}
 
 
+IMAGE = dict(name="image", kind="mean_scale_hyperprior", width=4, channels=6, levels=2)
+FILTER = dict(name="omni_filter", variant="10", width=4, channels=4, widths=(4, 4, 4))
 CODEC = dict(
     name="image_compression",
-    kind="mean_scale_hyperprior",
-    width=4,
-    channels=6,
-    last=5,
-    levels=2,
-    dtype="float32",
+    codec=IMAGE,
     metric="mse",
     ms_ssim_weight=1000.0,
     lambdas=(0.01, 1.0),
@@ -270,7 +267,9 @@ def test_image_compression_weighs_each_image_by_its_own_quality():
 
 
 def test_both_measures_are_weighed_as_asked():
-    fields = dict(CODEC, levels=1, lambdas=(0.1,), size=176, ms_ssim_weight=500.0)
+    fields = dict(
+        CODEC, codec=dict(IMAGE, levels=1), lambdas=(0.1,), size=176, ms_ssim_weight=500.0
+    )
     batch, distortions = {"image": images(side=176)}, {}
     for metric in ("mse", "ms_ssim", "both"):
         task = build_task(ConfigDict(dict(fields, metric=metric)))
@@ -287,13 +286,16 @@ def test_both_measures_are_weighed_as_asked():
         (dict(metric="psnr"), "unknown metric"),
         (dict(lambdas=(0.1,)), "two ends"),
         (dict(lambdas=(0.0, 1.0)), "positive"),
-        (dict(levels=1), "two ends"),
+        (dict(codec=dict(IMAGE, levels=1)), "two ends"),
         (dict(metric="ms_ssim"), "176"),
         (dict(metric="both"), "176"),
-        (dict(kind="context"), "no image codec 'context'"),
-        (dict(width=0), "at least 1"),
-        (dict(width=(4, 4, 4)), "one number or four"),
-        (dict(last=7), "sides 3 or 5"),
+        (dict(codec=dict(IMAGE, kind="context")), "no image codec 'context'"),
+        (dict(codec=dict(IMAGE, width=0)), "at least 1"),
+        (dict(codec=dict(IMAGE, width=(4, 4, 4))), "one number or four"),
+        (dict(codec=dict(IMAGE, depth=3)), "the codec 'image' is built by image\\(kind"),
+        (dict(codec=dict(name="picture")), "unknown codec 'picture'"),
+        (dict(codec=FILTER), "gives feature and no image"),
+        (dict(codec=dict(IMAGE, last=7)), "sides 3 or 5"),
     ],
 )
 def test_bad_image_compression_configs_are_refused(change, message):
@@ -367,7 +369,7 @@ def test_segmentation_loss_equals_numpy():
         dict(STAGE1, dtype="bfloat16"),
         dict(MODEL, name="compression", lmbda=100.0, feature_weights=(1.0,) * 3, relative=True),
         dict(CODEC, straight_through=True),
-        dict(CODEC, levels=1, lambdas=(10.0,), metric="ms_ssim", size=176),
+        dict(CODEC, codec=dict(IMAGE, levels=1), lambdas=(10.0,), metric="ms_ssim", size=176),
     ],
     ids=["contrastive-bfloat16", "compression", "image_compression", "ms_ssim"],
 )

@@ -58,7 +58,7 @@ class Segment(NamedTuple):
       passes: (h, w, C) -> int [h, w, C], the pass from 0 on in which each element is coded, or
         None for a single one. Within the segment's prior `decoded` then has two entries more: its
         own name, [N, h, w, C] with the elements of earlier passes and 0 elsewhere, and "known",
-        float32 [1, h, w, C] with 1 at these elements.
+        float32 [N, h, w, C] with 1 at these elements.
     """
 
     name: str
@@ -175,7 +175,8 @@ def seen(segment: Segment, decoded, values, known) -> dict:
     """
     if segment.passes is None:
         return dict(decoded)
-    return dict(decoded) | {segment.name: values, "known": known[None].astype(np.float32)}
+    of_all = np.broadcast_to(known[None].astype(np.float32), values.shape)
+    return dict(decoded) | {segment.name: values, "known": of_all}
 
 
 class Forward(NamedTuple):

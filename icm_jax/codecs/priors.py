@@ -134,9 +134,7 @@ def sample_of_passes(segment: Segment, sample: Mapping[str, np.ndarray]) -> dict
     latent, batches = sample[segment.name], []
     known = np.zeros(latent.shape[1:], bool)
     for mask in pass_masks(segment, latent.shape):
-        batch = seen(segment, sample, latent * known[None], known)
-        batch["known"] = np.repeat(batch["known"], len(latent), axis=0)
-        batches.append(batch)
+        batches.append(seen(segment, sample, latent * known[None], known))
         known = known | mask
     return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 

@@ -17,37 +17,39 @@ import jax.numpy as jnp
 
 from icm_jax import ops
 from icm_jax.codecs.codec import forward
-from icm_jax.codecs.hyperprior import image_codec
 from icm_jax.errors import IcmError
 from icm_jax.tasks import views
-from icm_jax.tasks.task import TRAIN, Aux, Task
+from icm_jax.tasks.task import TRAIN, Aux, Task, build_codec
 
 
 def image_compression(config) -> Task:
-    """The task.
+    """The task, for any codec with the output "image".
 
-    Fields: kind, width, channels, levels, dtype, last (of `image_codec`); lambdas (λ, or its ends);
-    metric (mse, ms_ssim or both) and ms_ssim_weight (of both); size (sides of the training views);
-    straight_through.
+    Fields: codec (see `build_codec`); lambdas (λ, or its ends); metric (mse, ms_ssim or both) and
+    ms_ssim_weight (of both); size (sides of the training views); straight_through.
 
-    Raises: IcmError for an unknown metric, or λ that are not positive or not one or two.
+    Raises: IcmError for an unknown metric, a codec without images, or λ that are not positive or
+      not one or two.
     """
+    codec = build_codec(config.codec)
+    if "image" not in codec.outputs:
+        raise IcmError(
+            f"the codec {config.codec.name!r} gives {', '.join(codec.outputs)} and no image; "
+            "image_compression trains codecs of images"
+        )
     lambdas = [float(value) for value in config.lambdas]
     weights = {"mse": (1.0, 0.0), "ms_ssim": (0.0, 1.0), "both": (1.0, config.ms_ssim_weight)}
     if config.metric not in weights:
         raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(weights)}")
     weights = weights[config.metric]
-    if min(lambdas, default=0) <= 0 or len(lambdas) != (2 if config.levels > 1 else 1):
+    if min(lambdas, default=0) <= 0 or len(lambdas) != 1 + codec.qualities:
         raise IcmError(
-            f"lambdas {lambdas} and levels {config.levels}: give the two ends of λ to a codec of "
-            "several quality levels, and one λ to a codec of one; all positive"
+            f"lambdas {lambdas} for a codec {'with' if codec.qualities else 'without'} qualities: "
+            "give the two ends of λ to a codec of several quality levels, and one λ to a codec of "
+            "one; all positive"
         )
     if weights[1] and min(views.sides(config.size)) < 176:
         raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
-    width = config.width if isinstance(config.width, int) else tuple(config.width)
-    codec = image_codec(
-        config.kind, width, config.channels, config.levels, config.dtype, config.last
-    )
 
     def loss(variables, batch, key, step):
         del step

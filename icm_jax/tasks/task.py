@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax import ops
+from icm_jax.codecs import CODECS
 from icm_jax.codecs.autoencoder import autoencoder_codec
 from icm_jax.codecs.codec import Codec, forward
 from icm_jax.codecs.feature import feature_codec
@@ -50,6 +51,18 @@ class Task(NamedTuple):
     groups: Callable[[str], str]
     codec: Codec | None = None
     constants: Mapping[str, jax.Array] = MappingProxyType({})
+
+
+def build_codec(config) -> Codec:
+    """The codec that a task's field `codec` tells: {"name": one of `CODECS`, arguments of it}.
+
+    Raises: IcmError for a name that is not there, or as the codec's builder does.
+    """
+    fields = dict(config)
+    name = fields.pop("name")
+    if name not in CODECS:
+        raise IcmError(f"unknown codec {name!r}; choose one of {', '.join(CODECS)}")
+    return CODECS[name](**fields)
 
 
 def build_feature_codec(config) -> Codec:
