@@ -20,6 +20,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
@@ -54,10 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     def command(name, run, text, files, model=True):
         own = commands.add_parser(name, help=text, description=text)
         own.set_defaults(run=run)
-        own.add_argument("files", nargs="+", metavar=files).complete = shtab.FILE
+        _names_files(own.add_argument("files", nargs="+", metavar=files))
         if model:
             text = "codec file (.icmc); default: the model in the package"
-            own.add_argument("--model", "-m", help=text).complete = shtab.FILE
+            _names_files(own.add_argument("--model", "-m", help=text))
         return own
 
     own = command("compress", _compress, "image files to .icm files", "IMAGE")
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--least", type=_share, default=0.4, help="least score of a box (0.4)")
     text = "also write COCO results to FILE.json; an image's id is the file's name without suffix"
-    own.add_argument("--coco", metavar="FILE.json", help=text).complete = shtab.FILE
+    _names_files(own.add_argument("--coco", metavar="FILE.json", help=text))
     text = "also draw the boxes into FOLDER/NAME.png: on the picture, or on grey where the file "
     own.add_argument("--draw", metavar="FOLDER", help=text + "ends after its first layer")
     own = command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
@@ -102,10 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _output_options(parser, text):
+def _names_files(argument: Any) -> None:
+    """A shell completes the argument with names of files; `shtab` looks for it in an attribute."""
     import shtab
 
-    parser.add_argument("--out", "-o", help=text).complete = shtab.FILE
+    argument.complete = shtab.FILE
+
+
+def _output_options(parser, text):
+    _names_files(parser.add_argument("--out", "-o", help=text))
     parser.add_argument("--force", "-f", action="store_true", help="overwrite existing files")
 
 

@@ -12,6 +12,7 @@ import sys
 import traceback
 import types
 import warnings
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -120,7 +121,7 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
 
     from icm_jax.errors import IcmError, reason
 
-    options = {"coordinator_address": coordinator, "num_processes": processes}
+    options: dict[str, Any] = {"coordinator_address": coordinator, "num_processes": processes}
     options |= {"process_id": process}
     own = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": REPORTING}
     known = inspect.signature(jax.distributed.initialize).parameters  # JAX 0.5.3 has none of them
@@ -233,6 +234,7 @@ def _import_file(name: str, path: pathlib.Path, again: bool = False) -> types.Mo
             )
         return present
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -179,7 +179,7 @@ def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, window: 
     """The stream of one image, uint8 [H, W, 3]."""
     codec = frozen.codec
     inputs = {"image": image[None]} | _condition(steps)
-    if codec.tiling and tiles.needed(*image.shape[:2], window):
+    if codec.tiling and tiles.needed(image.shape[0], image.shape[1], window):
         inputs = {"latent": _tiled_front(frozen, image, steps, window)} | _condition(steps)
     latents = jax.device_get(walk.analyse(codec, frozen.on_device, inputs))
     decoded = _condition(steps)
@@ -307,11 +307,13 @@ def _tiled_front(frozen: FrozenCodec, image, steps, window: int) -> np.ndarray:
         inputs = {"image": part} | _condition(steps)
         return walk.front(frozen.codec, frozen.on_device, inputs)
 
+    assert frozen.codec.tiling
     return tiles.analyse(frozen.codec.tiling, run, image[None], window)
 
 
 def _tiled_image(frozen: FrozenCodec, latents, shape, window: int) -> np.ndarray:
     tiling = frozen.codec.tiling
+    assert tiling
     condition = {name: value for name, value in latents.items() if name == "quality"}
 
     def run(part):

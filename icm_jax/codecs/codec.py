@@ -68,7 +68,7 @@ class Segment(NamedTuple):
     exact: PriorOf | None = None
     layer: int = 0
     spent: tuple[str, ...] = ()
-    passes: Callable[[tuple[int, int, int]], np.ndarray] | None = None
+    passes: Callable[[tuple[int, ...]], np.ndarray] | None = None
 
 
 class Codec(NamedTuple):
@@ -197,7 +197,7 @@ def forward(
     codec: Codec,
     variables,
     inputs: Mapping[str, jax.Array],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     *,
     straight_through: bool = False,
     key: jax.Array | None = None,
@@ -211,7 +211,7 @@ def forward(
     """
     latents = codec.analyse(variables, inputs)
     decoded = {"quality": inputs["quality"]} if codec.qualities else {}
-    maps = {}
+    maps: dict[str, jax.Array] = {}
     for number, segment in enumerate(codec.segments):
         of_segment = None if key is None else jax.random.fold_in(key, number)
         values, bits = _quantised(
@@ -228,17 +228,16 @@ def _quantised(segment: Segment, variables, latent, decoded, key, straight_throu
     """(what decoding gives of a latent, the bits of each element), pass by pass."""
     rounds = straight_through and key is not None
     masks = pass_masks(segment, latent.shape)
-    values = total = None
+    values, total = jnp.zeros_like(latent), jnp.zeros(latent.shape, jnp.float32)
     known = np.zeros(latent.shape[1:], bool)
     for mask in masks:
-        so_far = jnp.zeros_like(latent) if values is None else values
-        prior = segment.prior(variables, seen(segment, decoded, so_far, known), latent.shape)
+        prior = segment.prior(variables, seen(segment, decoded, values, known), latent.shape)
         noisy = ops.quantise(latent, prior.mean, key=key)
         bits = prior.bits(noisy)
         given = ops.quantise(latent, prior.mean) if rounds else noisy
         if len(masks) == 1:
             return given, bits
-        values = jnp.where(mask[None], given, so_far)
-        total = jnp.where(mask[None], bits, 0.0 if total is None else total)
+        values = jnp.where(mask[None], given, values)
+        total = jnp.where(mask[None], bits, total)
         known = known | mask
     return values, total

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.traverse_util
 import numpy as np
@@ -44,10 +45,8 @@ def save(
 
     Raises: IcmError if the file cannot be written; one that was there is kept.
     """
-    arrays = {
-        f"variables/{key}": _narrowed(value)
-        for key, value in flax.traverse_util.flatten_dict(frozen.variables, sep="/").items()
-    }
+    flat: dict = flax.traverse_util.flatten_dict(frozen.variables, sep="/")
+    arrays: dict[str, Any] = {f"variables/{key}": _narrowed(value) for key, value in flat.items()}
     for name, tables in frozen.tables.items():
         arrays[f"tables/{name}/cdf"], arrays[f"tables/{name}/offsets"] = tables.cdf, tables.offsets
     about = {

@@ -90,7 +90,7 @@ def conditional(
     *,
     mean: bool = False,
     layer: int = 0,
-    passes: Callable[[tuple[int, int, int]], np.ndarray] | None = None,
+    passes: Callable[[tuple[int, ...]], np.ndarray] | None = None,
 ) -> Segment:
     """A segment of Gaussians that `network` tells from what is decoded.
 
@@ -110,7 +110,7 @@ def conditional(
         arrays = variables["integer"][name]
         whole = integer.run(network.nodes, arrays, network.inputs(decoded))
         index, centre = _split(ops.crop_to(whole, *of_shape[1:3]), of_shape[-1], mean)
-        centre = centre.astype(jnp.float32) / MEAN_STEPS if mean else None
+        centre = None if centre is None else centre.astype(jnp.float32) / MEAN_STEPS
         return Prior(lambda y: entropy.gaussian_bits(y, index, centre), index, centre)
 
     def freeze(variables, sample):

@@ -59,7 +59,7 @@ class Scalable(ops.Module):
     """
 
     kind: str
-    widths: tuple[int, int, int, int]
+    widths: tuple[int, ...]
     channels: tuple[int, int]
     features: int
     hypers: int

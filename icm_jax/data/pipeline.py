@@ -11,6 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grain
 import numpy as np
@@ -249,7 +250,7 @@ def _example(
     """One row of a batch; with `rng`, a random window."""
     loaded, canvas = source.load(number), spec.canvas
     masked = spec.masks and "mask" in loaded and not spec.coefficients
-    example = {"valid": np.bool_(True)}
+    example: dict[str, Any] = {"valid": np.bool_(True)}
     if spec.coefficients == "file":
         example |= read_planes(loaded["image"], loaded["name"], canvas)
     elif feature is not None:
@@ -306,10 +307,8 @@ def read_planes(data: bytes, name: str, canvas: tuple[int, int]) -> dict[str, np
             f"{name} has {read.height} × {read.width} pixels, fewer than the canvas "
             f"{canvas[0]} × {canvas[1]}; ask for a quality instead of its own coefficients"
         )
-    corner = [
-        (side - own) // 32 * 16 for side, own in zip((read.height, read.width), canvas, strict=True)
-    ]
-    read = read.cropped(*corner, *canvas)
+    top, left = (read.height - canvas[0]) // 32 * 16, (read.width - canvas[1]) // 32 * 16
+    read = read.cropped(top, left, *canvas)
     chroma = read.planes[1:]
     if grey:
         chroma = (np.zeros((canvas[0] // 16, canvas[1] // 16, 64), np.int16),) * 2
@@ -325,12 +324,12 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     loaded, canvas, rows = source.load(number), spec.canvas, spec.boxes
     if "objects" not in loaded:
         raise IcmError(f"{source.name} has no boxes; data.boxes asks for them")
-    image = images.read_rgb(loaded["image"], loaded["name"], (max(canvas),) * 2)
+    image = images.read_rgb(loaded["image"], loaded["name"], (max(canvas), max(canvas)))
     image, extent = geometry.letterbox(image, canvas)
     objects = loaded["objects"]
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
     order = np.argsort(-sides.prod(axis=1), kind="stable")[:rows]
-    scale = np.float32(extent) / np.float32(canvas)
+    scale = np.array(extent, np.float32) / np.array(canvas, np.float32)
     ignored = objects.ignored[order]
 
     def padded(values):
@@ -339,7 +338,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     return {
         "valid": np.bool_(True),
         "image": image,
-        "extent": np.int32(extent),
+        "extent": np.array(extent, np.int32),
         "boxes": padded(objects.boxes[order] * np.tile(scale, 2)),
         "box_labels": padded(objects.labels[order]),
         "box_valid": padded(~ignored),

@@ -11,7 +11,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -233,8 +233,8 @@ def voc_masks(config, split: str) -> Source:
     listed = config["list"] if split == "train" else "val"
     stems = _lines(root / "ImageSets" / "Segmentation" / f"{listed}.txt")
     folders = root / "JPEGImages", root / config["masks"]
-    found = [_named(folder, "") for folder in folders]
-    return _with_masks(str(root), stems, *found, tuple(VOC_CLASSES.split()), folders)
+    images, masks = (_named(folder, "") for folder in folders)
+    return _with_masks(str(root), stems, images, masks, tuple(VOC_CLASSES.split()), folders)
 
 
 def _with_masks(name: str, names, images, masks, classes, folders, hint="") -> Source:
@@ -267,7 +267,7 @@ def tfds_source(name: str) -> Callable:
             except Exception as error:
                 reason = str(error).split("\n")[0]
                 raise IcmError(_prepare(name, path, reason)) from error
-        features = builder.info.features
+        features: Any = builder.info.features
         named = features["objects"]["label"] if "objects" in features else features["label"]
         return dataclasses.replace(source, classes=tuple(named.names))
 

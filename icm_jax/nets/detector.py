@@ -224,7 +224,9 @@ class Part(ops.Module):
                 x = self._activated(number, self._convolved(number, x), train)
             elif layer.kind == "maxpool":
                 pad = ((layer.kernel - 1) // 2, layer.kernel // 2)
-                x = nn.max_pool(x, (layer.kernel,) * 2, (layer.stride,) * 2, (pad, pad))
+                window, strides = (layer.kernel,) * 2, (layer.stride,) * 2
+                pads: Any = (pad, pad)  # which Flax takes and types as a word alone
+                x = nn.max_pool(x, window, strides, pads)
             elif layer.kind == "shortcut":
                 x = end_of_block(x + done[layer.inputs[0]])
             elif layer.kind == "upsample":

@@ -93,7 +93,7 @@ class ImageAnalysis(ops.Module):
     """
 
     channels: int
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
     last: int = 5
     dtype: Any = jnp.float32
 
@@ -118,7 +118,7 @@ class ImageSynthesis(ops.Module):
         near zero.
     """
 
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
     last: int = 5
     dtype: Any = jnp.float32
     extra: int = 0
@@ -171,7 +171,7 @@ class ResidualAnalysis(ops.Module):
     """
 
     channels: int
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -185,7 +185,7 @@ class ResidualAnalysis(ops.Module):
 class ResidualSynthesis(ops.Module):
     """The mirror of a `ResidualAnalysis` with these widths: sub-pixel convolutions, inverse GDN."""
 
-    widths: tuple[int, int, int]
+    widths: tuple[int, ...]
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
@@ -293,7 +293,7 @@ class HyperSynthesis(ops.Module):
         init = nn.initializers.variance_scaling(0.1 / _REACH**2, "fan_in", "truncated_normal")
         x = nn.Conv(self.latent_channels * (1 + self.mean), (3, 3), kernel_init=init)(x)
         reach, first = _affine(x.shape[-1], self.latent_channels)
-        return reach.reshape(1, 1, 1, -1) * x + first.reshape(1, 1, 1, -1)
+        return x * reach.reshape(1, 1, 1, -1) + first.reshape(1, 1, 1, -1)
 
 
 # Adaptive optimisers move each weight by about the learning rate. Indexes have a long way to go, so
@@ -359,7 +359,8 @@ class EntropyParameters(ops.Module):
     @nn.compact
     def __call__(self, inputs: dict[str, jax.Array]) -> jax.Array:
         """float [N, h, w, C] by the names of inputs -> float32 [N, h', w', C or 2C]."""
-        values, convolutions = dict(inputs), []
+        values: dict[str, Any] = dict(inputs)
+        convolutions = []
         for node in self.nodes:
             channels = sum(values[name].shape[-1] for name in node.inputs)
             factor = 0.1 / _REACH**2 if node is self.nodes[-1] else 1.0

@@ -21,7 +21,9 @@ REDUNDANCY_IMAGES = 256
 
 def codec_of(run) -> Codec:
     """The codec that a run trains or stands on."""
-    return build_task(complete(run.task, open_source(run.data, "validation"))).codec
+    codec = build_task(complete(run.task, open_source(run.data, "validation"))).codec
+    assert codec
+    return codec
 
 
 def layer_latents(codec: Codec) -> list[str]:

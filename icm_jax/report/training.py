@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from icm_jax.report.looks import save
 
-TAB20 = colormaps["tab20"].colors
+TAB20 = [colormaps["tab20"](i) for i in range(20)]
 DASHES = ("-", "--", ":", "-.")
 WIDE = 10  # largest over smallest loss of a panel from which on its axis is logarithmic
 

@@ -8,6 +8,8 @@ channel, as the range coder has tables per channel), and H_t what a target in bi
 to each.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -56,7 +58,7 @@ def joint_classification(config) -> Task:
     """
     codec = autoencoder_of(config)
     tail = resnet.Tail(config.variant, config.width, 32, True, jnp.dtype(config.dtype))
-    classifier = nn.Dense(config.classes)
+    classifier: Any = nn.Dense(config.classes)  # Flax types `apply` as all that it may return
 
     def logits_of(variables, q, train):
         outputs, stats = apply(tail, variables, "tail", q, train)

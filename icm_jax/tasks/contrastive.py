@@ -86,9 +86,9 @@ def contrastive(config) -> Task:
     if config.negatives not in NEGATIVES:
         raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {NEGATIVES}")
     dtype = jnp.dtype(config.dtype)
-    groups = config.get("bn_groups", 0)
-    head = resnet.Head(config.variant, config.width, dtype, groups)
-    tail = resnet.Tail(config.variant, config.width, dtype=dtype, bn_groups=groups)
+    bn_groups = config.get("bn_groups", 0)
+    head = resnet.Head(config.variant, config.width, dtype, bn_groups)
+    tail = resnet.Tail(config.variant, config.width, dtype=dtype, bn_groups=bn_groups)
     projector = Projector(config.projector_hidden, config.embedding, dtype)
     codec = filter_codec(
         config.variant,

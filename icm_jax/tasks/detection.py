@@ -30,7 +30,11 @@ def anchors(detector: Detector, grids, scale: float) -> list[jax.Array]:
       grids: (h, w) of each output. scale: of the detector's anchors, which are in pixels.
     """
     return [
-        jnp.asarray(np.float32(pairs) * np.float32(scale) / np.float32([w * stride, h * stride]))
+        jnp.asarray(
+            np.asarray(pairs, np.float32)
+            * np.float32(scale)
+            / np.asarray([w * stride, h * stride], np.float32)
+        )
         for pairs, (h, w), stride in zip(detector.anchors, grids, detector.strides, strict=True)
     ]
 

@@ -10,6 +10,7 @@ example's loss is then divided by sqrt(λ / λ_max): else the highest rates, who
 largest, drown the gradients of the others.
 """
 
+import functools
 import math
 
 import jax
@@ -72,7 +73,7 @@ def image_compression(config) -> Task:
         distortion = weights[0] * mse
         if weights[1]:
             distortion += weights[1] * (1.0 - ops.ms_ssim(x, x_hat))
-        bpp = sum(result.bits.values()) / math.prod(shape)
+        bpp = functools.reduce(jnp.add, result.bits.values()) / math.prod(shape)
         total = ((bpp + lmbda * distortion) * jnp.sqrt(jnp.exp(ends[-1]) / lmbda)).mean()
         metrics = {"bpp": bpp.mean(), "mse": mse.mean(), "distortion": distortion.mean()}
         metrics["psnr"] = (20 * jnp.log10(255.0) - 10 * jnp.log10(mse)).mean()

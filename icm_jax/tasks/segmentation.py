@@ -44,6 +44,7 @@ def segmentation(config) -> Task:
             )
         else:
             masks = views.centre(batch["mask"], config.size)
+        assert masks is not None  # `mild` gives as many as it gets
         logits, stats = logits_of(variables, images, feature, True)
         known = ((masks != IGNORE) & batch["valid"][:, None, None]).astype(jnp.float32)
         labels = jnp.where(masks == IGNORE, 0, masks).astype(jnp.int32)

@@ -27,7 +27,7 @@ TRAIN, FROZEN = "train", "frozen"
 class Aux(NamedTuple):
     """metrics: name -> float32 scalar; collections: updated collections other than params."""
 
-    metrics: dict[str, jax.Array]
+    metrics: Mapping[str, jax.Array | float]
     collections: dict[str, Any]
 
 
@@ -148,6 +148,7 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
         return variables
 
     def decoded(variables, images):
+        assert codec
         result = forward(codec, variables, {"image": images}, images.shape[1:3])
         return jax.lax.stop_gradient(result.outputs["image" if sees_pixels else "feature"])
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from icm_jax import ops
 from icm_jax.data.geometry import sides
 from icm_jax.errors import IcmError
 
@@ -191,7 +192,7 @@ def cut(images: jax.Array, size: Size, *, key: jax.Array) -> jax.Array:
     return jax.vmap(one)(images, _row_keys(key, len(images)))
 
 
-def centre(images: jax.Array, size: Size) -> jax.Array:
+def centre(images: ops.Array, size: Size) -> ops.Array:
     """The central [N, *size, ...] of images or masks [N, H, W, ...].
 
     Raises: IcmError if the canvas is smaller than `size`.

@@ -34,8 +34,8 @@ def start_from(variables: Mapping[str, Any], reader: str, path: str | os.PathLik
     if reader not in READERS:
         raise IcmError(f"no reader of weights {reader!r}; choose one of {', '.join(READERS)}")
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    leaves = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
-    given = flax.traverse_util.flatten_dict(READERS[reader](path, shapes))
+    leaves: dict = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
+    given: dict = flax.traverse_util.flatten_dict(READERS[reader](path, shapes))
     if not given:
         raise IcmError(f"{path} has no weights for this task's networks")
     for place, value in given.items():
