@@ -55,7 +55,7 @@ class Header(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The strings of one layer, one per segment, and its seal (see `seal`)."""
+    """The strings of one layer, one per pass of a segment, and its seal (see `seal`)."""
 
     strings: tuple[bytes, ...]
     seal: int
