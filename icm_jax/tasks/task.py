@@ -15,9 +15,7 @@ import jax.numpy as jnp
 
 from icm_jax import ops
 from icm_jax.codecs import CODECS
-from icm_jax.codecs.autoencoder import autoencoder_codec
 from icm_jax.codecs.codec import Codec, forward
-from icm_jax.codecs.feature import feature_codec
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 
@@ -67,27 +65,17 @@ def build_codec(config) -> Codec:
 
 def build_feature_codec(config) -> Codec:
     """The stage-2 codec that a task's config describes."""
-    return feature_codec(
-        config.variant,
-        config.width,
-        config.filter_channels,
-        tuple(config.filter_widths),
-        config.codec_channels,
-        tuple(config.codec_widths),
-        config.hyper_channels,
-    )
+    fields = dict(variant=config.variant, width=config.width)
+    fields |= {name: config[name] for name in ("filter_channels", "filter_widths")}
+    fields |= dict(channels=config.codec_channels, widths=config.codec_widths)
+    return build_codec(fields | dict(name="omni_feature", hyper_channels=config.hyper_channels))
 
 
 def autoencoder_of(config) -> Codec:
     """The autoencoder of a task's fields code_width, code_channels, code_centres, code_learned,
-    code_blocks; see `autoencoder_codec`."""
-    return autoencoder_codec(
-        config.code_width,
-        config.code_channels,
-        config.code_centres,
-        config.code_learned,
-        config.code_blocks,
-    )
+    code_blocks; see its builder."""
+    names = ("width", "channels", "centres", "learned", "blocks")
+    return build_codec(dict(name="autoencoder") | {name: config[f"code_{name}"] for name in names})
 
 
 class Trunk(NamedTuple):
