@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from icm_jax.codecs import bitstream, image_codec, scalable_codec
 from icm_jax.coding import container
 from icm_jax.engine.cost import multiply_accumulates
+from icm_jax.nets.yolo import yolov3
 from icm_jax.tasks import build_task
 
 
@@ -40,7 +41,7 @@ def main():
     given = parser.parse_args()
     channels = given.base, given.enhancement
     scalable = scalable_codec(
-        "disentangled", given.width, *channels, 2, given.classes, given.detector, 1.0
+        "disentangled", given.width, *channels, 2, yolov3(given.classes, given.detector)
     )
     single = image_codec("scale_hyperprior", given.width, sum(channels))
     rng = np.random.default_rng(0)

@@ -15,7 +15,6 @@ standard error), 2 wrong usage.
 """
 
 import argparse
-import io
 import json
 import os
 import pathlib
@@ -206,10 +205,13 @@ def _facts(name: str, data: bytes) -> dict:
 
 
 def _detect(options) -> int:
+    from icm_jax.codecs import model_file
     from icm_jax.data.images import write_image
+    from icm_jax.measure import detect
 
     codec = _load(options.model)
-    find = _finder(codec, options)
+    about = {} if options.model is None else model_file.describe(options.model)
+    find = detect.finder(codec, about.get("detector"), options.least)
     failed, results = 0, []
     for name in options.files:
         try:
@@ -217,99 +219,16 @@ def _detect(options) -> int:
             facts = {"file": name, **find(data)}
             stem = "stdin" if name == "-" else pathlib.Path(name).stem
             if options.draw:
-                target = pathlib.Path(options.draw) / f"{stem}.png"
-                write_whole(target, write_image(_drawn(codec, data, facts["boxes"]), ".png"))
+                image = detect.drawn(detect.picture(codec, data), facts["boxes"])
+                write_whole(pathlib.Path(options.draw) / f"{stem}.png", write_image(image, ".png"))
         except IcmError as error:
             failed += _failed(name, error)
             continue
         print(json.dumps(facts), flush=True)
-        results += [
-            {
-                "image_id": stem,
-                "category_id": box["class"],
-                "bbox": box["bbox"],
-                "score": box["score"],
-            }
-            for box in facts["boxes"]
-        ]
+        results += detect.coco_results(stem, facts["boxes"])
     if options.coco:
         write_whole(pathlib.Path(options.coco), json.dumps(results).encode())
     return int(failed > 0)
-
-
-def _finder(codec, options):
-    """A function from a file's bytes to its width, height and boxes (in COCO's terms), best first.
-
-    Raises: IcmError if the codec has no detector.
-    """
-    import jax
-    import numpy as np
-    from ml_collections import ConfigDict
-
-    from icm_jax.codecs import bitstream, model_file
-    from icm_jax.codecs.scalable import GRID
-    from icm_jax.coding import container
-    from icm_jax.tasks import build_task
-
-    about = {} if options.model is None else model_file.describe(options.model)
-    if "detector" not in about:
-        raise IcmError(
-            "this model has no detector; train one with configs/scalable.py and give its "
-            "codec.icmc with --model"
-        )
-    own, built = about["detector"], dict(codec.codec.config[1])
-    fields = {key: own[key] for key in ("anchor_scale", "overlap", "limit")}
-    fields["detector"] = {key: built[f"detector_{key}"] for key in ("width", "depth")}
-    fields["detector"]["name"] = "yolov3"
-    fields |= dict(name="detection", classes=built["classes"], dtype="float32")
-    fields |= dict(crop=(1.0, 1.0), size=GRID)
-    predict = jax.jit(build_task(ConfigDict(dict(fields, least=options.least))).predict)
-
-    def find(data):
-        feature = bitstream.decode(codec, [data], "feature", layers=1)
-        height, width = container.unpack(data, 1).header.shape
-        found = jax.device_get(predict(codec.on_device, {"feature": feature}))
-        sides = np.array([-(-side // GRID) * GRID for side in (height, width)])
-        boxes = []
-        for row in np.flatnonzero(found["valid"][0]):
-            box = found["boxes"][0, row] * np.tile(sides, 2)
-            top, left, bottom, right = np.clip(box, 0, [height, width, height, width]).tolist()
-            number = int(found["labels"][0, row])
-            boxes.append(
-                {
-                    "name": own["classes"][number],
-                    "class": number,
-                    "score": round(float(found["scores"][0, row]), 4),
-                    "bbox": [round(v, 2) for v in (left, top, right - left, bottom - top)],
-                }
-            )
-        return {"width": width, "height": height, "boxes": boxes}
-
-    return find
-
-
-def _drawn(codec, data: bytes, boxes: list[dict]):
-    """uint8 [H, W, 3]: boxes on the decoded picture, or on grey if the file ends after its base.
-
-    Raises: IcmError if there is more, but damaged.
-    """
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    from icm_jax.coding import container
-
-    if container.receive(io.BytesIO(data), 1) == data:
-        picture = np.full((*container.unpack(data, 1).header.shape, 3), 128, np.uint8)
-    else:
-        picture = codec.decompress(data)
-    image = Image.fromarray(picture).convert("RGB")
-    draw = ImageDraw.Draw(image)
-    for box in boxes:
-        left, top, width, height = box["bbox"]
-        colour = f"hsl({137 * box['class'] % 360}, 90%, 55%)"  # far apart for neighbours
-        draw.rectangle((left, top, left + width, top + height), outline=colour, width=2)
-        draw.text((left + 3, top + 1), f"{box['name']} {box['score']:.2f}", fill=colour)
-    return np.asarray(image)
 
 
 def _verify(options) -> int:

@@ -15,6 +15,7 @@ from icm_jax.codecs import (
     image_codec,
     scalable_codec,
 )
+from icm_jax.nets.yolo import yolov3
 
 UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 """For XLA_FLAGS: compiling takes a third of the time (of 18 s the second flag left 11)."""
@@ -47,10 +48,11 @@ BUILT = {
     ),
 }
 STRANGERS = {"checkerboard": lambda: checkerboard_codec(4, 5, levels=3)}
+DETECTOR = yolov3(2, 1 / 32, 0.1)
 SCALABLE = {
-    "disentangled": lambda: scalable_codec("disentangled", 6, 5, 4, 2, 2, 1 / 32, 0.1),
-    "split": lambda: scalable_codec("split", 6, 3, 5, 1, 2, 1 / 32, 0.1, "cheng2020"),
-    "residual": lambda: scalable_codec("residual", 6, 4, 5, 2, 2, 1 / 32, 0.1),
+    "disentangled": lambda: scalable_codec("disentangled", 6, 5, 4, 2, DETECTOR),
+    "split": lambda: scalable_codec("split", 6, 3, 5, 1, DETECTOR, "cheng2020"),
+    "residual": lambda: scalable_codec("residual", 6, 4, 5, 2, DETECTOR),
 }
 
 

@@ -15,9 +15,12 @@ from PIL import Image
 from small import SCALABLE, images, initial, small_codec
 
 from icm_jax import cli
-from icm_jax.codecs import bitstream, codec, model_file, scalable_codec
+from icm_jax.codecs import CODECS, bitstream, codec, model_file, scalable_codec
 from icm_jax.coding import container
 from icm_jax.errors import IcmError
+from icm_jax.measure import detect
+from icm_jax.nets.detector import Detector, Layer
+from icm_jax.nets.yolo import yolov3
 from icm_jax.tasks import build_task
 
 DETECTOR = dict(classes=["cat", "dog"], anchor_scale=0.1, overlap=0.5, limit=5)
@@ -98,12 +101,63 @@ def test_a_loaded_model_reads_the_same(disentangled):
     "change", [dict(kind="sum"), dict(base=0), dict(hypers=3), dict(backbone="vgg")]
 )
 def test_codecs_that_cannot_be_are_refused(change):
-    fields = dict(kind="split", width=4, base=2, enhancement=2, hypers=2, classes=2)
+    fields = dict(kind="split", width=4, base=2, enhancement=2, hypers=2)
     with pytest.raises(IcmError, match="no scalable codec"):
-        scalable_codec(**(fields | change), detector_width=0.1, detector_depth=0.1)
+        scalable_codec(**(fields | change), detector=yolov3(2, 0.1, 0.1))
 
 
-def detect(capsys, *arguments):
+def pooled(halvings):
+    """A detector cut where the feature is at 1/2^halvings, after a pooling."""
+    half = Layer("maxpool", kernel=2, stride=2)
+    table = (*(half,) * halvings, Layer("conv", 6, activation="linear", normalised=False))
+    return Detector((*table, Layer("detect")), (((9, 9),),), (2**halvings,), halvings)
+
+
+@pytest.mark.parametrize("kind", ["disentangled", "split", "residual"])
+@pytest.mark.parametrize("halvings", [1, 2, 4])
+def test_a_feature_may_have_any_scale(kind, halvings):
+    """Latents keep theirs; images are padded to the latents' grid or to the detector's."""
+    built = scalable_codec(kind, 4, 2, 3, 2, pooled(halvings))
+    image = jax.ShapeDtypeStruct((2, 20, 40, 3), np.uint8)
+    variables = jax.eval_shape(built.init, jax.random.key(0), image)
+    given = jax.eval_shape(
+        lambda v, x: codec.forward(built, v, {"image": x}, (20, 40)), variables, image
+    )
+    shape = (2, 32 >> halvings, 48 >> halvings, 3)
+    assert given.outputs["feature"].shape == shape and given.outputs["image"].shape == image.shape
+    for name, channels in (("y_b", 2), ("y_e", 3)):
+        assert given.latents[name].shape == (2, 2, 3, channels)
+
+
+@pytest.mark.parametrize("halvings", [0, 5])
+def test_a_feature_too_fine_or_coarse_is_refused(halvings):
+    table = Layer("conv", 3), *pooled(max(halvings, 1)).table[max(1 - halvings, 0) :]
+    detector = Detector(table, (((9, 9),),), (2**halvings,), halvings + 1)
+    with pytest.raises(IcmError, match=f"at 1/{2**halvings} of the image"):
+        scalable_codec("split", 4, 2, 2, 2, detector)
+
+
+def test_files_of_before_detectors_were_data_are_read(disentangled, tmp_path):
+    """They named YOLOv3's factors. The fingerprint is over what they say, so streams fit."""
+    own, _ = disentangled
+    fields = dict(own.codec.config[1])
+    fields = {key: fields[key] for key in ("kind", "width", "base", "enhancement", "hypers")}
+    fields |= dict(classes=2, detector_width=1 / 32, detector_depth=0.1, backbone="balle2018")
+    before = own.codec._replace(config=("scalable", tuple(fields.items())))
+    old = bitstream.FrozenCodec(before, own.variables, own.tables)
+    assert old.fingerprint != own.fingerprint
+    model_file.save(tmp_path / "old.icmc", old, detector=DETECTOR)
+    loaded = model_file.load(tmp_path / "old.icmc", CODECS)
+    assert loaded.fingerprint == old.fingerprint
+    picture = images(40, 70, 3)
+    data = old.compress(picture)
+    np.testing.assert_array_equal(loaded.decompress(data), own.decompress(own.compress(picture)))
+    facts = model_file.describe(tmp_path / "old.icmc")["detector"]
+    found, expected = (detect.finder(c, facts, 0.05) for c in (loaded, own))
+    assert found(data)["boxes"] == expected(own.compress(picture))["boxes"] != []
+
+
+def run_detect(capsys, *arguments):
     code = cli.main(["detect", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
@@ -115,7 +169,7 @@ def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys, m
     (tmp_path / "cut.icm").write_bytes(container.prefix(whole, 1))
     options = "-m", folder / "codec.icmc", "--least", 0.05
     files = folder / "whole.icm", tmp_path / "cut.icm"
-    code, found, errors = detect(
+    code, found, errors = run_detect(
         capsys, *files, *options, "--draw", tmp_path / "out", "--coco", tmp_path / "boxes.json"
     )
     assert (code, errors) == (0, "")
@@ -135,16 +189,16 @@ def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys, m
         assert ((pixels == 128).all(-1).mean() > 0.1) == grey
     pipe = io.BytesIO(whole)
     monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=pipe))
-    _, piped, _ = detect(capsys, "-", *options)
+    _, piped, _ = run_detect(capsys, "-", *options)
     assert piped[0]["boxes"] == found[0]["boxes"]
     assert pipe.tell() == len(container.prefix(whole, 1))  # the rest may still be on its way
     (tmp_path / "bad.icm").write_bytes(whole[:20])
-    code, found, errors = detect(capsys, tmp_path / "bad.icm", files[0], *options)
+    code, found, errors = run_detect(capsys, tmp_path / "bad.icm", files[0], *options)
     assert code == 1 and len(found) == 1 and "bad.icm" in errors
     (tmp_path / "half.icm").write_bytes(whole[:-9])  # a damaged picture is not drawn as grey
-    code, _, errors = detect(capsys, tmp_path / "half.icm", *options, "--draw", tmp_path / "no")
+    code, _, errors = run_detect(capsys, tmp_path / "half.icm", *options, "--draw", tmp_path / "no")
     assert code == 1 and "layer 2 of 2 is truncated" in errors
-    code, found, errors = detect(capsys, files[0])
+    code, found, errors = run_detect(capsys, files[0])
     assert code == 2 and "has no detector; train one" in errors
 
 

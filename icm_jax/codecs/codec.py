@@ -130,15 +130,16 @@ def builder(name: str) -> Callable[[Callable[..., Codec]], Callable[..., Codec]]
                     error
                 )
             given.apply_defaults()
-            return built(tuple((key, _tupled(value)) for key, value in given.arguments.items()))
+            return built(tuple((key, tupled(value)) for key, value in given.arguments.items()))
 
         return build
 
     return decorated
 
 
-def _tupled(value):
-    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
+def tupled(value):
+    """`value` with tuples in place of lists, as JSON does not know them."""
+    return tuple(tupled(item) for item in value) if isinstance(value, list) else value
 
 
 def method_of(module, part: str, collections: tuple[str, ...] = ("params",)) -> Callable:

@@ -16,6 +16,8 @@ import flax.traverse_util
 import numpy as np
 
 from icm_jax.codecs.bitstream import FrozenCodec
+from icm_jax.codecs.codec import tupled
+from icm_jax.codecs.scalable import upgraded
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
@@ -117,7 +119,11 @@ def _build(file, builders) -> FrozenCodec:
     name, items = _about(file)["codec"]
     if name not in builders:
         raise IcmError(f"no codec {name!r} here; there are {', '.join(builders)}")
-    codec = builders[name](**dict(items))
+    fields = dict(items)
+    if name == "scalable":
+        fields = upgraded(fields)
+    # The fingerprint is over the arguments as they were written.
+    codec = builders[name](**fields)._replace(config=(name, tupled(items)))
     arrays = {
         tuple(key.split("/")[1:]): _widened(file[key])
         for key in file.files

@@ -1,7 +1,7 @@
 """Scalable codecs: the first layer of a file serves a detector, both layers give the picture.
 
     disentangled (Özyılkan et al. 2023, docs/papers.md 3):
-        f, x at 1/8 -> base analysis -> y_b -> base synthesis -> f_hat
+        f, x at its scale -> base analysis -> y_b -> base synthesis -> f_hat
         x -> analysis -> y_e;  y_e, y_b -> synthesis -> x_hat
     split (Choi and Bajić 2022, docs/papers.md 4):
         x -> analysis -> y_b, y_e -> synthesis -> x_hat;  y_b -> latent-space transform -> f_hat
@@ -9,13 +9,15 @@
         f -> base analysis -> y_b -> base synthesis -> f_hat -> prediction -> x'
         x - x' -> analysis -> y_e -> synthesis -> + x' -> x_hat
 
-f is what the front of a frozen YOLOv3 makes of x; its tail takes f_hat. All kinds stand on the
+f is what the front of a frozen detector makes of x; its tail takes f_hat. All kinds stand on the
 scale hyperprior of Ballé et al. 2018 without a context model, as the paper's own comparison does:
 one per latent, or one for both, which then belongs to the first layer. The picture's transforms
 are those of Ballé et al. 2018 or, as in the original of Choi and Bajić, of Cheng et al. 2020, but
 without its context model: symbols that wait for one another cannot be decoded in parallel.
 Parameters lie under `scalable`, the detector's under `detector`.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
 from icm_jax.codecs.hyperprior import Gain
 from icm_jax.errors import IcmError
-from icm_jax.nets.detector import Part
+from icm_jax.nets.detector import Detector, Part, Shape
 from icm_jax.nets.transforms import (
     HYPER_SYNTHESIS,
     BaseAnalysis,
@@ -45,8 +47,8 @@ from icm_jax.nets.yolo import yolov3
 PART, DETECTOR = "scalable", "detector"
 KINDS = ("disentangled", "split", "residual")
 BACKBONES = ("balle2018", "cheng2020")
-GRID = 32
-"""Sides of images are padded to multiples of it: the detector's coarsest grid."""
+LATENT = 16
+"""Of the sides of y_b and y_e, which are at 1/16, to the image's."""
 
 
 class Scalable(ops.Module):
@@ -54,19 +56,21 @@ class Scalable(ops.Module):
 
     Attributes:
       kind: one of KINDS. widths: of the picture's transforms at 1/2, 1/4 and 1/8, and of all other
-        networks. channels: C_b, C_e. features: of f. hypers: 1 or 2.
+        networks. channels: C_b, C_e. feature: of f, its channels and stride. hypers: 1 or 2.
       backbone: one of BACKBONES.
     """
 
     kind: str
     widths: tuple[int, ...]
     channels: tuple[int, int]
-    features: int
+    feature: Shape
     hypers: int
     backbone: str
 
     def setup(self):
         base, enhancement = self.channels
+        features, stride = self.feature
+        times = (LATENT // stride).bit_length() - 1
         split, widths, width = self.kind == "split", self.widths[:3], self.widths[3]
         coded = sum(self.channels) if split else enhancement
         if self.backbone == "cheng2020":
@@ -76,12 +80,12 @@ class Scalable(ops.Module):
             self.analysis = ImageAnalysis(coded, widths)
             self.synthesis = ImageSynthesis(widths, extra=base * (self.kind == "disentangled"))
         if split:
-            self.base_synthesis = LatentTransform(self.features, width)
+            self.base_synthesis = LatentTransform(features, width, times)
         else:
-            self.base_analysis = BaseAnalysis(base, width)
-            self.base_synthesis = BaseSynthesis(self.features, width)
+            self.base_analysis = BaseAnalysis(base, width, times)
+            self.base_synthesis = BaseSynthesis(features, width, times)
         if self.kind == "residual":
-            self.prediction = Prediction(width)
+            self.prediction = Prediction(width, stride.bit_length() - 1)
         self.gains = [Gain(1, channels) for channels in self.channels]
         self.priors = [entropy.Factorised() for _ in range(self.hypers)]
         self.hyper_analyses = [HyperAnalysis(width) for _ in range(self.hypers)]
@@ -94,10 +98,10 @@ class Scalable(ops.Module):
             z = latents["z" if self.hypers == 1 else ("z_b", "z_e")[number]]
             self.prior_bits(z, number)
             self.index(z, number)
-        return self.feature(latents["y_b"]), self.image(latents["y_b"], latents["y_e"])
+        return self.feature_hat(latents["y_b"]), self.image(latents["y_b"], latents["y_e"])
 
     def latents(self, x, f):
-        """x float32 [N, H, W, 3], f [N, H/8, W/8, F] -> latents that are not rounded."""
+        """x float32 [N, H, W, 3], f [N, h, w, F] -> latents that are not rounded."""
         if self.kind == "split":
             y = self.analysis(x)
             base, enhancement = y[..., : self.channels[0]], y[..., self.channels[0] :]
@@ -108,7 +112,7 @@ class Scalable(ops.Module):
         else:
             base = self.base_analysis(f)
             coded = ops.quantise(self.gains[0](base, None))
-            enhancement = self.analysis(x - self.prediction(self.feature(coded)) + 127.5)
+            enhancement = self.analysis(x - self.prediction(self.feature_hat(coded)) + 127.5)
         y = {"y_b": self.gains[0](base, None), "y_e": self.gains[1](enhancement, None)}
         if self.hypers == 1:
             both = jnp.concatenate([y["y_b"], y["y_e"]], axis=-1)
@@ -122,7 +126,7 @@ class Scalable(ops.Module):
     def index(self, z, number):
         return self.hyper_syntheses[number](z)
 
-    def feature(self, y_b):
+    def feature_hat(self, y_b):
         """f_hat; of "split" before the detector's own normalisation and activation."""
         return self.base_synthesis(self.gains[0].undo(y_b, None))
 
@@ -132,7 +136,7 @@ class Scalable(ops.Module):
             return self.synthesis(jnp.concatenate([self.gains[0].undo(y_b, None), y], axis=-1))
         if self.kind == "disentangled":
             return self.synthesis(jnp.concatenate([y, self.gains[0].undo(y_b, None)], axis=-1))
-        return self.synthesis(y) - 127.5 + self.prediction(self.feature(y_b))
+        return self.synthesis(y) - 127.5 + self.prediction(self.feature_hat(y_b))
 
 
 @builder("scalable")
@@ -142,46 +146,48 @@ def scalable_codec(
     base: int,
     enhancement: int,
     hypers: int,
-    classes: int,
-    detector_width: float,
-    detector_depth: float,
+    detector: Detector,
     backbone: str = "balle2018",
 ) -> Codec:
     """The codec of a kind in `KINDS`; layers 0 (base) and 1 (enhancement).
 
-    Outputs: "feature", float32 [N, h/8, w/8, F] from the base alone, h and w the sides padded to
-    multiples of 32; "image", float32 [N, H, W, 3] on 0...255, from both.
+    Outputs: "feature", float32 [N, h/s, w/s, F] from the base alone, h and w the sides padded to
+    the detector's grid, s the stride of its feature; "image", float32 [N, H, W, 3] on 0...255, from
+    both.
 
     Args:
       width: N, of all inner layers; or four numbers: of the picture's transforms at 1/2, 1/4 and
         1/8 of its sides, and of all other networks.
       base, enhancement: C_b, C_e, channels of the latents.
       hypers: hyperpriors, 2 (one per latent) or 1 (for both, in the base layer).
-      classes, detector_width, detector_depth: of `yolov3`.
+      detector: whose feature the base is for; or its fields as JSON gives them back.
       backbone: whose picture transforms, one of `BACKBONES`.
 
-    Raises: IcmError for an unknown kind or backbone or numbers that are not as above.
+    Raises: IcmError for an unknown kind or backbone, numbers that are not as above, or a detector
+    whose feature is at another scale than 1/2 to 1/16.
     """
     widths = width if isinstance(width, tuple) else (width,) * 4
-    _require(kind, widths, (base, enhancement), hypers, backbone)
-    found = yolov3(classes, detector_width, detector_depth)
-    front, end = Part(found, 0, found.split), Part(found, found.split, found.split)
-    features = found.feature.channels
-    module = Scalable(kind, widths, (base, enhancement), features, hypers, backbone)
+    detector = Detector(*detector)
+    _require(kind, widths, (base, enhancement), hypers, backbone, detector)
+    front, split = Part(detector, end=detector.split), detector.split
+    end = Part(detector, split, split)  # what follows a convolution, alone
+    raw = kind == "split" and detector.table[split - 1].kind == "conv"
+    module = Scalable(kind, widths, (base, enhancement), detector.feature, hypers, backbone)
     run = method_of(module, PART)
+    grid = math.lcm(detector.grid, LATENT)
 
-    def detector(variables, part, x, **options):
-        own = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
-        return part.apply(own, x, train=False, **options)
+    def detect(variables, part, x, **options):
+        given = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
+        return part.apply(given, x, train=False, **options)
 
     def analyse(variables, inputs):
-        x = ops.pad_to(inputs["image"], GRID).astype(jnp.float32)
-        f = inputs["feature"] if "feature" in inputs else detector(variables, front, x / 255.0)
+        x = ops.pad_to(inputs["image"], grid).astype(jnp.float32)
+        f = inputs["feature"] if "feature" in inputs else detect(variables, front, x / 255.0)
         return run(variables, x, f, method="latents")
 
     def feature_of(variables, decoded, shape):
-        f = run(variables, decoded["y_b"], method="feature")
-        return detector(variables, end, f, raw=True) if kind == "split" else f
+        f = run(variables, decoded["y_b"], method="feature_hat")
+        return detect(variables, end, f, raw=True) if raw else f
 
     def image_of(variables, decoded, shape):
         x = run(variables, decoded["y_b"], decoded["y_e"], method="image")
@@ -189,23 +195,42 @@ def scalable_codec(
 
     def init(key, image):
         keys = jax.random.split(key)
-        x = jnp.zeros((1, 64, 64, 3))
-        whole = Part(found).init(keys[0], x, train=False)
+        x = jnp.zeros((1, 2 * grid, 2 * grid, 3))
+        whole = Part(detector).init(keys[0], x, train=False)
         variables = {name: {DETECTOR: tree} for name, tree in whole.items()}
-        own = module.init(keys[1], x, jnp.zeros((1, 8, 8, features)))["params"]
-        variables["params"][PART] = own
+        side = 2 * grid // detector.feature.stride
+        f = jnp.zeros((1, side, side, detector.feature.channels))
+        variables["params"][PART] = module.init(keys[1], x, f)["params"]
         return variables
 
     return Codec(
         parts=(PART, DETECTOR),
         init=init,
         analyse=analyse,
-        segments=_segments(run, hypers, widths[-1], base, enhancement),
+        segments=_segments(run, hypers, widths[-1], (base, enhancement), grid),
         outputs=Outputs(feature=feature_of, image=image_of),
     )
 
 
-def _require(kind, widths, channels, hypers, backbone) -> None:
+def detector_of(codec: Codec) -> Detector:
+    """The detector that a scalable codec was built for. Raises IcmError for another codec."""
+    name, items = codec.config
+    if name != "scalable":
+        raise IcmError(f"a codec of kind {name!r} has no detector; scalable ones do")
+    return Detector(*upgraded(dict(items))["detector"])
+
+
+def upgraded(fields: dict) -> dict:
+    """Arguments of `scalable_codec` as files from before detectors were data hold them: classes and
+    two factors of YOLOv3."""
+    if "detector" in fields:
+        return fields
+    old = ("classes", "detector_width", "detector_depth")
+    kept = {key: value for key, value in fields.items() if key not in old}
+    return kept | {"detector": yolov3(*(fields[key] for key in old))}
+
+
+def _require(kind, widths, channels, hypers, backbone, detector) -> None:
     if backbone not in BACKBONES:
         raise IcmError(
             f"no scalable codec with backbone {backbone!r}; there are {', '.join(BACKBONES)}"
@@ -217,15 +242,24 @@ def _require(kind, widths, channels, hypers, backbone) -> None:
             f"hyperpriors; kinds are {', '.join(KINDS)}, width is one number or four, the numbers "
             "at least 1, hyperpriors 1 or 2"
         )
+    if detector.feature.stride not in (2, 4, 8, 16):
+        raise IcmError(
+            f"the feature of the detector is at 1/{detector.feature.stride} of the image's sides; "
+            "scalable codecs take 1/2, 1/4, 1/8 or 1/16"
+        )
 
 
-def _segments(run, hypers: int, side: int, base: int, enhancement: int) -> tuple[Segment, ...]:
+def _segments(run, hypers: int, width: int, channels, grid: int) -> tuple[Segment, ...]:
     """z, y of the base, then of the enhancement; with one hyperprior for both, in the base."""
+    base, enhancement = channels
+
+    def side(pixels):
+        return grid // LATENT * -(-pixels // grid)
 
     def hyper(name, number, layer):
         return priors.factorised(
             name,
-            lambda h, w: (-(-h // (2 * GRID)), -(-w // (2 * GRID)), side),
+            lambda h, w: (ops.halved(side(h), 2), ops.halved(side(w), 2), width),
             lambda variables, z: run(variables, z, number, method="prior_bits"),
             (PART, f"priors_{number}"),
             layer,
@@ -244,7 +278,7 @@ def _segments(run, hypers: int, side: int, base: int, enhancement: int) -> tuple
         path = (PART, f"hyper_syntheses_{number}")
         return priors.conditional(
             name,
-            lambda h, w: (2 * -(-h // GRID), 2 * -(-w // GRID), channels),
+            lambda h, w: (side(h), side(w), channels),
             priors.Network(HYPER_SYNTHESIS, index, weights, path, {"z": z}),
             layer=layer,
         )

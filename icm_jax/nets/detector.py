@@ -8,6 +8,7 @@ Numbers of layers are those of Darknet's .cfg files, shortcuts and routes includ
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -97,8 +98,8 @@ class Detector(_Fields):
 
     @property
     def grid(self) -> int:
-        """Sides of images are multiples of it: the coarsest stride of any layer."""
-        return max(shape.stride for shape in shapes(self.table))
+        """Sides of images are multiples of it, so that no layer's grid is cut."""
+        return math.lcm(*(shape.stride for shape in shapes(self.table)))
 
 
 @functools.cache

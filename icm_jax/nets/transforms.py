@@ -200,61 +200,72 @@ class BaseAnalysis(ops.Module):
     """Three 5×5 convolutions, the last with stride 2, GDN between them (table 1, base encoder).
 
     Attributes:
-      channels: C_b. width: N.
+      channels: C_b. width: N. halvings: how many convolutions at the end have stride 2; 1 in the
+        paper, whose features are at 1/8.
     """
 
     channels: int
     width: int
+    halvings: int = 1
 
     @nn.compact
     def __call__(self, f: jax.Array) -> jax.Array:
-        """float32 [N, H/8, W/8, F] -> float32 [N, H/16, W/16, C_b]."""
-        for _ in range(2):
-            f = GDN()(nn.Conv(self.width, (5, 5))(f))
-        return Down(self.channels, 5)(f)
+        """float32 [N, h, w, F] -> float32 [N, h / 2^halvings, w / 2^halvings, C_b]."""
+        for number, features in enumerate((self.width, self.width, self.channels)):
+            f = GDN()(f) if number else f
+            halves = number >= 3 - self.halvings
+            f = Down(features, 5)(f) if halves else nn.Conv(features, (5, 5))(f)
+        return f
 
 
 class BaseSynthesis(ops.Module):
-    """The mirror of `BaseAnalysis` with inverse GDN (table 1, base decoder); F `features`."""
+    """As `BaseAnalysis`, with doublings and inverse GDN (table 1, base decoder); F `features`."""
 
     features: int
     width: int
+    doublings: int = 1
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        """float32 [N, H/16, W/16, C_b] -> float32 [N, H/8, W/8, F]."""
-        for _ in range(2):
-            y = GDN(inverse=True)(nn.Conv(self.width, (5, 5))(y))
-        return TransposedUp(self.features, 5)(y)
+        """float32 [N, h, w, C_b] -> float32 [N, h · 2^doublings, w · 2^doublings, F]."""
+        for number, features in enumerate((self.width, self.width, self.features)):
+            y = GDN(inverse=True)(y) if number else y
+            doubles = number >= 3 - self.doublings
+            y = TransposedUp(features, 5)(y) if doubles else nn.Conv(features, (5, 5))(y)
+        return y
 
 
 class LatentTransform(ops.Module):
     """The latent-space transform of Choi and Bajić 2022 (docs/papers.md 4): residual blocks, the
-    second of them after a doubling of the sides, then 3×3 to the features."""
+    second of them after a doubling of the sides (each further doubling after one more), then 3×3
+    to the features."""
 
     features: int
     width: int
+    doublings: int = 1
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        """float32 [N, H/16, W/16, C_b] -> float32 [N, H/8, W/8, F]."""
-        y = ResidualBlock(self.width)(nn.Conv(self.width, (1, 1))(y))
-        y = Up(self.width)(y)
-        for _ in range(3):
+        """float32 [N, h, w, C_b] -> float32 [N, h · 2^doublings, w · 2^doublings, F]."""
+        y = nn.Conv(self.width, (1, 1))(y)
+        for number in range(4):
             y = ResidualBlock(self.width)(y)
+            y = Up(self.width)(y) if number < self.doublings else y
         return nn.Conv(self.features, (3, 3))(y)
 
 
 class Prediction(ops.Module):
-    """A picture from decoded features: three doublings with a residual block each."""
+    """A picture from decoded features: `doublings` of the sides with a residual block each."""
 
     width: int
+    doublings: int = 3
 
     @nn.compact
     def __call__(self, f: jax.Array) -> jax.Array:
-        """float32 [N, H/8, W/8, F] -> float32 [N, H, W, 3] on 0...255, not clipped."""
+        """float32 [N, H / 2^doublings, W / 2^doublings, F] -> float32 [N, H, W, 3] on 0...255, not
+        clipped."""
         x = nn.Conv(self.width, (1, 1))(f)
-        for features in (self.width, self.width, 3):
+        for features in (*(self.width,) * (self.doublings - 1), 3):
             x = Up(features)(ResidualBlock(self.width)(x))
         return 255.0 * (x + 0.5)
 

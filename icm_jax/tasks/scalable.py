@@ -22,23 +22,21 @@ from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
 def scalable_compression(config) -> Task:
     """The task.
 
-    Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`); kind, width, base,
-    enhancement, hypers, classes, backbone (of `scalable_codec`); lmbda (λ); feature_weight (w);
+    Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`), classes; kind, width,
+    base, enhancement, hypers, backbone (of `scalable_codec`); lmbda (λ); feature_weight (w);
     size (sides of the training views, a multiple of 32); straight_through.
     """
     width = config.width if isinstance(config.width, int) else tuple(config.width)
+    detector = build_detector(config.detector, config.classes)
     codec = scalable_codec(
         config.kind,
         width,
         config.base,
         config.enhancement,
         config.hypers,
-        config.classes,
-        config.detector.width,
-        config.detector.depth,
+        detector,
         config.backbone,
     )
-    detector = build_detector(config.detector, config.classes)
     front = Part(detector, end=detector.split)
 
     def loss(variables, batch, key, step):
