@@ -72,7 +72,7 @@ def draw_curves(records, path, measure: Measure):
         )
     pixels = [record[measure.key] for record in records if record["kind"] == "pixels"]
     if pixels:
-        value = measure.factor * np.mean(pixels)
+        value = float(measure.factor * np.mean(pixels))
         axes.axhline(value, color="grey", linestyle=":", label="uncompressed pixels")
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))

@@ -32,7 +32,7 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     workdir = pathlib.Path(workdir)
     records = [r for run in runs for r in _read_json(workdir / run.name / "records.json", [])]
     missing = [run.name for run in runs if not (workdir / run.name / "done.json").is_file()]
-    parts: list[tuple[str, str]] = [("h1", f"{config.name} on {config.data.name}")]
+    parts: list[tuple[str, object]] = [("h1", f"{config.name} on {config.data.name}")]
     if missing:
         parts.append(("p", "Not finished yet: " + ", ".join(missing)))
     for measure in curves.MEASURES:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax import ops
-from icm_jax.codecs.codec import forward
+from icm_jax.codecs.codec import Codec, forward
 from icm_jax.errors import IcmError
 from icm_jax.tasks import views
 from icm_jax.tasks.task import TRAIN, Aux, Task, build_codec
@@ -33,24 +33,8 @@ def image_compression(config) -> Task:
       not one or two.
     """
     codec = build_codec(config.codec)
-    if "image" not in codec.outputs:
-        raise IcmError(
-            f"the codec {config.codec.name!r} gives {', '.join(codec.outputs)} and no image; "
-            "image_compression trains codecs of images"
-        )
     lambdas = [float(value) for value in config.lambdas]
-    weights = {"mse": (1.0, 0.0), "ms_ssim": (0.0, 1.0), "both": (1.0, config.ms_ssim_weight)}
-    if config.metric not in weights:
-        raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(weights)}")
-    weights = weights[config.metric]
-    if min(lambdas, default=0) <= 0 or len(lambdas) != 1 + codec.qualities:
-        raise IcmError(
-            f"lambdas {lambdas} for a codec {'with' if codec.qualities else 'without'} qualities: "
-            "give the two ends of λ to a codec of several quality levels, and one λ to a codec of "
-            "one; all positive"
-        )
-    if weights[1] and min(views.sides(config.size)) < 176:
-        raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
+    weights = _checked_weights(config, codec, lambdas)
 
     def loss(variables, batch, key, step):
         del step
@@ -91,3 +75,24 @@ def image_compression(config) -> Task:
         codec=codec,
         constants={"log_lambdas": jnp.log(jnp.asarray(lambdas, jnp.float32))},
     )
+
+
+def _checked_weights(config, codec: Codec, lambdas: list[float]) -> tuple[float, float]:
+    """Of the mean squared error and of MS-SSIM, once all fields are found to fit the codec."""
+    if "image" not in codec.outputs:
+        raise IcmError(
+            f"the codec {config.codec.name!r} gives {', '.join(codec.outputs)} and no image; "
+            "image_compression trains codecs of images"
+        )
+    weights = {"mse": (1.0, 0.0), "ms_ssim": (0.0, 1.0), "both": (1.0, config.ms_ssim_weight)}
+    if config.metric not in weights:
+        raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(weights)}")
+    if min(lambdas, default=0) <= 0 or len(lambdas) != 1 + codec.qualities:
+        raise IcmError(
+            f"lambdas {lambdas} for a codec {'with' if codec.qualities else 'without'} qualities: "
+            "give the two ends of λ to a codec of several quality levels, and one λ to a codec of "
+            "one; all positive"
+        )
+    if weights[config.metric][1] and min(views.sides(config.size)) < 176:
+        raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
+    return weights[config.metric]

@@ -51,10 +51,12 @@ def abstract_step(
     spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
     sizes = pipeline.layout(DATASETS[run.data.name].keys, spec)
     if run.decode_once:
+        codec = task.codec
+        assert codec
         size = geometry.sides(run.task.size)
         image = jax.ShapeDtypeStruct((run.batch_size, *size, 3), jnp.uint8)
         coded = jax.eval_shape(
-            lambda v, x: forward(task.codec, v, {"image": x}, size).outputs["feature"],
+            lambda v, x: forward(codec, v, {"image": x}, size).outputs["feature"],
             state.variables,
             image,
         )
