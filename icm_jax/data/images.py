@@ -41,9 +41,19 @@ def read_image(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np
     Returns: uint8 [H, W, 3], or [H, W] of a greyscale file; perhaps a view with negative strides.
     Raises: IcmError if the bytes are not a whole image, or one so large that Pillow refuses it.
     """
+    return _read(data, name, smallest, colour=False)
+
+
+def read_rgb(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """As `read_image`, always uint8 [H, W, 3]."""
+    image = _read(data, name, smallest, colour=True)
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+def _read(data: bytes, name: str, smallest: tuple[int, int], colour: bool) -> np.ndarray:
     try:
         if simplejpeg.is_jpeg(data):
-            image = _read_jpeg(data, smallest)
+            image = _read_jpeg(data, smallest, colour)
             if image is not None:
                 return image
         with Image.open(io.BytesIO(data)) as opened:
@@ -57,40 +67,47 @@ def read_image(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np
         raise IcmError(f"cannot read the image {name}: {error}; repair or remove it") from error
 
 
-def read_rgb(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """As `read_image`, always uint8 [H, W, 3]."""
-    image = read_image(data, name, smallest)
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-
-
 def orientation(data: bytes) -> int:
     """The EXIF orientation of a JPEG file, 1 (upright) to 8; 1 where nothing is said.
 
-    Pillow is asked only of files in which the words stand that an orientation needs.
+    Pillow is asked only of files in whose head the words stand that an orientation needs.
     """
-    if b"Exif\0\0" not in data and b"tiff:Orientation" not in data:
+    end = 2
+    while data[end : end + 1] == b"\xff" and data[end + 1 : end + 2] != b"\xda":  # to the scans
+        end += 2 + max(int.from_bytes(data[end + 2 : end + 4]), 2)
+    head = data[:end]
+    if b"Exif\0\0" not in head and b"tiff:Orientation" not in head:
         return 1
     with Image.open(io.BytesIO(data)) as opened:
         found = opened.getexif().get(0x0112, 1)
     return found if found in _TURNED else 1
 
 
-def _read_jpeg(data: bytes, smallest: tuple[int, int]) -> np.ndarray | None:
+def _read_jpeg(data: bytes, smallest: tuple[int, int], colour: bool) -> np.ndarray | None:
     """Pixels of a JPEG; None where TurboJPEG does not know the sampling, as 4:1:0."""
-    try:
-        kind = simplejpeg.decode_jpeg_header(data)[2]
-    except (ValueError, KeyError):  # KeyError: simplejpeg has no name for 4:4:1
-        return None
     turned = orientation(data)
     height, width = smallest[::-1] if turned >= 5 else smallest
     options = {}
     if height and width:
         # Between a half and all of a size, libjpeg takes longer than for all of it.
         options = dict(min_height=height, min_width=width, min_factor=2)
-    space = "GRAY" if kind == "Gray" else "RGB"
-    image = simplejpeg.decode_jpeg(data, space, strict=True, **options)
-    image = image[..., 0] if space == "GRAY" else image
+    grey = not colour and _kind(data) == "Gray"
+    try:
+        image = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", strict=True, **options)
+    except ValueError:
+        if not _kind(data):
+            return None
+        raise
+    image = image[..., 0] if grey else image
     return _TURNED[turned](image) if turned in _TURNED else image
+
+
+def _kind(data: bytes) -> str:
+    """The colour space that a JPEG is stored in; "" of a header that TurboJPEG cannot read."""
+    try:
+        return simplejpeg.decode_jpeg_header(data)[2]
+    except (ValueError, KeyError):  # KeyError: simplejpeg has no name for 4:4:1
+        return ""
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
