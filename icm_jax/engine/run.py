@@ -96,7 +96,8 @@ class Run:
       evaluate: points that are scored once it is trained.
       codec_file: of the codec file: weights ("float32" or "float16"), licence, description.
       detector: name of the run whose detector a scalable codec is trained for and scored with.
-      side: images are scored as squares of so many pixels, as a network sees them; 0: whole.
+      side: images are scored as their middle of so many pixels, or (height, width), as a network
+        sees them; 0: whole.
     """
 
     name: str
@@ -120,7 +121,7 @@ class Run:
     evaluate: tuple[Point, ...] = ()
     codec_file: Mapping[str, str] = dataclasses.field(default_factory=dict)
     detector: str = ""
-    side: int = 0
+    side: int | tuple[int, int] = 0
 
 
 def to_json(run: Run) -> dict:

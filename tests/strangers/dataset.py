@@ -11,7 +11,7 @@ from PIL import Image
 
 from icm_jax.data import Dataset
 from icm_jax.data.sources import Source
-from icm_jax.engine.run import make_run
+from icm_jax.engine.run import Labels, Point, make_run
 
 CLASSES = ("road", "sky", "pole")
 IDS = ((7, 0), (23, 1), (17, 2), (-1, 255))  # of the files; the others are nothing
@@ -55,6 +55,6 @@ def segmentation_run(seed: int, size: tuple[int, int]):
     train |= dict(clip_norm=1.0, accumulate=1, log_every=10, save_every=60, fsdp=1, remat="none")
     data = dict(name="streets", canvas=size)
     config = ml_collections.ConfigDict(dict(data=data, train=dict(train, ema=0.0)))
-    more = dict(seed=seed, weight_decay=0.0, needs=("mask",), evaluate=("pixels",))
-    labels = dict(curve="segment", arm="streets", point="")
-    return make_run(config, config.train, name="streets", task=task, labels=labels, **more)
+    more = dict(seed=seed, weight_decay=0.0, needs=("mask",))
+    more |= dict(evaluate=(Point("pixels"),), labels=Labels("segment", "streets"))
+    return make_run(config, config.train, name="streets", task=task, **more)
