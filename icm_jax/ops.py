@@ -178,7 +178,7 @@ def ms_ssim(x: jax.Array, y: jax.Array) -> jax.Array:
         down, across = band(image.shape[1]), band(image.shape[2])
         return jnp.einsum("ph,nhwc,qw->npqc", down, image, across, precision="highest")
 
-    def halved_image(image):
+    def downsampled(image):
         n, h, w, c = image.shape
         even = image[:, : h // 2 * 2, : w // 2 * 2].reshape(n, h // 2, 2, w // 2, 2, c)
         return even.mean(axis=(2, 4))
@@ -191,5 +191,5 @@ def ms_ssim(x: jax.Array, y: jax.Array) -> jax.Array:
         if scale == len(MS_SSIM_WEIGHTS) - 1:
             value = value * (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
         product = product * jnp.maximum(value.mean(axis=(1, 2)), 1e-4) ** weight
-        x, y = halved_image(x), halved_image(y)
+        x, y = downsampled(x), downsampled(y)
     return product.mean(axis=-1)

@@ -131,7 +131,7 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
     at, limit, interval, todo = np.uint64(0), np.uint64(len(clean)), 0, restart
     for row in range(rows):
         for column in range(columns):
-            if todo == 0:
+            if todo == 0:  # a restart marker: decoding begins afresh behind it
                 used = np.int64(at) - have // 8
                 if used > ends[interval]:
                     return 3
@@ -141,6 +141,7 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
                 interval += 1
                 last[:] = 0
             todo -= 1
+            # Of each component a block of blocks: (place in `out`, blocks in a row, wide, high).
             for c in range(len(layout)):
                 wide, high = layout[c, 2], layout[c, 3]
                 for block in range(wide * high):
@@ -155,6 +156,7 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
                             have + 32,
                             at + _4,
                         )
+                    # DC: a code that says how many bits of the difference follow it.
                     entry = np.int64(lookups[np.uint64(2 * c << LOOK) | bits >> _54])
                     length, size = entry & 31, (entry >> 9) & 15
                     if entry == 0:
@@ -168,6 +170,7 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
                         bits <<= np.uint64(size)
                         have -= size
                     out[base] = last[c]
+                    # AC: codes of (zeros before it, bits of the value), until all 64 are told.
                     k, table = _1, np.uint64((2 * c + 1) << LOOK)
                     while k < _64:
                         if have < 32:
@@ -178,7 +181,7 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
                             have += 32
                         entry = np.int64(lookups[table | bits >> _54])
                         length = entry & 31
-                        if entry & 8192:
+                        if entry & 8192:  # the common case: code and value in one look
                             k += np.uint64((entry >> 5) & 15)
                             if k > _63:
                                 return 2
@@ -196,9 +199,9 @@ def sequential(clean, ends, out, layout, rows, columns, restart, lookups, codes,
                         bits <<= np.uint64(length)
                         have -= length
                         if size == 0:
-                            if run == 0:
+                            if run == 0:  # all others are zero
                                 break
-                            if run < 15:
+                            if run < 15:  # else 16 zeros
                                 return 6
                             k += _16
                             if k > _63:
@@ -256,7 +259,7 @@ def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, z
                     y = row * high + block // wide
                     x = column * wide + block % wide
                     base = layout[c, 0] + 64 * (y * layout[c, 1] + x)
-                    if start == 0:
+                    if start == 0:  # DC: first its higher bits as a difference, then a bit a scan
                         bits, have, at = _more(clean, bits, have, at)
                         if refines:
                             if bits >> _63:
@@ -276,6 +279,8 @@ def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, z
                             last[c] += value
                         out[base] = np.int16(last[c] << low)
                         continue
+                    # AC: as in `sequential`, but that a code may end this block and many after it,
+                    # and that a refining scan tells new values of one bit and a bit of each old one.
                     k = start
                     while k <= end and run_of_ends == 0:
                         bits, have, at = _more(clean, bits, have, at)
@@ -286,7 +291,7 @@ def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, z
                         have -= length
                         run, size = symbol >> 4, symbol & 15
                         value = 0
-                        if size == 0 and run < 15:
+                        if size == 0 and run < 15:  # 2^run blocks and more end here, this one too
                             run_of_ends = 1 << run
                             if run:
                                 run_of_ends += np.int64(bits >> np.uint64(64 - run))

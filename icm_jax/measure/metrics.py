@@ -50,7 +50,7 @@ def ms_ssim(reference: np.ndarray, given: np.ndarray) -> float:
         whole, structure = _similarity(x, y)
         last = scale == len(MS_SSIM_WEIGHTS) - 1
         product *= np.maximum(whole if last else structure, 0) ** weight
-        x, y = _halved(x), _halved(y)
+        x, y = _downsampled(x), _downsampled(y)
     return float(product.mean())
 
 
@@ -94,7 +94,7 @@ def _blurred(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _halved(x: np.ndarray) -> np.ndarray:
+def _downsampled(x: np.ndarray) -> np.ndarray:
     height, width = (side // 2 for side in x.shape[1:])
     even = x[:, : 2 * height, : 2 * width]
     return even.reshape(len(x), height, 2, width, 2).mean(axis=(2, 4))
