@@ -193,23 +193,25 @@ def scalable_codec(
         x = run(variables, decoded["y_b"], decoded["y_e"], method="image")
         return ops.crop_to(x, *shape)
 
-    def init(key, image):
-        keys = jax.random.split(key)
-        x = jnp.zeros((1, 2 * grid, 2 * grid, 3))
-        whole = Part(detector).init(keys[0], x, train=False)
-        variables = {name: {DETECTOR: tree} for name, tree in whole.items()}
-        side = 2 * grid // detector.feature.stride
-        f = jnp.zeros((1, side, side, detector.feature.channels))
-        variables["params"][PART] = module.init(keys[1], x, f)["params"]
-        return variables
-
     return Codec(
         parts=(PART, DETECTOR),
-        init=init,
+        init=lambda key, image: _initial(module, detector, grid, key),
         analyse=analyse,
         segments=_segments(run, hypers, widths[-1], (base, enhancement), grid),
         outputs=Outputs(feature=feature_of, image=image_of),
     )
+
+
+def _initial(module: Scalable, detector: Detector, grid: int, key) -> dict:
+    """Variables of the detector and of the codec."""
+    keys = jax.random.split(key)
+    x = jnp.zeros((1, 2 * grid, 2 * grid, 3))
+    whole = Part(detector).init(keys[0], x, train=False)
+    variables = {name: {DETECTOR: tree} for name, tree in whole.items()}
+    side = 2 * grid // detector.feature.stride
+    f = jnp.zeros((1, side, side, detector.feature.channels))
+    variables["params"][PART] = module.init(keys[1], x, f)["params"]
+    return variables
 
 
 def detector_of(codec: Codec) -> Detector:
