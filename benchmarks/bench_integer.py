@@ -17,8 +17,8 @@ from PIL import Image
 from icm_jax.codecs import bitstream
 from icm_jax.codecs.codec import forward
 from icm_jax.engine import checkpoint
+from icm_jax.engine.frozen import freeze
 from icm_jax.engine.run import load_run
-from icm_jax.measure.evaluate import freeze
 from icm_jax.tasks import build_task
 
 QUALITIES = (0, 25, 50, 75, 100)
@@ -32,7 +32,7 @@ def main():
     run = load_run(options.run)
     codec = build_task(run.task).codec
     variables = checkpoint.load_variables(options.run)
-    frozen = freeze(codec, variables, run, run.task)
+    frozen = freeze(codec, variables, run)
     floats = jax.device_put(variables)
 
     @jax.jit

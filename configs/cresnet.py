@@ -42,6 +42,8 @@ Embedded data see the autoencoder, r50 and c51 alone; `arms` adds networks, `joi
 `segment.steps` above 0 the rest.
 """
 
+import dataclasses
+
 import ml_collections
 
 from configs import common
@@ -179,7 +181,7 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
     def named(arm):
         return f"seed{seed}/{arm}-{point:g}"
 
-    def run(arm, curve, stage, task, start, evaluate, needs=()):
+    def run(arm, curve, stage, task, start, evaluate, needs=(), codec_file=None):
         return make_run(
             config,
             config[stage],
@@ -191,14 +193,17 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
             side=config.model.size,  # of the squares that codecs are scored on
             needs=needs,
             evaluate=evaluate,
+            codec_file=codec_file,
             labels=Labels(curve, arm, f"{point:g} bpp", **LOOKS.get(arm, {})),
         )
 
     task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)
     first = point == config.points[0][0] and seed == config.seeds[0]
     files = file_points(config.files) if first else ()
-    listed = [run("autoencoder", "image", "codec", task, [], (Point("picture"), *files))]
-    coded = [Start(named("autoencoder"), CODEC)]
+    listed = [
+        run("autoencoder", "image", "codec", task, [], (Point("picture"), *files), codec_file={})
+    ]
+    coded = [Start(named("autoencoder"), CODEC, codec=True)]
     cnets = [arm for arm in config.arms if arm.startswith("c")]
     if "label" in keys:
         for arm in config.arms:
@@ -223,11 +228,12 @@ def joint_runs(config, code, rate, arm, named, run) -> list:
     task |= dict(variant=VARIANTS[arm], gamma=config.joint.gamma)
     start = [Start(named("autoencoder"), CODEC), Start(named(arm), NETWORK)]
     own = (Point("stream"), Point("picture")), ("label",)
-    listed = [run("joint", "classify", "joint", task, start, *own)]
+    listed = [run("joint", "classify", "joint", task, start, *own, codec_file={})]
+    start[0] = dataclasses.replace(start[0], codec=True)  # which stays as it is, from here on
     task = network_task(config, code, arm, "classification")
     own = (Point("stream"),), ("label",)
     listed.append(run("alone", "classify", "joint", task, start, *own))
-    joint = Start(named("joint"), CODEC)
+    joint = Start(named("joint"), CODEC, codec=True)
     listed.append(run("anew", "classify", "classify", task, [joint], *own))
     start = [joint, Start(named("anew"), NETWORK)]
     listed.append(run("again", "classify", "joint", task, start, *own))

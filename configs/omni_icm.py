@@ -48,6 +48,7 @@ def demo() -> dict:
     return dict(
         name="omni_icm",
         seeds=(0,),
+        codecs="",  # work directory whose codecs the tasks use, on these data; "": trained here
         data=common.scenes(train=4500, validation=600),
         model=dict(
             variant="18",
@@ -202,6 +203,8 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
             start = [Start(name, BACKBONE + FILTER + projector)]
     task |= dict(pretrain_filter=False, alpha=s1.alpha if arm == "omni" else 0.0)
     listed.append(stage_run(config, s1, seed, f"{base}/stage1", task, start))
+    if config.codecs:
+        listed = []
     for lmbda in config.stage2.lambdas:
         codec = f"{base}/stage2-{lmbda:g}"
         task = dict(
@@ -212,8 +215,10 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
             relative=True,
         )
         start = [Start(f"{base}/stage1", BACKBONE + FILTER)]
-        listed.append(stage_run(config, config.stage2, seed, codec, task, start))
-        start = [Start(codec, BACKBONE + FILTER + CODEC)]
+        if not config.codecs:
+            fields = dict(codec_file={})
+            listed.append(stage_run(config, config.stage2, seed, codec, task, start, **fields))
+        start = [Start(codec, BACKBONE + FILTER + CODEC, config.codecs, codec=True)]
         for kind, steps in task_steps(config, keys).items():
             name = f"{base}/{kind}-{lmbda:g}"
             labels = Labels(kind, arm, f"{lmbda:g}", **ARMS[arm])
@@ -256,7 +261,7 @@ def rgb_run(config, keys, seed: int):
         task |= dict(name="segmentation", **own)
     name = f"seed{seed}/rgb/{kind}"
     origin = "contrast" if config.pretrain.steps else "unfiltered/stage1"
-    start = [Start(f"seed{seed}/{origin}", BACKBONE)]
+    start = [Start(f"seed{seed}/{origin}", BACKBONE, config.codecs)]
     own = dict(steps=config.rgb.steps, labels=Labels(kind, "rgb"), needs=(NEEDS[kind],))
     own |= dict(evaluate=(Point("pixels"), *file_points(config.rgb.files)))
     return stage_run(config, config.stage3, seed, name, task, start, **own)

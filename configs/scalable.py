@@ -185,6 +185,7 @@ def sweep(config, found: Run, arm: str, lambdas, tasks: list[dict]) -> list[Run]
             keep_every=train.keep_every,
             start=tuple(start),
             detector=found.name,
+            codec_file={},
             evaluate=(Point("detect"), Point("picture")),
             labels=Labels("image", arm, f"{lmbda:g}", **ARMS.get(arm, {})),
         )

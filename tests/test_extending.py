@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from small import images
-from strangers import codec, dataset
+from strangers import codec, dataset, second_data
 
+import icm_jax
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.codecs.codec import forward
 from icm_jax.data import DATASETS, open_source, pipeline
 from icm_jax.engine import checkpoint
+from icm_jax.engine.frozen import check_same
 from icm_jax.engine.train import complete, train
 from icm_jax.errors import IcmError
 from icm_jax.measure.evaluate import evaluate
@@ -87,3 +89,25 @@ def test_a_context_model_is_trained_frozen_and_read_back(tmp_path, monkeypatch):
     expected = forward(frozen.codec, frozen.on_device, {"image": picture[None]}, (45, 70))
     np.testing.assert_allclose(given, expected.outputs["image"], rtol=1e-3, atol=1e-2)
     np.testing.assert_array_equal(loaded.decompress(data), frozen.decompress(data))
+
+
+def test_a_task_on_other_data_writes_files_of_the_codec_that_it_stands_on(tmp_path):
+    codecs, tasks = tmp_path / "codecs", tmp_path / "tasks"
+    task = second_data.task_run(second_data.squares(tmp_path / "squares"), codecs)
+    with jax.numpy_dtype_promotion("standard"):
+        with pytest.raises(IcmError, match="codecs/codec has not finished"):
+            train(task, tasks)
+        train(second_data.codec_run(), codecs)
+        (picture,) = evaluate(second_data.codec_run(), codecs)
+        train(task, tasks)
+        (record,) = evaluate(task, tasks)
+    frozen = icm_jax.load(codecs / "codec" / "codec.icmc")
+    assert record["fingerprint"] == picture["fingerprint"] == frozen.fingerprint.hex()
+    assert not list(tasks.rglob("*.icmc"))
+    assert record["bpp"] > 0 and record["examples"] == record["images"]
+    # A run whose codec is no longer the file's is refused.
+    variables = checkpoint.load_variables(tasks / task.name)
+    check_same(variables, frozen, task)
+    drifted = jax.tree.map(lambda leaf: leaf + 1, variables["params"])
+    with pytest.raises(IcmError, match="does not have the weights of its codec file"):
+        check_same({"params": drifted}, frozen, task)

@@ -395,13 +395,13 @@ def test_features_decoded_beforehand_are_those_of_the_bitstreams(tmp_path):
     source = Source("five", 5, ("one",), load)
     built = feature_codec("18", 8, 8, (8, 8, 8), 8, (8, 8), 8)
     variables = jax.jit(built.init)(jax.random.key(0), pictures)
-    run = toy_run(task=dict(size=32), data=dict(canvas=32), start=(Start("codec", ()),))
-    given = train.decoded_split(built, variables, source, run, tmp_path)
+    run = toy_run(task=dict(size=32), data=dict(canvas=32), start=(Start("codec", (), codec=True),))
     frozen = bitstream.freeze(built, variables, pictures)
+    given = train.decoded_split(frozen, source, run)
     wanted = bitstream.decode(frozen, bitstream.encode(frozen, pictures), "feature")
     np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
     assert given.std(axis=0).max() > 0.01
-    assert train.decoded_split(None, None, source, run, tmp_path) is given  # the next task's
+    assert train.decoded_split(frozen, source, run) is given  # the next task's
 
 
 def test_schedules_are_their_formulas():

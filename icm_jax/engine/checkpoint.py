@@ -116,6 +116,12 @@ def load_variables(folder: str | os.PathLike, step: int | None = None):
     if not (folder / "done.json").is_file():
         raise IcmError(f"the run {folder} has not finished; run it first (same command resumes it)")
     step = json.loads((folder / "done.json").read_text())["step"] if step is None else step
+    return read_variables(folder, step)
+
+
+def read_variables(folder: str | os.PathLike, step: int):
+    """Variables of a checkpoint, as NumPy arrays; the run may go on."""
+    folder = pathlib.Path(folder)
     return _read(folder.absolute() / "checkpoints" / str(step) / "default")["variables"]
 
 

@@ -62,11 +62,13 @@ class Start:
     Attributes:
       run: its name. workdir: its work directory; "": that of the run itself.
       parts: subtrees "collection/name" of its variables, e.g. "params/tail".
+      codec: whether the run stands on that run's codec, and so uses its codec file.
     """
 
     run: str
     parts: tuple[str, ...]
     workdir: str = ""
+    codec: bool = False
 
     def folder(self, base: str | os.PathLike) -> pathlib.Path:
         """Where that run lies, seen from a run in the work directory `base`."""
@@ -90,11 +92,12 @@ class Run:
       start: earlier runs, whose parts are copied over the initial variables in this order.
       weights: (a key of `icm_jax.weights.READERS`, path) of foreign weights to start from; with
         steps = 0 they are taken as they are.
-      decode_once: train on features that the codec of the first run of `start` decoded beforehand,
-        instead of decoding views at every step.
+      decode_once: train on features that the codec file decoded beforehand, instead of decoding
+        views at every step.
       needs: what of an example task and score use besides the image: "label", "mask", "objects".
       evaluate: points that are scored once it is trained.
-      codec_file: of the codec file: weights ("float32" or "float16"), licence, description.
+      codec_file: of the codec file that the run writes at its end: weights ("float32", the
+        default, or "float16"), licence, description; None: it writes none.
       detector: name of the run whose detector a scalable codec is trained for and scored with.
       side: images are scored as their middle of so many pixels, or (height, width), as a network
         sees them; 0: whole.
@@ -119,7 +122,7 @@ class Run:
     decode_once: bool = False
     needs: tuple[str, ...] = ()
     evaluate: tuple[Point, ...] = ()
-    codec_file: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    codec_file: Mapping[str, str] | None = None
     detector: str = ""
     side: int | tuple[int, int] = 0
 
@@ -155,6 +158,13 @@ def load_run(folder: str | os.PathLike) -> Run:
     if not path.is_file():
         raise IcmError(f"there is no run {folder}; run it first")
     return from_json(json.loads(path.read_text()))
+
+
+def codec_path(run: Run, base: str | os.PathLike) -> pathlib.Path | None:
+    """The file of the codec that a run trains, or else stands on; None if there is no codec."""
+    if run.codec_file is not None:
+        return pathlib.Path(base) / run.name / CODEC
+    return next((start.folder(base) / CODEC for start in run.start if start.codec), None)
 
 
 def file_points(files: Mapping[str, tuple[float, ...]]) -> tuple[Point, ...]:

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from icm_jax import ops
 from icm_jax.codecs.codec import forward
 from icm_jax.data import geometry, open_source, pipeline
-from icm_jax.engine import checkpoint, optim, sharding
+from icm_jax.engine import checkpoint, frozen, optim, sharding
 from icm_jax.engine.log import Log
 from icm_jax.engine.run import Run, to_json
 from icm_jax.errors import IcmError
@@ -74,10 +74,15 @@ def train(run: Run, base: str | os.PathLike) -> dict:
     source = open_source(run.data, "train")
     task = build_task(complete(run.task, source))
     optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
-    start = [(checkpoint.load_variables(own.folder(base)), own.parts) for own in run.start]
-    features = (
-        decoded_split(task.codec, start[0][0], source, run, base) if run.decode_once else None
-    )
+    start = [(checkpoint.load_variables(given.folder(base)), given.parts) for given in run.start]
+    standing = any(given.codec for given in run.start)
+    codec = frozen.load_codec(run, base) if standing else None
+    if codec is not None:
+        start = [
+            (frozen.with_file(earlier, codec) if given.codec else earlier, parts)
+            for (earlier, parts), given in zip(start, run.start, strict=True)
+        ]
+    features = decoded_split(codec, source, run) if run.decode_once else None
     with checkpoint.manager(folder, period=run.keep_every) as checkpoints:
         state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
         if not run.steps and not checkpoints.all_steps():
@@ -93,35 +98,40 @@ def train(run: Run, base: str | os.PathLike) -> dict:
         batches = pipeline.batches(source, spec, **order, features=features)
         metrics = steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
     if jax.process_index() == 0:
+        if run.codec_file is not None:
+            trained = checkpoint.read_variables(folder, run.steps)
+            frozen.write_codec(task.codec, trained, run, base)
         checkpoint.write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
     sharding.as_first(True)  # nobody goes on before that is written
     return metrics
 
 
-def decoded_split(codec, variables, source, run, base) -> np.ndarray:
-    """What the decoder gives for every image of a source, in order: float32 [n, H/4, W/4, C].
+def decoded_split(codec: frozen.FrozenCodec | None, source, run: Run) -> np.ndarray:
+    """What a codec file's decoder gives for every image of a source, in order: float32
+    [n, H/4, W/4, C]. It sees the very integers that a file would hold; only the file is left out.
 
     It stays in the memory of each host, 4·n·H/4·W/4·C bytes; the next task on the same codec finds
     it there. Every process computes all of it, on one device and in the same batches, so that it
     does not depend on how many there are.
     """
     size = geometry.sides(run.task.size)
-    name = (os.fspath(run.start[0].folder(base)), run.data.to_json_best_effort(), size)
+    if codec is None:
+        raise IcmError(f"{run.name} is to decode once, but none of its `start` is its codec")
+    name = (codec.fingerprint, run.data.to_json_best_effort(), size)
     if name in _decoded:
         return _decoded[name]
     _decoded.clear()
-    variables = jax.device_put(variables, jax.local_devices()[0])
 
     @jax.jit
     def decode(variables, images):
         inputs = {"image": views.centre(images, size)}
-        return forward(codec, variables, inputs, size).outputs["feature"]
+        return forward(codec.codec, variables, inputs, size).outputs["feature"]
 
     batches = pipeline.in_order(source, pipeline.image_spec(run.data, DECODED_AT_ONCE))
     total = -(-source.length // DECODED_AT_ONCE)
     hidden = jax.process_index() > 0
     bar = tqdm.tqdm(batches, f"{run.name} decoding", total, unit="batch", disable=hidden)
-    rows = [np.asarray(decode(variables, batch["image"])) for batch in bar]
+    rows = [np.asarray(decode(codec.on_device, batch["image"])) for batch in bar]
     _decoded[name] = np.concatenate(rows)[: source.length]
     return _decoded[name]
 

@@ -18,7 +18,8 @@ which networks see.
 
 A record is a flat dict, kept in records.json of the run's folder: the fields of `run.labels` (the
 curve of "picture", "detect" and "speed" is "image", "detect" and "speed"), run, seed, asked (the
-point), kind ("stream" for all that went through a codec's bytes, or as the point's), quality,
+point), fingerprint (of the codec file, where there is one), kind
+("stream" for all that went through a codec's bytes, or as the point's), quality,
 images, bpp (measured), top1 / top5, miou, map50 / map, or psnr, ssim_db and ms_ssim_db (means over
 images, of a similarity s as -10 log10(1 - s)); of JPEG and WebP also bpp_without_tables; of streams
 also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes
@@ -39,19 +40,18 @@ import numpy as np
 import tqdm
 
 from icm_jax import ops
-from icm_jax.codecs import bitstream, model_file, walk
+from icm_jax.codecs import bitstream, walk
 from icm_jax.coding import container
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.data.images import read_rgb
 from icm_jax.engine import checkpoint, sharding
-from icm_jax.engine.run import CODEC, Point, Run, load_run
+from icm_jax.engine.frozen import check_same, load_codec
+from icm_jax.engine.run import Point, Run, load_run
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
 from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, metrics, throughput
 from icm_jax.measure.metrics import bpp
 from icm_jax.tasks import build_task, views
-
-CALIBRATION = 64  # training images that set the ranges of integer networks
 
 
 def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
@@ -72,19 +72,15 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     config = complete(run.task, source)
     task = build_task(config)
     variables = checkpoint.load_variables(folder)
-    frozen = None
-    if any(point.kind in STREAMED for point in run.evaluate):
-        frozen = freeze(task.codec, variables, run, config)
-        if jax.process_index() == 0:
-            about = {key: text for key, text in run.codec_file.items() if key != "weights"}
-            if run.detector and "feature" in task.codec.outputs:
-                about["detector"] = detector_facts(pathlib.Path(base) / run.detector)
-            model_file.save(folder / CODEC, frozen, **about)
+    frozen = load_codec(run, base)
+    if frozen is not None:
+        check_same(variables, frozen, run)
     of_images = task.codec is not None and "image" in task.codec.outputs and not run.needs
     for point in asked:
         record = dataclasses.asdict(run.labels) | {"run": run.name, "seed": run.seed}
         record |= {"asked": dataclasses.asdict(point), "quality": point.quality}
         record |= {"kind": "stream" if point.kind in STREAMED else point.kind}
+        record |= {"fingerprint": frozen.fingerprint.hex()} if frozen is not None else {}
         if point.kind == "detect":
             record |= {"curve": "detect"} | score_detection(frozen, run, base)
         elif point.kind == "speed":
@@ -110,16 +106,6 @@ def written_here(run: Run, point: Point) -> bool:
     if not there:
         print(f"{run.name}: {point} is left out, nothing here writes it", file=sys.stderr)
     return there
-
-
-def freeze(codec, variables, run, config) -> bitstream.FrozenCodec:
-    """The run's codec, its integer networks calibrated on some of the training images."""
-    source = open_source(run.data, "train")
-    spec = pipeline.image_spec(run.data, min(CALIBRATION, source.length))
-    batches = pipeline.batches(source, spec, seed=run.seed, stop=1)
-    images = views.centre(next(batches)["image"], config.size)
-    weights = run.codec_file.get("weights", "float32")
-    return bitstream.freeze(codec, variables, np.asarray(images), weights=weights)
 
 
 def score(task, variables, frozen, point: Point, source, run, config) -> dict:
@@ -209,13 +195,6 @@ def _file_sizes(file: bytes, method: str, height: int, width: int) -> tuple[floa
 def _of_files(sizes: list[tuple[float, float]]) -> dict:
     whole, bare = np.mean(sizes, axis=0)
     return {"bpp": float(whole), "bpp_without_tables": float(bare)}
-
-
-def detector_facts(folder: pathlib.Path) -> dict:
-    """What `model_file.save` stores of a detector that was trained in a folder."""
-    own = load_run(folder)
-    classes = list(open_source(own.data, "validation").classes)
-    return {"classes": classes} | {k: own.task[k] for k in ("anchor_scale", "overlap", "limit")}
 
 
 def score_detection(frozen, run, base) -> dict:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.data import open_source, pipeline
+from icm_jax.engine.run import codec_path
 from icm_jax.report.looks import save, title_of
 from icm_jax.tasks import views
 
@@ -18,10 +19,10 @@ def decoded(config, runs, workdir) -> list[tuple[str, object]]:
     columns: dict[str, tuple] = {}
     bare = [run for run in runs if not run.needs and any(p.kind == "picture" for p in run.evaluate)]
     for run in bare or runs:  # codecs themselves, or those that tasks stand on
-        path = workdir / run.name / "codec.icmc"
+        path = codec_path(run, workdir)
         for point in run.evaluate:
             streamed = point.kind in ("stream", "picture")
-            if streamed and run.seed == runs[0].seed and path.is_file():
+            if streamed and run.seed == runs[0].seed and path and path.is_file():
                 one = point.quality is None
                 text = title_of(run.labels.point) if one else f"quality {point.quality:g}"
                 columns.setdefault(f"{run.labels.arm}\n{text}", (path, point.quality))

@@ -1,0 +1,86 @@
+"""Codecs of runs as files: written once, by the run that trained them, and read by all that stand
+on them, on whatever data. So what they write has one fingerprint, and can be exchanged."""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from icm_jax.codecs import CODECS, bitstream, model_file
+from icm_jax.codecs.bitstream import FrozenCodec
+from icm_jax.codecs.codec import Codec
+from icm_jax.data import open_source, pipeline
+from icm_jax.engine.run import Run, codec_path, load_run
+from icm_jax.errors import IcmError
+from icm_jax.tasks import views
+
+CALIBRATION = 64  # training images that set the ranges of integer networks
+
+
+def write_codec(codec: Codec | None, variables, run: Run, base: str | os.PathLike) -> None:
+    """Freezes what a run has trained, and writes its codec file.
+
+    Raises: IcmError if the task has no codec, or as `bitstream.freeze` and `model_file.save` do.
+    """
+    if codec is None:
+        raise IcmError(f"{run.name} is to write a codec file, but its task has no codec")
+    frozen = freeze(codec, variables, run)
+    about: dict[str, Any] = {k: v for k, v in run.codec_file.items() if k != "weights"}
+    if run.detector and "feature" in codec.outputs:
+        about["detector"] = detector_facts(pathlib.Path(base) / run.detector)
+    model_file.save(codec_path(run, base), frozen, **about)
+
+
+def freeze(codec: Codec, variables, run: Run) -> FrozenCodec:
+    """A run's codec, its integer networks calibrated on some of the run's own training images."""
+    source = open_source(run.data, "train")
+    spec = pipeline.image_spec(run.data, min(CALIBRATION, source.length))
+    batches = pipeline.batches(source, spec, seed=run.seed, stop=1)
+    images = views.centre(next(batches)["image"], run.task.size)
+    weights = (run.codec_file or {}).get("weights", "float32")
+    return bitstream.freeze(codec, variables, np.asarray(images), weights=weights)
+
+
+def load_codec(run: Run, base: str | os.PathLike) -> FrozenCodec | None:
+    """The codec that a run trained or stands on, from its file; None where there is none.
+
+    Raises: IcmError if the file is missing or damaged.
+    """
+    path = codec_path(run, base)
+    return None if path is None else model_file.load(path, CODECS)
+
+
+def detector_facts(folder: pathlib.Path) -> dict:
+    """What `model_file.save` stores of a detector that was trained in a folder."""
+    found = load_run(folder)
+    classes = list(open_source(found.data, "validation").classes)
+    return {"classes": classes} | {k: found.task[k] for k in ("anchor_scale", "overlap", "limit")}
+
+
+def with_file(variables: Mapping[str, Any], frozen: FrozenCodec) -> dict:
+    """A trained codec's variables with the weights of its file, which may be rounded to half
+    precision, in place of those that both have."""
+    leaves = flax.traverse_util.flatten_dict(dict(variables))
+    stored = flax.traverse_util.flatten_dict(dict(frozen.variables))
+    return flax.traverse_util.unflatten_dict(
+        {path: stored.get(path, leaf) for path, leaf in leaves.items()}
+    )
+
+
+def check_same(variables: Mapping[str, Any], frozen: FrozenCodec, run: Run) -> None:
+    """That a run's variables and the codec file hold the same weights.
+
+    Raises: IcmError if the run's have drifted: streams would not be what it was trained on.
+    """
+    leaves = flax.traverse_util.flatten_dict(jax.device_get(dict(variables)))
+    for path, value in flax.traverse_util.flatten_dict(dict(frozen.variables)).items():
+        if path in leaves and not np.array_equal(leaves[path], value):
+            raise IcmError(
+                f"{run.name} does not have the weights of its codec file, model "
+                f"{frozen.fingerprint.hex()}: {'/'.join(path)} differs. Start it from the run that "
+                "wrote the file, with all parts of the codec, and train none of them"
+            )
