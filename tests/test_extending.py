@@ -13,6 +13,7 @@ from small import images
 from strangers import codec, dataset, second_data
 
 import icm_jax
+from icm_jax import main
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.codecs.codec import forward
 from icm_jax.data import DATASETS, open_source, pipeline
@@ -111,3 +112,12 @@ def test_a_task_on_other_data_writes_files_of_the_codec_that_it_stands_on(tmp_pa
     drifted = jax.tree.map(lambda leaf: leaf + 1, variables["params"])
     with pytest.raises(IcmError, match="does not have the weights of its codec file"):
         check_same({"params": drifted}, frozen, task)
+
+
+def test_an_experiment_of_ones_own_makes_its_runs():
+    experiment = main.load_experiment(STRANGERS[0].with_name("experiment.py"))
+    try:
+        (run,) = experiment.runs(experiment.get_config())
+        assert build_task(run.task).codec.config[0] == "checkerboard"
+    finally:
+        CODECS.pop("checkerboard")

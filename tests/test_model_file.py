@@ -79,6 +79,13 @@ def test_a_codec_file_says_what_it_is(frozen, tmp_path, monkeypatch):
         model_file.load(path, CODECS)
 
 
+def test_a_codec_without_a_builder_is_named(frozen, tmp_path):
+    """As of a file whose codec stands outside of the package; it is not called damaged."""
+    model_file.save(tmp_path / "codec.icmc", frozen)
+    with pytest.raises(IcmError, match=r"holds a codec '\w+', here are none; put its builder"):
+        model_file.load(tmp_path / "codec.icmc", {"none": CODECS["image"]})
+
+
 def test_weights_that_half_precision_holds_take_half_the_file(tmp_path):
     built = image_codec("scale_hyperprior", 16, 16)
     sample = images(2, 64, 64, 3)

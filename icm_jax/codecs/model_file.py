@@ -76,8 +76,15 @@ def describe(path: str | os.PathLike) -> dict:
 def load(path: str | os.PathLike, builders: Mapping[str, Callable]) -> FrozenCodec:
     """Reads what `save` wrote; `builders` is `icm_jax.codecs.CODECS`.
 
-    Raises: IcmError as `describe`, or if the weights do not match. Nothing in it is executed.
+    Raises: IcmError as `describe`, for a codec without a builder, or if the weights do not match.
+      Nothing in it is executed.
     """
+    name = _read(path, lambda file: _about(file)["codec"][0])[1]
+    if name not in builders:
+        raise IcmError(
+            f"{path} holds a codec {name!r}, here are {', '.join(builders)}; put its builder among "
+            "them first: icm_jax.codecs.CODECS"
+        )
     about, frozen = _read(path, lambda file: _build(file, builders))
     if frozen.fingerprint.hex() != about["fingerprint"]:
         raise IcmError(f"{path} is damaged: its content does not match its fingerprint")
@@ -117,8 +124,6 @@ def _about(file) -> dict:
 
 def _build(file, builders) -> FrozenCodec:
     name, items = _about(file)["codec"]
-    if name not in builders:
-        raise IcmError(f"no codec {name!r} here; there are {', '.join(builders)}")
     fields = dict(items)
     if name == "scalable":
         fields = upgraded(fields)

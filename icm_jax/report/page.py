@@ -46,7 +46,7 @@ def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
     if detectors:
         parts += detections.detections(detectors[0], frozen, workdir)
     if any(point.kind in ("stream", "picture") for run in runs for point in run.evaluate):
-        parts += pictures.decoded(config, runs, workdir)
+        parts += pictures.decoded(runs, workdir)
     parts += latents.latents(frozen, workdir)
     parts += [("h2", "Training"), ("image", training.draw_training(runs, workdir))]
     parts += [("h2", "How this was made"), ("code", _provenance(config, workdir))]

@@ -14,7 +14,7 @@ from icm_jax.report.looks import save, title_of
 from icm_jax.tasks import views
 
 
-def decoded(config, runs, workdir) -> list[tuple[str, object]]:
+def decoded(runs, workdir) -> list[tuple[str, object]]:
     """Images beside what is decoded: images, or features (principal components as colours)."""
     columns: dict[str, tuple] = {}
     bare = [run for run in runs if not run.needs and any(p.kind == "picture" for p in run.evaluate)]
@@ -30,7 +30,7 @@ def decoded(config, runs, workdir) -> list[tuple[str, object]]:
         return [("p", "No frozen codec yet.")]
     source = open_source(runs[0].data, "validation")
     batch = next(pipeline.evaluation_batches(source, pipeline.image_spec(runs[0].data, 4)))
-    images = np.asarray(views.centre(batch["image"], config.model.size))
+    images = np.asarray(views.centre(batch["image"], (bare or runs)[0].task.size))
     figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.8 * len(images)), dpi=110)
     axes = figure.subplots(len(images), len(columns) + 1, squeeze=False)
     for row, image in enumerate(images):
