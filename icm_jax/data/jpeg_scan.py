@@ -280,7 +280,7 @@ def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, z
                         out[base] = np.int16(last[c] << low)
                         continue
                     # AC: as in `sequential`, but that a code may end this block and many after it,
-                    # and that a refining scan tells new values of one bit and a bit of each old one.
+                    # and that a refining scan tells new values of one bit, a bit of each old one.
                     k = start
                     while k <= end and run_of_ends == 0:
                         bits, have, at = _more(clean, bits, have, at)
