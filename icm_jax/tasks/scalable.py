@@ -28,15 +28,8 @@ def scalable_compression(config) -> Task:
     """
     width = config.width if isinstance(config.width, int) else tuple(config.width)
     detector = build_detector(config.detector, config.classes)
-    codec = scalable_codec(
-        config.kind,
-        width,
-        config.base,
-        config.enhancement,
-        config.hypers,
-        detector,
-        config.backbone,
-    )
+    channels = config.base, config.enhancement
+    codec = scalable_codec(config.kind, width, *channels, config.hypers, detector, config.backbone)
     front = Part(detector, end=detector.split)
 
     def loss(variables, batch, key, step):
@@ -46,13 +39,9 @@ def scalable_compression(config) -> Task:
         x = image.astype(jnp.float32)
         f, _ = apply(front, variables, DETECTOR, x / 255.0, False)
         f = jax.lax.stop_gradient(f)
+        inputs, rounds = {"image": image, "feature": f}, config.straight_through
         result = forward(
-            codec,
-            variables,
-            {"image": image, "feature": f},
-            x.shape[1:3],
-            straight_through=config.straight_through,
-            key=keys[1],
+            codec, variables, inputs, x.shape[1:3], straight_through=rounds, key=keys[1]
         )
         mse = jnp.square(x - result.outputs["image"]).mean(axis=(1, 2, 3)).mean()
         error = jnp.square(f - result.outputs["feature"]).mean() / (jnp.square(f).mean() + 1e-12)
