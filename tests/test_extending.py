@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from small import images
-from strangers import codec, dataset, second_data
+from strangers import codec, dataset, rotation, second_data
 
 import icm_jax
 from icm_jax import main
@@ -22,7 +22,7 @@ from icm_jax.engine.frozen import check_same
 from icm_jax.engine.train import complete, train
 from icm_jax.errors import IcmError
 from icm_jax.measure.evaluate import evaluate
-from icm_jax.tasks import build_task
+from icm_jax.tasks import TASKS, build_task
 
 STRANGERS = sorted(pathlib.Path(__file__).with_name("strangers").glob("*.py"))
 
@@ -121,3 +121,14 @@ def test_an_experiment_of_ones_own_makes_its_runs():
         assert build_task(run.task).codec.config[0] == "checkerboard"
     finally:
         CODECS.pop("checkerboard")
+
+
+def test_a_task_of_ones_own_learns_which_way_up_streets_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "streets", dataset.STREETS)
+    monkeypatch.setitem(TASKS, "rotation", rotation.rotation)
+    run = rotation.rotation_run(name="streets")
+    with jax.numpy_dtype_promotion("standard"):
+        metrics = train(run, tmp_path)
+    assert metrics["loss"] < 0.5 and metrics["top1"] > 0.8
+    loaded = checkpoint.load_variables(tmp_path / "rotation")
+    assert set(loaded["params"]) == {"head", "tail", "classifier"}
