@@ -3,26 +3,32 @@
 Each lies in tests/strangers/ in at most 60 lines and uses the package as it is installed.
 """
 
+import dataclasses
+import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from small import images
-from strangers import codec, dataset, rotation, second_data
+from strangers import codec, dataset, detector, rotation, second_data, weights
 
 import icm_jax
-from icm_jax import main
+from icm_jax import cli, main
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.codecs.codec import forward
+from icm_jax.codecs.scalable import detector_of
 from icm_jax.data import DATASETS, open_source, pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.engine.frozen import check_same
 from icm_jax.engine.train import complete, train
 from icm_jax.errors import IcmError
 from icm_jax.measure.evaluate import evaluate
+from icm_jax.nets.yolo import DETECTORS
 from icm_jax.tasks import TASKS, build_task
+from icm_jax.weights import READERS
 
 STRANGERS = sorted(pathlib.Path(__file__).with_name("strangers").glob("*.py"))
 
@@ -132,3 +138,75 @@ def test_a_task_of_ones_own_learns_which_way_up_streets_are(tmp_path, monkeypatc
     assert metrics["loss"] < 0.5 and metrics["top1"] > 0.8
     loaded = checkpoint.load_variables(tmp_path / "rotation")
     assert set(loaded["params"]) == {"head", "tail", "classifier"}
+
+
+def test_a_pooling_detector_is_trained_coded_for_and_found_in_a_codec_file(
+    tmp_path, monkeypatch, capsys
+):
+    """`icm detect` needs the codec's file alone: the table is no longer known by its name then."""
+    with monkeypatch.context() as known, jax.numpy_dtype_promotion("standard"):
+        known.setitem(DETECTORS, "pooled", detector.pooled)
+        first, second = detector.runs()
+        before = train(first, tmp_path)
+        train(second, tmp_path)
+        found, _, *_ = evaluate(second, tmp_path)
+    assert {"place", "objectness", "class"} <= set(before)
+    assert (found["curve"], found["images"]) == ("detect", 4) and found["bpp"] > 0
+    model = tmp_path / second.name / "codec.icmc"
+    frozen, picture = icm_jax.load(model), images(50, 70, 3)
+    assert detector_of(frozen.codec) == detector.pooled(12, width=6)
+    feature = forward(frozen.codec, frozen.on_device, {"image": picture[None]}, (50, 70))
+    assert feature.outputs["feature"].shape == (1, 16, 20, 12)  # of 64 × 80 pixels
+    (tmp_path / "street.icm").write_bytes(frozen.compress(picture))
+    code = cli.main(["detect", str(tmp_path / "street.icm"), "-m", str(model), "--least", "0.01"])
+    boxes = json.loads(capsys.readouterr().out)["boxes"]
+    assert code == 0 and boxes
+    with pytest.raises(IcmError, match="unknown detector 'pooled'"):
+        build_task(complete(first.task, open_source(first.data, "train")))
+
+
+def written(path, arrays):
+    """A .safetensors file."""
+    header, data = {}, b""
+    for name, (kind, array) in arrays.items():
+        end = len(data) + array.nbytes
+        header[name] = dict(dtype=kind, shape=array.shape, data_offsets=[len(data), end])
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_weights_of_another_format_start_a_task(tmp_path, monkeypatch):
+    """A segmenter takes what the file has; the rest starts as it would without."""
+    monkeypatch.setitem(DATASETS, "streets", dataset.STREETS)
+    monkeypatch.setitem(READERS, "safetensors", weights.safetensors)
+    run, path = dataset.segmentation_run(seed=0, size=(32, 64)), tmp_path / "some.safetensors"
+    plain = dataclasses.replace(run, name="plain", steps=0)
+    foreign = dataclasses.replace(run, name="foreign", steps=0, weights=("safetensors", str(path)))
+    train(plain, tmp_path)
+    own = flatten_dict(checkpoint.load_variables(tmp_path / "plain")["params"])
+    kernel = next(place for place, leaf in own.items() if leaf.ndim == 4)
+    scale = next(place for place in own if place[-1] == "scale")
+    shape = [own[kernel].shape[axis] for axis in (3, 2, 0, 1)]
+    given = {
+        ".".join(kernel): ("F32", np.random.default_rng(1).normal(size=shape).astype(np.float32)),
+        ".".join(scale): ("F16", np.full(own[scale].shape, 1.5, np.float16)),
+        "projector.weight": ("F32", np.zeros(3, np.float32)),
+    }
+    written(path, given)
+    train(foreign, tmp_path)
+    started = flatten_dict(checkpoint.load_variables(tmp_path / "foreign")["params"])
+    expected = given[".".join(kernel)][1].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(started[kernel], expected)
+    np.testing.assert_array_equal(started[scale], np.full(own[scale].shape, 1.5, np.float32))
+    for place in own.keys() - {kernel, scale}:
+        np.testing.assert_array_equal(started[place], own[place])
+    for arrays, message in (
+        ({}, "has no weights for"),
+        ({".".join(scale): ("F32", np.zeros(1, np.float32))}, r"shape \(1,\), those of this task"),
+    ):
+        written(path, arrays)
+        with pytest.raises(IcmError, match=message):
+            train(dataclasses.replace(foreign, name="refused"), tmp_path)
+    with pytest.raises(IcmError, match="no reader of weights 'onnx'; choose one of darknet"):
+        train(dataclasses.replace(foreign, name="onnx", weights=("onnx", "x")), tmp_path)
