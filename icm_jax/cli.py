@@ -178,8 +178,14 @@ def _info(options) -> int:
         if options.json:
             print(json.dumps(facts))
         else:
-            print("\n".join(f"{key:11} {value}" for key, value in facts.items()), end="\n\n")
+            print("\n".join(f"{key:11} {_short(value)}" for key, value in facts.items()) + "\n")
     return int(failed > 0)
+
+
+def _short(value, length: int = 500) -> str:
+    """As a person reads it: the table of a detector takes kilobytes."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]} ... (--json has all)"
 
 
 def _facts(name: str, data: bytes) -> dict:

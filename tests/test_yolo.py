@@ -14,7 +14,7 @@ from icm_jax.errors import IcmError
 from icm_jax.nets import detector, resnet, yolo
 from icm_jax.nets.detector import Detector, Layer, Part
 from icm_jax.tasks.detection import anchors, detections
-from icm_jax.weights import darknet
+from icm_jax.weights import READERS, darknet, start_from
 
 SMALL = yolo.yolov3(3, width=1 / 16, depth=0.25)
 FULL = yolo.yolov3(80)
@@ -242,6 +242,25 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         darknet.read(path, shapes(yolo.yolov3(4, width=1 / 16, depth=0.25)))
     with pytest.raises(IcmError, match=r"cannot read the weights .*absent"):
         darknet.read(tmp_path / "absent", variables)
+
+
+def test_readers_give_what_a_task_has(tmp_path, monkeypatch):
+    _, _, variables = initial(SMALL)
+    path = tmp_path / "small.weights"
+    darknet.write(path, variables)
+    task = {name: {"detector": jax.tree.map(jnp.zeros_like, t)} for name, t in variables.items()}
+    task["constants"] = {"lambda": jnp.float32(3)}
+    given = start_from(task, "darknet", path)
+    assert given["constants"] == task["constants"]
+    for name in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, given[name]["detector"], variables[name])
+    with pytest.raises(IcmError, match="are those of detectors; this task has head"):
+        start_from({"params": {"head": {"kernel": jnp.zeros(2)}}}, "darknet", path)
+    with pytest.raises(IcmError, match="no reader of weights 'onnx'; choose one of darknet"):
+        start_from(task, "onnx", path)
+    monkeypatch.setitem(READERS, "odd", lambda path, shapes: {"params": {"tail": np.zeros(1)}})
+    with pytest.raises(IcmError, match="has weights params/tail, which this task's networks"):
+        start_from(task, "odd", path)
 
 
 def test_a_backbone_alone_is_read(tmp_path):

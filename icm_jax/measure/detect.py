@@ -1,9 +1,11 @@
 """From an .icm file to boxes, and boxes drawn on its picture; what `icm detect` does, from Python.
 
-frozen = icm_jax.load("codec.icmc")
-find = detect.finder(frozen, model_file.describe("codec.icmc").get("detector"))
-boxes = find(data)["boxes"]
-picture = detect.drawn(detect.picture(frozen, data), boxes)
+    frozen = icm_jax.load("codec.icmc")
+    find = detect.finder(frozen, model_file.describe("codec.icmc").get("detector"))
+    boxes = find(data)["boxes"]
+    picture = detect.drawn(detect.picture(frozen, data), boxes)
+
+A codec file holds its detector whole: table, weights and the names of its classes.
 """
 
 import io
