@@ -50,8 +50,8 @@ def rotation(config) -> Task:
 def rotation_run(**data) -> Run:
     """A narrow ResNet on 48 × 48 pixels of a data set, e.g. name="photos", path=FOLDER."""
     TASKS["rotation"] = rotation
-    train = dict(steps=60, batch_size=16, learning_rate=3e-3, optimiser="adamw", warmup_steps=5)
-    train |= dict(log_every=10, save_every=60, clip_norm=1.0, accumulate=1, ema=0.0, fsdp=1)
+    train = dict(steps=30, batch_size=16, learning_rate=3e-3, optimiser="adamw", warmup_steps=5)
+    train |= dict(log_every=10, save_every=30, clip_norm=1.0, accumulate=1, ema=0.0, fsdp=1)
     config = ConfigDict(dict(data=dict(data, canvas=48), train=dict(train, remat="none")))
     task = dict(name="rotation", frontend="pixels", variant="10", width=8, dtype="float32")
     task |= dict(size=48, crop=(0.5, 1.0), bn_groups=0)
