@@ -100,6 +100,7 @@ def test_pages_show_what_the_tests_play(path):
     shown = re.findall(
         r"`(tests/strangers/\w+\.py)`:\n+```python\n(.*?)```", path.read_text(), re.S
     )
+    assert shown, "each page has a whole example"
     for name, code in shown:
         assert code == (ROOT / name).read_text(), f"{path.name} shows another {name}"
 
