@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,7 +62,7 @@ def _writing(checkpoints):
         ) from error
 
 
-def restore_newest(checkpoints: ocp.CheckpointManager, abstract):
+def restore_newest(checkpoints: ocp.CheckpointManager, abstract: Any) -> tuple[Any, int]:
     """(state, step) of the newest whole checkpoint, or (None, 0).
 
     Args:
@@ -115,7 +116,8 @@ def load_variables(folder: str | os.PathLike, step: int | None = None):
     folder = pathlib.Path(folder)
     if not (folder / "done.json").is_file():
         raise IcmError(f"the run {folder} has not finished; run it first (same command resumes it)")
-    step = json.loads((folder / "done.json").read_text())["step"] if step is None else step
+    if step is None:
+        step = int(json.loads((folder / "done.json").read_text())["step"])
     return read_variables(folder, step)
 
 

@@ -28,11 +28,14 @@ def write_codec(codec: Codec | None, variables, run: Run, base: str | os.PathLik
     """
     if codec is None:
         raise IcmError(f"{run.name} is to write a codec file, but its task has no codec")
+    path = codec_path(run, base)
+    if path is None or run.codec_file is None:
+        raise IcmError(f"{run.name} has no field codec_file: it writes no codec file")
     frozen = freeze(codec, variables, run)
     about: dict[str, Any] = {k: v for k, v in run.codec_file.items() if k != "weights"}
     if run.detector and "feature" in codec.outputs:
         about["detector"] = detector_facts(pathlib.Path(base) / run.detector)
-    model_file.save(codec_path(run, base), frozen, **about)
+    model_file.save(path, frozen, **about)
 
 
 def freeze(codec: Codec, variables, run: Run) -> FrozenCodec:
@@ -76,8 +79,9 @@ def check_same(variables: Mapping[str, Any], frozen: FrozenCodec, run: Run) -> N
 
     Raises: IcmError if the run's have drifted: streams would not be what it was trained on.
     """
-    leaves = flax.traverse_util.flatten_dict(jax.device_get(dict(variables)))
-    for path, value in flax.traverse_util.flatten_dict(dict(frozen.variables)).items():
+    leaves: dict = flax.traverse_util.flatten_dict(jax.device_get(dict(variables)))
+    stored: dict = flax.traverse_util.flatten_dict(dict(frozen.variables))
+    for path, value in stored.items():
         if path in leaves and not np.array_equal(leaves[path], value):
             raise IcmError(
                 f"{run.name} does not have the weights of its codec file, model "

@@ -138,7 +138,7 @@ def from_json(tree: Mapping[str, Any]) -> Run:
 
     Raises: IcmError if fields are missing or unknown, as in a folder of another version.
     """
-    fields = {name: _tupled(value) for name, value in tree.items()}
+    fields: dict[str, Any] = {name: _tupled(value) for name, value in tree.items()}
     try:
         fields |= {k: ml_collections.ConfigDict(fields[k]) for k in ("task", "data", "optim")}
         fields["start"] = tuple(Start(**own) for own in fields["start"])

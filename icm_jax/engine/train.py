@@ -248,7 +248,7 @@ def make_step(task: Task, optimiser, run):
 
     def step(state: TrainState, batch, key):
         params = state.variables["params"]
-        trained = trained_part(task, params)
+        trained: Any = trained_part(task, params)  # a dict throughout, which optax's types forget
 
         def loss_of(trained):
             variables = {**state.variables, "params": {**params, **trained}}

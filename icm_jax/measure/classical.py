@@ -52,7 +52,7 @@ def _plugins() -> tuple[str, ...]:
     return tuple(found)
 
 
-def encode(image: np.ndarray, codec: str, quality: float) -> bytes:
+def encode(image: np.ndarray, codec: str, quality: float | None) -> bytes:
     """The file of a uint8 [H, W, 3] image.
 
     Args:
@@ -60,10 +60,12 @@ def encode(image: np.ndarray, codec: str, quality: float) -> bytes:
       quality: 0 to 100, higher is better; of JPEG 2000 the PSNR to aim at, in dB; of VVC its
         quantisation parameter, 0 to 63, lower is better.
 
-    Raises: IcmError for a format that is unknown or not installed.
+    Raises: IcmError for a format that is unknown or not installed, or without a quality.
     """
     if not available(codec):
         raise IcmError(f"cannot write {codec!r} here; formats are {', '.join(FORMATS)}")
+    if quality is None:
+        raise IcmError(f"a file of the format {codec!r} needs a quality; none was given")
     if codec == "vvc":
         return _encode_vvc(image, int(quality))
     options = dict(FORMATS[codec])

@@ -34,6 +34,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,7 +50,15 @@ from icm_jax.engine.frozen import check_same, load_codec
 from icm_jax.engine.run import Point, Run, load_run
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
-from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, metrics, throughput
+from icm_jax.measure import (
+    Accuracy,
+    AveragePrecision,
+    MeanIoU,
+    Score,
+    classical,
+    metrics,
+    throughput,
+)
 from icm_jax.measure.metrics import bpp
 from icm_jax.tasks import build_task, views
 
@@ -77,7 +86,8 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
         check_same(variables, frozen, run)
     of_images = task.codec is not None and "image" in task.codec.outputs and not run.needs
     for point in asked:
-        record = dataclasses.asdict(run.labels) | {"run": run.name, "seed": run.seed}
+        labels = dataclasses.asdict(run.labels) if run.labels else {}
+        record = labels | {"run": run.name, "seed": run.seed}
         record |= {"asked": dataclasses.asdict(point), "quality": point.quality}
         record |= {"kind": "stream" if point.kind in STREAMED else point.kind}
         record |= {"fingerprint": frozen.fingerprint.hex()} if frozen is not None else {}
@@ -111,7 +121,7 @@ def written_here(run: Run, point: Point) -> bool:
 def score(task, variables, frozen, point: Point, source, run, config) -> dict:
     """Rate and accuracy of one point over the validation split."""
     predict = jax.jit(task.predict)
-    tallies = {"mask": lambda: MeanIoU(config.mask_classes)}
+    tallies: dict[str, Callable[[], Score]] = {"mask": lambda: MeanIoU(config.mask_classes)}
     tallies["objects"] = lambda: AveragePrecision(config.classes)
     tally = next((make() for key, make in tallies.items() if key in run.needs), None) or Accuracy()
     side, output = config.size, output_for(config)
@@ -275,8 +285,8 @@ def score_images(frozen, point: Point, source, run) -> dict:
     workers = 1 if streamed else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         results = pool.map(code, range(source.length))
-        options = dict(total=source.length, desc=f"{run.name} {point}", unit="image")
-        sizes, scores = zip(*tqdm.tqdm(results, **options), strict=True)
+        told = tqdm.tqdm(results, f"{run.name} {point}", source.length, unit="image")
+        sizes, scores = map(list, zip(*told, strict=True))
     record: dict = {"images": source.length}
     for key in ("psnr", "ssim_db", "ms_ssim_db"):
         values = [own[key] for own in scores if key in own]
