@@ -26,6 +26,8 @@ Runs, in this order and for every seed:
     rgb                  the backbone trained on pixels, fed with JPEG and WebP files
 """
 
+import sys
+
 import ml_collections
 
 from configs import common
@@ -164,7 +166,7 @@ def imagenet() -> dict:
     config["stage2"].update(steps=100_000, learning_rate=1e-4)
     config["stage3"].update(
         decode_once=False,  # 3 MB an image
-        tasks=dict(classify=100_000, linear=100_000, segment=100_000),
+        tasks=dict(classify=100_000, linear=100_000, segment=0),  # ImageNet has no masks
         learning_rate=1e-4,
         aspp_rates=(6, 12, 18, 24),
         output_stride=8,
@@ -179,6 +181,10 @@ get_config = common.scales(demo, study, tiny, imagenet)
 def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """All runs, each complete in itself, in the order in which they depend on each other."""
     keys, listed = common.label_keys(config), []
+    for kind, steps in config.stage3.tasks.items():
+        if steps and kind not in task_steps(config, keys):
+            text = f"omni_icm: no {kind} task: {config.data.name} has no {NEEDS[kind]}s"
+            print(text, file=sys.stderr)
     for seed in config.seeds:
         for arm in ARMS:
             listed += arm_runs(config, keys, seed, arm)

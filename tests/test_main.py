@@ -299,6 +299,14 @@ def test_tasks_follow_the_labels_that_the_data_has(name, curves):
     assert [run.labels.arm for run in runs].count("rgb") == 1
 
 
+def test_a_task_without_its_labels_is_named(capsys):
+    module = load()
+    config = module.get_config()
+    config.data.name, config.stage3.tasks.segment = "folder", 5
+    module.runs(config)
+    assert capsys.readouterr().err == "omni_icm: no segment task: folder has no masks\n"
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_no_field_of_the_config_is_without_effect(name):
     module = load(name)

@@ -23,7 +23,8 @@ class Point:
     """One point of a curve: by which way images reach what is scored.
 
     Attributes:
-      kind: a key of `icm_jax.measure.evaluate.SCORERS`.
+      kind: "stream", "pixels", "picture", "detect", "speed" or a format of
+        `icm_jax.measure.classical.FORMATS`; see `icm_jax.measure.evaluate`.
       quality: of a file, or of a codec with qualities (0 to 100); of "speed", images of a batch.
     """
 
