@@ -38,7 +38,8 @@ ARMS = {
     "unfiltered": dict(title="α = 0 twin", colour="#D55E00"),
 }
 """What the report says of each."""
-BACKBONE = ("params/head", "params/tail", "batch_stats/head", "batch_stats/tail")
+HEAD = ("params/head", "batch_stats/head")
+BACKBONE = (*HEAD, "params/tail", "batch_stats/tail")
 PROJECTOR = ("params/projector",)
 FILTER = ("params/filter", "batch_stats/filter")
 CODEC = ("params/feature_codec", "batch_stats/feature_codec")
@@ -197,17 +198,21 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
     base = f"seed{seed}/{arm}"
     listed, start = [], []
     s1 = config.stage1
+    if config.stage0.steps:
+        name = f"seed{seed}/filter"
+        if arm == "omni":
+            task = dict(config.model, name="filter_pretraining")
+            listed.append(stage_run(config, config.stage0, seed, name, task, start))
+        start = [Start(name, HEAD + FILTER)]
     task = dict(config.model, **{k: s1[k] for k in ("negatives", "queue", "momentum", "l1")})
     task |= dict(name="contrastive", temperature=s1.temperature)
-    for stage, kind in (("stage0", "filter"), ("pretrain", "contrast")):
-        if config[stage].steps:
-            name = f"seed{seed}/{kind}"
-            if arm == "omni":
-                own = dict(task, pretrain_filter=kind == "filter", alpha=0.0)
-                listed.append(stage_run(config, config[stage], seed, name, own, start))
-            projector = PROJECTOR if kind == "contrast" else ()
-            start = [Start(name, BACKBONE + FILTER + projector)]
-    task |= dict(pretrain_filter=False, alpha=s1.alpha if arm == "omni" else 0.0)
+    if config.pretrain.steps:
+        name = f"seed{seed}/contrast"
+        if arm == "omni":
+            unweighed = dict(task, alpha=0.0)
+            listed.append(stage_run(config, config.pretrain, seed, name, unweighed, start))
+        start = [Start(name, BACKBONE + FILTER + PROJECTOR)]
+    task |= dict(alpha=s1.alpha if arm == "omni" else 0.0)
     listed.append(stage_run(config, s1, seed, f"{base}/stage1", task, start))
     if config.codecs:
         listed = []

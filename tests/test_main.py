@@ -241,7 +241,7 @@ def test_every_run_of_every_scale_builds(name, scale):
     kinds, fields = {}, set()
     Recorder.read.clear()
     for run in module.runs(config):
-        keys = ("name", "frontend", "mode", "pretrain_filter", "kind", "input", "network")
+        keys = ("name", "frontend", "mode", "kind", "input", "network")
         kind = [run.task.get(key) for key in keys]
         kinds.setdefault(tuple(kind), run)
     for run in kinds.values():

@@ -35,7 +35,6 @@ STAGE1 = dict(
     temperature=0.2,
     alpha=0.5,
     l1=0.0,
-    pretrain_filter=False,
 )
 
 
@@ -205,16 +204,24 @@ def test_bad_contrastive_configs_are_refused():
 
 
 def test_filter_pretraining_trains_the_filter_alone():
-    task = build_task(ConfigDict(dict(STAGE1, pretrain_filter=True)))
+    task = build_task(ConfigDict(dict(MODEL, name="filter_pretraining")))
     batch = {"image": images()}
     variables = initial(task, batch)
     total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(total, aux.metrics["bpp"] + 128 * aux.metrics["l1"], rtol=1e-5)
-    assert [n for n in variables["params"] if task.groups(n) == "train"] == ["filter"]
+    assert {n: task.groups(n) for n in variables["params"]} == dict(filter="train", head="frozen")
     after, before = aux.collections["batch_stats"], variables["batch_stats"]
-    jax.tree.map(np.testing.assert_array_equal, after["tail"], before["tail"])
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), after["head"], before["head"])
     assert any(jax.tree.leaves(moved))  # the filter sees features of the scale of stage 1
+
+
+def test_stage_1_begins_with_the_head_and_filter_of_stage_0(stage1):
+    """One seed draws the same weights for both; what a filter run leaves fits the next."""
+    _, variables, batch, _ = stage1
+    alone = initial(build_task(ConfigDict(dict(MODEL, name="filter_pretraining"))), batch)
+    for collection, name in (("params", "head"), ("params", "filter"), ("batch_stats", "head")):
+        own, given = (tree[collection][name] for tree in (variables, alone))
+        jax.tree.map(np.testing.assert_array_equal, own, given)
 
 
 def test_stage_2_weighs_its_distortions():

@@ -7,12 +7,14 @@ from icm_jax.tasks.coefficients import coefficient_classification
 from icm_jax.tasks.compression import compression
 from icm_jax.tasks.contrastive import contrastive
 from icm_jax.tasks.detection import detection
+from icm_jax.tasks.filter_pretraining import filter_pretraining
 from icm_jax.tasks.image_compression import image_compression
 from icm_jax.tasks.scalable import scalable_compression
 from icm_jax.tasks.segmentation import segmentation
 from icm_jax.tasks.task import Task
 
 TASKS = {
+    "filter_pretraining": filter_pretraining,
     "contrastive": contrastive,
     "compression": compression,
     "image_compression": image_compression,

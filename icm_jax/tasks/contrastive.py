@@ -13,23 +13,23 @@ decoder straight-through rounded ones.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from icm_jax import ops
-from icm_jax.codecs.codec import forward
-from icm_jax.codecs.feature import filter_codec, filtered
+from icm_jax.codecs.codec import Codec
+from icm_jax.codecs.feature import filtered
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.layers import Projector
 from icm_jax.nets.resnet import global_pool
 from icm_jax.tasks import views
-from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, merge
+from icm_jax.tasks.filter_pretraining import build_filter, filtering
+from icm_jax.tasks.task import TRAIN, Aux, Task, apply, merge
 
 NEGATIVES = ("queue", "batch", "both")
-PARTS = ("head", "filter", "tail", "projector")
-L1_WEIGHT = 128.0  # of filter pre-training (docs/papers.md 5.2, stage 0)
 
 
 def info_nce(query, keys, queue, temperature: float, negatives: str):
@@ -72,129 +72,103 @@ def momentum_at(step, momentum: float) -> jax.Array:
 
 
 def contrastive(config) -> Task:
-    """The task; fields of `config`: variant, width, size, crop, dtype, bn_groups, filter_channels,
-    filter_widths, projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature,
-    pretrain_filter. `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances
-    do not need to be told apart (docs/papers.md 5.2); the paper's own loss has l1 = 0.
-
-    `pretrain_filter` trains the filter alone, by bits + 128 · L1(f, f') on frozen weights of the
-    backbone. The head's BatchNorm statistics follow the data even then: those of an untrained head
-    are arbitrary, and stage 1 would hand the filter features of another scale.
+    """The task; fields of `config`: variant, width, size, dtype, bn_groups, filter_channels,
+    filter_widths, projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature.
+    `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances do not need to be
+    told apart (docs/papers.md 5.2); the paper's own loss has l1 = 0.
 
     Raises: IcmError for an unknown kind of negatives, or if a batch does not divide the queue.
     """
     if config.negatives not in NEGATIVES:
         raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {NEGATIVES}")
-    dtype = jnp.dtype(config.dtype)
-    bn_groups = config.get("bn_groups", 0)
-    head = resnet.Head(config.variant, config.width, dtype, bn_groups)
-    tail = resnet.Tail(config.variant, config.width, dtype=dtype, bn_groups=bn_groups)
-    projector = Projector(config.projector_hidden, config.embedding, dtype)
-    codec = filter_codec(
-        config.variant,
-        config.width,
-        config.filter_channels,
-        tuple(config.filter_widths),
-        config.dtype,
-    )
+    codec = build_filter(config)
+    init_networks, embed = embedding(config, codec)
     pixels = math.prod(views.sides(config.size))
 
     def init(key, batch):
-        if config.queue % len(batch["image"]):
-            raise IcmError(
-                f"the batch size {len(batch['image'])} does not divide the queue {config.queue}"
-            )
+        rows = len(batch["image"])
+        if config.queue % rows:
+            raise IcmError(f"the batch size {rows} does not divide the queue {config.queue}")
         keys = jax.random.split(key, 4)
-        image = views.centre(batch["image"][:1], config.size)
-        variables = codec.init(keys[0], image)
-        f = filtered(codec, variables, {"image": image})
-        merge(variables, "tail", tail.init(keys[1], f, train=False))
-        pooled = global_pool(apply(tail, variables, "tail", f, False)[0][-1])
-        merge(variables, "projector", projector.init(keys[2], pooled))
-        slots = config.queue // len(batch["image"]), len(batch["image"])
-        queue = jax.random.normal(keys[3], (*slots, config.embedding))
+        variables = init_networks(keys[:3], views.centre(batch["image"][:1], config.size))
+        queue = jax.random.normal(keys[3], (config.queue // rows, rows, config.embedding))
         copy = jax.tree.map(jnp.copy, {"p": variables["params"], "s": variables["batch_stats"]})
-        return {
-            **variables,
-            "key_params": copy["p"],
-            "key_stats": copy["s"],
-            "queue": {"keys": _unit(queue), "next": jnp.zeros((), jnp.int32)},
-        }
-
-    def embed(variables, images, train, key):
-        """(embedding [N, D], bits [N], f, f', statistics) of images on 0...255."""
-        stats = dict(variables["batch_stats"])
-        x = ops.normalise(images)
-        f, stats["head"] = apply(head, variables, "head", x, train)
-        result = forward(
-            codec, variables, {"feature": f}, images.shape[1:3], straight_through=True, key=key
-        )
-        passed = result.outputs["feature"]
-        features, stats["tail"] = apply(
-            tail, variables, "tail", passed, train and not config.pretrain_filter
-        )
-        pooled = global_pool(features[-1])
-        embedding = projector.apply({"params": variables["params"]["projector"]}, pooled)
-        return _unit(embedding.astype(jnp.float32)), result.bits["y"], f, passed, stats
+        queue = {"keys": _unit(queue), "next": jnp.zeros((), jnp.int32)}
+        return {**variables, "key_params": copy["p"], "key_stats": copy["s"], "queue": queue}
 
     def loss(variables, batch, key, step):
         keys = jax.random.split(key, 3)
-        m = momentum_at(step, config.momentum)
-        follow = lambda old, new: m * old + (1 - m) * new  # noqa: E731
-        momentum = jax.lax.stop_gradient(
-            {
-                "params": jax.tree.map(follow, variables["key_params"], variables["params"]),
-                "batch_stats": jax.tree.map(
-                    follow, variables["key_stats"], variables["batch_stats"]
-                ),
-            }
+        averaged = _key_encoder(variables, momentum_at(step, config.momentum))
+        seen = [views.contrastive(batch["image"], config.size, key=key) for key in keys[:2]]
+        query, passed, stats = embed(variables, seen[0], True, keys[2])
+        positives = jax.lax.stop_gradient(embed(averaged, seen[1], False, None)[0])
+        queue, constants = variables["queue"], variables["constants"]
+        nce, accuracy = info_nce(
+            query, positives, queue["keys"], config.temperature, config.negatives
         )
-        if config.pretrain_filter:
-            query_view, _ = views.mild(batch["image"], config.size, crop=config.crop, key=keys[0])
-        else:
-            query_view = views.contrastive(batch["image"], config.size, key=keys[0])
-        query, bits, f, passed, stats = embed(variables, query_view, True, keys[2])
-        bpp = bits.mean() / pixels
-        metrics = {"bpp": bpp}
-        queue = variables["queue"]
-        if config.pretrain_filter:
-            distance = jnp.abs(f.astype(jnp.float32) - passed).mean()
-            total = bpp + L1_WEIGHT * distance
-            metrics["l1"] = distance
-        else:
-            key_view = views.contrastive(batch["image"], config.size, key=keys[1])
-            positives = jax.lax.stop_gradient(embed(momentum, key_view, False, None)[0])
-            nce, accuracy = info_nce(
-                query, positives, queue["keys"], config.temperature, config.negatives
-            )
-            distance = jnp.abs(jax.lax.stop_gradient(f).astype(jnp.float32) - passed).mean()
-            constants = variables["constants"]
-            total = nce + constants["alpha"] * bpp + constants["l1"] * distance
-            metrics |= {"l1": distance}
-            metrics |= {"info_nce": nce, "top1": accuracy, "spread": query.std(axis=0).mean()}
-            queue = {
-                "keys": jax.lax.dynamic_update_index_in_dim(
-                    queue["keys"], positives, queue["next"], axis=0
-                ),
-                "next": (queue["next"] + 1) % len(queue["keys"]),
-            }
-        collections = {
-            "batch_stats": stats,
-            "key_params": momentum["params"],
-            "key_stats": momentum["batch_stats"],
-            "queue": queue,
-        }
+        bpp = passed.bits.mean() / pixels
+        f = jax.lax.stop_gradient(passed.f).astype(jnp.float32)
+        distance = jnp.abs(f - passed.feature).mean()
+        total = nce + constants["alpha"] * bpp + constants["l1"] * distance
+        metrics = {"bpp": bpp, "l1": distance, "info_nce": nce, "top1": accuracy}
+        metrics["spread"] = query.std(axis=0).mean()
+        collections = {"batch_stats": stats, "queue": _pushed(queue, positives)}
+        collections |= {"key_params": averaged["params"], "key_stats": averaged["batch_stats"]}
         return total, Aux(metrics, collections)
 
     def predict(variables, batch):
         images = views.centre(batch["image"], config.size)
         return {"embedding": embed(variables, images, False, None)[0]}
 
-    def groups(name):
-        return TRAIN if name == "filter" or not config.pretrain_filter else FROZEN
-
     constants = {"alpha": jnp.float32(config.alpha), "l1": jnp.float32(config.l1)}
-    return Task(init, loss, predict, groups, codec, constants)
+    return Task(init, loss, predict, lambda name: TRAIN, codec, constants)
+
+
+def embedding(config, codec: Codec) -> tuple[Callable, Callable]:
+    """The networks, through the filter `codec`.
+
+    Returns:
+      (three keys, image uint8 [1, H, W, 3]) -> variables;
+      (variables, images float32 [N, H, W, 3] on 0...255, train, key) -> (embedding float32 [N, D]
+      of unit length, `Passed`, new BatchNorm statistics).
+    """
+    dtype = jnp.dtype(config.dtype)
+    groups = config.get("bn_groups", 0)
+    tail = resnet.Tail(config.variant, config.width, dtype=dtype, bn_groups=groups)
+    projector = Projector(config.projector_hidden, config.embedding, dtype)
+    through_filter = filtering(config, codec)
+
+    def init(keys, image):
+        variables = codec.init(keys[0], image)
+        f = filtered(codec, variables, {"image": image})
+        merge(variables, "tail", tail.init(keys[1], f, train=False))
+        pooled = global_pool(apply(tail, variables, "tail", f, False)[0][-1])
+        merge(variables, "projector", projector.init(keys[2], pooled))
+        return variables
+
+    def embed(variables, images, train, key):
+        passed = through_filter(variables, images, train, key)
+        features, stats = apply(tail, variables, "tail", passed.feature, train)
+        stats = variables["batch_stats"] | {"head": passed.head_stats, "tail": stats}
+        weights = {"params": variables["params"]["projector"]}
+        given = projector.apply(weights, global_pool(features[-1]))
+        return _unit(given.astype(jnp.float32)), passed, stats
+
+    return init, embed
+
+
+def _key_encoder(variables, momentum: jax.Array) -> dict:
+    """The variables of the key encoder after this step, an average of the query encoder's."""
+    follow = lambda old, new: momentum * old + (1 - momentum) * new  # noqa: E731
+    params = jax.tree.map(follow, variables["key_params"], variables["params"])
+    stats = jax.tree.map(follow, variables["key_stats"], variables["batch_stats"])
+    return jax.lax.stop_gradient({"params": params, "batch_stats": stats})
+
+
+def _pushed(queue, keys: jax.Array) -> dict:
+    """The queue with a batch of keys, float32 [N, D], in place of its oldest one."""
+    changed = jax.lax.dynamic_update_index_in_dim(queue["keys"], keys, queue["next"], axis=0)
+    return {"keys": changed, "next": (queue["next"] + 1) % len(changed)}
 
 
 def _unit(x):
