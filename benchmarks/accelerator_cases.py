@@ -121,17 +121,16 @@ def our_training(run, task, batch: dict):
     """(fresh state, (() -> the loss of one more step)) by `icm_jax.engine.train`."""
     import jax
 
-    from icm_jax.engine import optim, sharding, train
+    from icm_jax.engine import sharding, train
 
-    mesh = sharding.make_mesh(1, jax.devices()[:1])
-    optimiser = optim.make_optimiser(run.optim, run.steps, len(batch["image"]))
-    init, abstract = train.initial(task, optimiser, run, mesh)
+    training = train.prepare(run, task, jax.devices()[:1])
+    init, abstract = train.initial(training)
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     fresh = jax.jit(init, out_shardings=places)
     state = fresh(jax.random.key(run.seed), dict(task.constants))
-    step = train.compiled_step(task, optimiser, run, mesh, state)
-    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    key = jax.device_put(jax.random.key(run.seed), sharding.replicated(mesh))
+    step = train.compiled_step(training, state)
+    batch = jax.device_put(batch, sharding.batch_sharding(training.mesh))
+    key = jax.device_put(jax.random.key(run.seed), sharding.replicated(training.mesh))
     held = [state]  # donated to the first step; each step leaves its successor
 
     def call():

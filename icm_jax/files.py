@@ -1,5 +1,6 @@
 """Files that are written whole or not at all."""
 
+import json
 import os
 import pathlib
 
@@ -27,3 +28,8 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
         except OSError:  # what stopped the writing stops this too
             pass
+
+
+def write_json(path: str | os.PathLike, content) -> None:
+    """Writes JSON, keys sorted, as `write_whole` does."""
+    write_whole(path, json.dumps(content, indent=1, sort_keys=True).encode())

@@ -139,7 +139,7 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
 def plan_experiment(experiment, config, workdir: pathlib.Path) -> list[dict]:
     """Compiles the step of every run for --topology; prints a table and writes plan.json."""
     from icm_jax.engine import plan
-    from icm_jax.engine.checkpoint import write_json
+    from icm_jax.files import write_json
 
     plan.prepare_host(TOPOLOGY.value)
     target = plan.open_target(TOPOLOGY.value)
@@ -158,10 +158,10 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
     """Trains and evaluates every run, then writes the report; returns its path."""
     import jax
 
-    from icm_jax.engine.checkpoint import write_json
     from icm_jax.engine.optim import make_optimiser
     from icm_jax.engine.train import train as train_run
-    from icm_jax.measure.evaluate import evaluate
+    from icm_jax.files import write_json
+    from icm_jax.measure.evaluate import check_points, evaluate
     from icm_jax.report.page import write_report
 
     first = jax.process_index() == 0
@@ -169,8 +169,9 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
         print(f"work directory: {workdir}", flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     runs = experiment.runs(config)
-    for run in runs:  # a wrong rate of the last run is said before the first is trained
+    for run in runs:  # what is wrong with the last run is said before the first is trained
         make_optimiser(run.optim, run.steps, run.batch_size)
+        check_points(run)
     for number, run in enumerate(runs, 1):
         if train:
             if first:

@@ -1,11 +1,13 @@
 """Every reported number against a hand-computed or independent answer."""
 
+import ml_collections
 import numpy as np
 import pytest
 import scipy.interpolate
 
+from icm_jax.engine.run import Point, Run
 from icm_jax.errors import IcmError
-from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, metrics
+from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, evaluate, metrics
 
 
 def test_accuracy_counts_valid_rows_once_in_any_batching():
@@ -163,3 +165,31 @@ def test_jpeg_tables_are_told_from_the_scan():
     twice = classical.encode(np.tile(image, (2, 2, 1)), "jpeg", 50)
     scans = [len(d) - classical.table_bytes(d) for d in (data, twice)]
     assert 3.5 < scans[1] / scans[0] < 4.5
+
+
+def scored_by(point, **fields):
+    """An unfinished run that is to be scored by a point."""
+    task = dict(name="classification", frontend="pixels", variant="10", width=8, dtype="float32")
+    empty = ml_collections.ConfigDict()
+    fields |= dict(batch_size=1, steps=1, log_every=1, save_every=1, evaluate=(point,))
+    return Run("run", 0, ml_collections.ConfigDict(task), empty, empty, **fields)
+
+
+def test_points_of_an_unknown_kind_are_refused():
+    with pytest.raises(IcmError, match="run is to be scored by 'gif 3', which is none of stream"):
+        evaluate.check_points(scored_by(Point("gif", 3)))
+
+
+@pytest.mark.parametrize(
+    "point, needs, message",
+    [
+        (Point("pixels"), (), "needs none of mask, objects, label"),
+        (Point("picture", 50), (), "neither trains a codec"),
+        (Point("detect"), (), "neither trains a codec"),
+    ],
+)
+def test_points_that_a_run_cannot_have_are_refused(tmp_path, point, needs, message):
+    run = scored_by(point, needs=needs)
+    asked = evaluate.Asked(point, run, tmp_path, None, run.task, None, {}, None)
+    with pytest.raises(IcmError, match=message):
+        evaluate.SCORERS[point.kind](asked)

@@ -17,7 +17,7 @@ from test_main import ROOT, main
 
 from icm_jax import ops
 from icm_jax.data import DATASETS, open_source, pipeline
-from icm_jax.engine import optim, plan, sharding, train
+from icm_jax.engine import plan, sharding, train
 from icm_jax.engine.run import Run
 from icm_jax.errors import IcmError
 from icm_jax.main import load_experiment
@@ -127,8 +127,7 @@ def test_a_plan_is_of_the_state_and_sends_gradients_and_keys_alone(tmp_path):
     run.task.update(negatives="both", queue=4096)
     record = plan.plan(run, plan.Target("two", jax.devices(), None))
     task = build_task(plan.counted(run))
-    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
-    init, _ = train.initial(task, optimiser, run, sharding.make_mesh(run.fsdp))
+    init, _ = train.initial(train.prepare(run, task))
     state = jax.eval_shape(init, jax.random.key(0), dict(task.constants))
     size = {
         "parameters": plan_bytes(state.variables["params"]),

@@ -25,7 +25,7 @@ from small import UNOPTIMISED
 from icm_jax.codecs import bitstream, feature_codec
 from icm_jax.data.sources import Source
 from icm_jax.engine import checkpoint, log, optim, sharding, train
-from icm_jax.engine.run import Run, Start
+from icm_jax.engine.run import Run, Start, claim
 from icm_jax.errors import IcmError
 from icm_jax.tasks.task import Aux, Task
 
@@ -232,13 +232,11 @@ def toy_batches(first, stop):
 
 def toy_fit(folder, run, task, source=toy_batches):
     folder.mkdir(parents=True, exist_ok=True)
-    mesh = sharding.make_mesh(run.fsdp)
-    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
+    training = train.prepare(run, task)
     with checkpoint.manager(folder) as checkpoints:
-        state, first = train.make_state(task, optimiser, run, mesh, checkpoints)
-        batches = source(first, run.steps)
-        train.steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
-        return train.make_state(task, optimiser, run, mesh, checkpoints)
+        state, first = train.make_state(training, checkpoints)
+        train.loop(training, state, first, source(first, run.steps), checkpoints, folder)
+        return train.make_state(training, checkpoints)
 
 
 def test_steps_equal_gradient_descent_by_hand(tmp_path):
@@ -351,13 +349,11 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     for file in (tmp_path / "checkpoints" / "8").rglob("*"):
         if file.is_file() and file.stat().st_size > 0:
             file.write_bytes(b"\0" * (file.stat().st_size // 2))
-    mesh = sharding.make_mesh(1)
-    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
     with (
         checkpoint.manager(tmp_path) as checkpoints,
         pytest.warns(UserWarning, match="passed over"),
     ):
-        _, step = train.make_state(toy(), optimiser, run, mesh, checkpoints)
+        _, step = train.make_state(train.prepare(run, toy()), checkpoints)
     assert step == 6
     assert (tmp_path / "damaged-8").is_dir() and not (tmp_path / "checkpoints" / "8").exists()
     assert toy_fit(tmp_path, run, toy())[1] == 8  # and is written anew
@@ -376,10 +372,10 @@ def test_parts_are_copied_or_refused():
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    train._claim(tmp_path, toy_run())
-    train._claim(tmp_path, toy_run(log_every=1))
+    claim(tmp_path, toy_run())
+    claim(tmp_path, toy_run(log_every=1))
     with pytest.raises(IcmError, match=r"optim\.learning_rate was 0\.1, is 0\.2"):
-        train._claim(tmp_path, toy_run(optim=dict(toy_run().optim, learning_rate=0.2)))
+        claim(tmp_path, toy_run(optim=dict(toy_run().optim, learning_rate=0.2)))
 
 
 def test_features_decoded_beforehand_are_those_of_the_bitstreams(tmp_path):
@@ -457,9 +453,10 @@ def test_accumulated_steps_are_one_of_a_larger_batch(name):
 
     def averages(rows, **changes):
         run = toy_run(steps=24 // rows, batch_size=rows, optim=own | changes)
-        optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
-        init, _ = train.initial(toy(), optimiser, run, sharding.make_mesh())
-        step, state = jax.jit(train.make_step(toy(), optimiser, run)), init(jax.random.key(0), {})
+        training = train.prepare(run, toy())
+        init, _ = train.initial(training)
+        step = jax.jit(train.make_step(training.task, training.optimiser, run))
+        state = init(jax.random.key(0), {})
         for batch in images.reshape(-1, rows, 4, 4, 3):
             state, _ = step(state, {"image": batch}, jax.random.key(0))
             yield state.variables["params"]["w"]["v"], state.ema["w"]["v"]

@@ -15,7 +15,6 @@ from absl import logging
 
 from icm_jax.engine import sharding
 from icm_jax.errors import IcmError, reason
-from icm_jax.files import write_whole
 
 
 @contextlib.contextmanager
@@ -138,8 +137,3 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 def kept_steps(folder: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints that a run has left."""
     return sorted(ocp.utils.checkpoint_steps(pathlib.Path(folder).absolute() / "checkpoints"))
-
-
-def write_json(path: str | os.PathLike, content) -> None:
-    """Writes JSON whole or not at all; IcmError if it cannot be written."""
-    write_whole(path, json.dumps(content, indent=1, sort_keys=True).encode())

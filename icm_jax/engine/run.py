@@ -11,11 +11,17 @@ import ml_collections
 
 from icm_jax.data import data_fields
 from icm_jax.errors import IcmError
+from icm_jax.files import write_json
 
 CODEC = "codec.icmc"
 """The file, in a run's folder, of the codec that it trained."""
 SCHEDULE = ("plateau", "rate_scaling", "rate_batch")
 """Settings of the learning rate that not every experiment has; see `icm_jax.engine.optim`."""
+
+
+HARMLESS = ("log_every", "save_every", "keep_every", "fsdp", "remat", "evaluate")
+HARMLESS += ("labels.title", "labels.colour", "labels.marker", "labels.reference")
+"""Fields that may differ when a run is resumed: they do not change what is computed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,3 +241,37 @@ def _tupled(value):
     if isinstance(value, dict):
         return {name: _tupled(item) for name, item in value.items()}
     return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
+
+
+def claim(folder: pathlib.Path, run: Run, writes: bool = True) -> None:
+    """Checks that a folder's run is this one; a folder without one gets its config.json, if this
+    process `writes`.
+
+    Raises: IcmError if it is another.
+    """
+    path = folder / "config.json"
+    given = to_json(run)
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        differing = [
+            name
+            for name in sorted(set(_leaves(kept)) | set(_leaves(given)))
+            if name not in HARMLESS and _leaves(kept).get(name) != _leaves(given).get(name)
+        ]
+        if differing:
+            name = differing[0]
+            raise IcmError(
+                f"{folder} holds a run with another config ({', '.join(differing[:6])} differ: "
+                f"{name} was {_leaves(kept).get(name)!r}, is {_leaves(given).get(name)!r}); "
+                "choose another --workdir or remove that folder"
+            )
+    elif writes:
+        write_json(path, given)
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict:
+    found = {}
+    for name, value in tree.items():
+        nested = isinstance(value, dict)
+        found |= _leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return found

@@ -13,7 +13,7 @@ import pathlib
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -29,8 +29,9 @@ from icm_jax.codecs.codec import forward
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.engine import checkpoint, frozen, optim, sharding
 from icm_jax.engine.log import Log
-from icm_jax.engine.run import Run, to_json
+from icm_jax.engine.run import Run, claim
 from icm_jax.errors import IcmError
+from icm_jax.files import write_json
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
 from icm_jax.tasks.task import TRAIN
@@ -38,9 +39,26 @@ from icm_jax.weights import start_from
 
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
-HARMLESS = ("log_every", "save_every", "keep_every", "fsdp", "remat", "evaluate")
-HARMLESS += ("labels.title", "labels.colour", "labels.marker", "labels.reference")
-"""Fields that may differ when a run is resumed: they do not change what is computed."""
+
+
+class Training(NamedTuple):
+    """What a run's steps are made of."""
+
+    run: Run
+    task: Task
+    optimiser: optax.GradientTransformation
+    mesh: jax.sharding.Mesh
+
+
+def prepare(run: Run, task: Task, devices=None) -> Training:
+    """The task with the run's optimiser and mesh, of all devices if none are given.
+
+    Raises: IcmError if the batch or `run.fsdp` does not fit the devices, or as
+      `optim.make_optimiser` does.
+    """
+    mesh = sharding.make_mesh(run.fsdp, devices)
+    sharding.check_batch(mesh, run.batch_size)
+    return Training(run, task, optim.make_optimiser(run.optim, run.steps, run.batch_size), mesh)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -66,14 +84,12 @@ def train(run: Run, base: str | os.PathLike) -> dict:
     """
     folder = pathlib.Path(base) / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, run)
+    claim(folder, run, jax.process_index() == 0)
     if sharding.as_first((folder / "done.json").is_file()):
         return json.loads((folder / "done.json").read_text())["metrics"]
-    mesh = sharding.make_mesh(run.fsdp)
-    sharding.check_batch(mesh, run.batch_size)
     source = open_source(run.data, "train")
     task = build_task(complete(run.task, source))
-    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
+    training = prepare(run, task)
     start = [(checkpoint.load_variables(given.folder(base)), given.parts) for given in run.start]
     standing = any(given.codec for given in run.start)
     codec = frozen.load_codec(run, base) if standing else None
@@ -84,7 +100,7 @@ def train(run: Run, base: str | os.PathLike) -> dict:
         ]
     features = decoded_split(codec, source, run) if run.decode_once else None
     with checkpoint.manager(folder, period=run.keep_every) as checkpoints:
-        state, first = make_state(task, optimiser, run, mesh, checkpoints, start)
+        state, first = make_state(training, checkpoints, start)
         if not run.steps and not checkpoints.all_steps():
             checkpoint.save(checkpoints, 0, state)
         spec = pipeline.batch_spec(
@@ -96,12 +112,12 @@ def train(run: Run, base: str | os.PathLike) -> dict:
         )
         order = dict(seed=run.seed, start=first, stop=run.steps)
         batches = pipeline.batches(source, spec, **order, features=features)
-        metrics = steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder)
+        metrics = loop(training, state, first, batches, checkpoints, folder)
     if jax.process_index() == 0:
         if run.codec_file is not None:
             trained = checkpoint.read_variables(folder, run.steps)
             frozen.write_codec(task.codec, trained, run, base)
-        checkpoint.write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
+        write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
     sharding.as_first(True)  # nobody goes on before that is written
     return metrics
 
@@ -144,13 +160,14 @@ def complete(config: ml_collections.ConfigDict, source) -> ml_collections.Config
     return config
 
 
-def make_state(task: Task, optimiser, run, mesh, checkpoints, start=()) -> tuple[TrainState, int]:
+def make_state(training: Training, checkpoints, start=()) -> tuple[TrainState, int]:
     """(state on the mesh, its step): the newest whole checkpoint, or a fresh state.
 
     Restoring goes: own checkpoint; else `task.init`, then parts of earlier runs named in `start`,
     then `run.weights`.
     """
-    init, abstract = initial(task, optimiser, run, mesh)
+    run, task, _, mesh = training
+    init, abstract = initial(training)
     saved, step = checkpoint.restore_newest(checkpoints, abstract)
     if saved is not None:
         return saved, step
@@ -179,8 +196,9 @@ def quickly(mesh) -> dict | None:
     return None if asked or mesh.devices.flat[0].platform != "cpu" else {option: 1}
 
 
-def initial(task: Task, optimiser, run, mesh):
+def initial(training: Training):
     """((key, constants) -> a fresh state, that state's shapes and places on the mesh)."""
+    run, task, optimiser, mesh = training
     shape = (run.batch_size, *geometry.sides(run.data.canvas), 3)
 
     def init(key, constants):
@@ -237,7 +255,8 @@ matrix products, or those of whole blocks; the rest is computed again."""
 
 
 def make_step(task: Task, optimiser, run):
-    """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient.
+    """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient. Of a run
+    it takes remat, ema and optim.accumulate.
 
     Raises: IcmError for an unknown `run.remat`.
     """
@@ -272,8 +291,9 @@ def make_step(task: Task, optimiser, run):
     return step
 
 
-def compiled_step(task, optimiser, run, mesh, state):
+def compiled_step(training: Training, state):
     """`make_step` under jit; `state` gives the places of its own result, and is donated."""
+    run, task, optimiser, mesh = training
     pure = make_step(task, optimiser, run)
 
     def step(*arguments):
@@ -287,13 +307,14 @@ def compiled_step(task, optimiser, run, mesh, state):
     )
 
 
-def steps(task, optimiser, run, mesh, state, first, batches, checkpoints, folder) -> dict:
+def loop(training: Training, state, first: int, batches, checkpoints, folder) -> dict:
     """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM.
 
     While a step runs, the next batch is put on the devices, and the step before is waited for, so
     that no more than three batches are there.
     """
-    step_of = compiled_step(task, optimiser, run, mesh, state)
+    run, _, _, mesh = training
+    step_of = compiled_step(training, state)
     key = jax.jit(lambda: jax.random.key(run.seed), out_shardings=sharding.replicated(mesh))()
     log = Log(folder, first, run.batch_size)
     stopping = _stop_request()
@@ -361,33 +382,3 @@ def _stop_request() -> Callable[[], bool]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: event.set())
     return event.is_set
-
-
-def _claim(folder: pathlib.Path, run: Run) -> None:
-    """Writes config.json, or checks that the folder's run is this one."""
-    path = folder / "config.json"
-    given = to_json(run)
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        differing = [
-            name
-            for name in sorted(set(_leaves(kept)) | set(_leaves(given)))
-            if name not in HARMLESS and _leaves(kept).get(name) != _leaves(given).get(name)
-        ]
-        if differing:
-            name = differing[0]
-            raise IcmError(
-                f"{folder} holds a run with another config ({', '.join(differing[:6])} differ: "
-                f"{name} was {_leaves(kept).get(name)!r}, is {_leaves(given).get(name)!r}); "
-                "choose another --workdir or remove that folder"
-            )
-    elif jax.process_index() == 0:
-        checkpoint.write_json(path, given)
-
-
-def _leaves(tree: dict, prefix: str = "") -> dict:
-    found = {}
-    for name, value in tree.items():
-        nested = isinstance(value, dict)
-        found |= _leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return found

@@ -1,12 +1,12 @@
 """Scores a finished run on the validation split, with bytes that were really written.
 
-Each point of `run.evaluate` gives a record. Kinds of points:
+Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORERS`:
 
     stream       every image -> bytes of the frozen codec -> decoded feature or image -> prediction
     pixels       the images as they are -> prediction
     jpeg, ...    every image -> file of that format and quality -> decoded pixels -> prediction, or
-                 of runs that train a codec of images, against the original; formats that are not
-                 installed are left out and named
+                 of runs that need no labels, against the original; formats that are not installed
+                 are left out and named
     picture      every image -> bytes of the frozen codec -> decoded image against the original
     detect       the detector of the run `run.detector` on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
@@ -33,16 +33,16 @@ import json
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import ml_collections
 import numpy as np
 import tqdm
 
 from icm_jax import ops
-from icm_jax.codecs import bitstream, walk
-from icm_jax.coding import container
+from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.data.images import read_rgb
 from icm_jax.engine import checkpoint, sharding
@@ -50,6 +50,7 @@ from icm_jax.engine.frozen import check_same, load_codec
 from icm_jax.engine.run import Point, Run, load_run
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
+from icm_jax.files import write_json
 from icm_jax.measure import (
     Accuracy,
     AveragePrecision,
@@ -59,8 +60,37 @@ from icm_jax.measure import (
     metrics,
     throughput,
 )
-from icm_jax.measure.metrics import bpp
+from icm_jax.measure.coded import of_sizes, through_file, through_stream
 from icm_jax.tasks import build_task, views
+from icm_jax.tasks.task import Task
+
+
+class Asked(NamedTuple):
+    """What a scorer is given: a point, and the run that it belongs to.
+
+    Attributes:
+      base: the work directory. source: the validation split.
+      config: of the task, with the data's numbers of classes. variables: of the trained task.
+      frozen: the run's codec file, or None.
+    """
+
+    point: Point
+    run: Run
+    base: str | os.PathLike
+    source: Any
+    config: ml_collections.ConfigDict
+    task: Task
+    variables: Mapping[str, Any]
+    frozen: FrozenCodec | None
+
+    def codec(self) -> FrozenCodec:
+        """The codec file. Raises: IcmError if the run has none."""
+        if self.frozen is None:
+            raise IcmError(
+                f"{self.run.name} is to be scored by {str(self.point)!r}, but neither trains a "
+                "codec (codec_file) nor stands on one (start)"
+            )
+        return self.frozen
 
 
 def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
@@ -69,13 +99,16 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
 
     Every process scores the whole split, the first one writes: reading a checkpoint is collective,
     the rest needs no word between processes.
+
+    Raises: IcmError as `check_points` does, or for a codec file that is not this run's.
     """
+    check_points(run)
     folder = pathlib.Path(base) / run.name
     kept = folder / "records.json"
     records = json.loads(kept.read_text()) if sharding.as_first(kept.is_file()) else []
     there = [Point(**record["asked"]) for record in records]
-    asked = [point for point in run.evaluate if point not in there and written_here(run, point)]
-    if not asked:
+    points = [point for point in run.evaluate if point not in there and written_here(run, point)]
+    if not points:
         return records
     source = open_source(run.data, "validation")
     config = complete(run.task, source)
@@ -84,30 +117,26 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     frozen = load_codec(run, base)
     if frozen is not None:
         check_same(variables, frozen, run)
-    of_images = task.codec is not None and "image" in task.codec.outputs and not run.needs
-    for point in asked:
-        labels = dataclasses.asdict(run.labels) if run.labels else {}
-        record = labels | {"run": run.name, "seed": run.seed}
-        record |= {"asked": dataclasses.asdict(point), "quality": point.quality}
-        record |= {"kind": "stream" if point.kind in STREAMED else point.kind}
+    for point in points:
+        record = dataclasses.asdict(run.labels) if run.labels else {}
+        record |= {"run": run.name, "seed": run.seed, "asked": dataclasses.asdict(point)}
+        record |= {"kind": point.kind, "quality": point.quality}
         record |= {"fingerprint": frozen.fingerprint.hex()} if frozen is not None else {}
-        if point.kind == "detect":
-            record |= {"curve": "detect"} | score_detection(frozen, run, base)
-        elif point.kind == "speed":
-            record |= {"curve": "speed"}
-            record |= speed(task, variables, frozen, point, source, run, config)
-        elif point.kind == "picture" or of_images:
-            record |= {"curve": "image"} | score_images(frozen, point, source, run)
-        else:
-            record |= score(task, variables, frozen, point, source, run, config)
-        records.append(record)
+        asked = Asked(point, run, base, source, config, task, variables, frozen)
+        records.append(record | SCORERS[point.kind](asked))
     if jax.process_index() == 0:
-        checkpoint.write_json(kept, records)
+        write_json(kept, records)
     return records
 
 
-STREAMED = ("stream", "picture", "detect")
-"""Points that need a codec's bytes."""
+def check_points(run: Run) -> None:
+    """Raises IcmError if a point of the run has a kind that no scorer knows."""
+    for point in run.evaluate:
+        if point.kind not in SCORERS:
+            raise IcmError(
+                f"{run.name} is to be scored by {str(point)!r}, which is none of "
+                f"{', '.join(SCORERS)}"
+            )
 
 
 def written_here(run: Run, point: Point) -> bool:
@@ -118,160 +147,179 @@ def written_here(run: Run, point: Point) -> bool:
     return there
 
 
-def score(task, variables, frozen, point: Point, source, run, config) -> dict:
-    """Rate and accuracy of one point over the validation split."""
-    predict = jax.jit(task.predict)
-    tallies: dict[str, Callable[[], Score]] = {"mask": lambda: MeanIoU(config.mask_classes)}
-    tallies["objects"] = lambda: AveragePrecision(config.classes)
-    tally = next((make() for key, make in tallies.items() if key in run.needs), None) or Accuracy()
-    side, output = config.size, output_for(config)
-    on_device = jax.device_put(variables, jax.local_devices()[0])
-    sizes, parts = [], []
+def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, list]]) -> dict:
+    """Rate and accuracy of what the task predicts over the validation split.
+
+    Args:
+      through: (asked, batch, count of valid rows) -> (the task's inputs, sizes of each image).
+    """
+    run, source = asked.run, asked.source
+    tally = _tally(asked)
+    predict = jax.jit(asked.task.predict)
+    on_device = jax.device_put(asked.variables, jax.local_devices()[0])
+    sizes = []
     spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
     batches = pipeline.evaluation_batches(source, spec)
     total = -(-source.length // run.batch_size)
-    for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {point}", unit="batch"):
-        count = int(batch["valid"].sum())
-        if "luma" in batch:  # views are cut in the task
-            inputs = {key: batch[key] for key in ("luma", "chroma", "steps")}
-            tally.update(jax.device_get(predict(on_device, inputs)), batch)
-            continue
-        images = np.asarray(views.centre(batch["image"], side))
+    for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {asked.point}", unit="batch"):
+        inputs, found = through(asked, batch, int(batch["valid"].sum()))
+        sizes += found
         if "mask" in batch:
-            batch["mask"] = np.asarray(views.centre(batch["mask"], side))
-        if point.kind == "stream":
-            given, own = through_stream(frozen, images[:count], output)
-            given = given.clip(0, 255) if output == "image" else given
-            parts += own
-            inputs = {output: _padded(given, len(images))}
-        elif point.kind == "pixels":
-            inputs = {"image": images}
-        else:
-            images, own = through_files(images, point, batch.get("extent"), count)
-            sizes += own
-            inputs = {"image": images}
+            batch["mask"] = np.asarray(views.centre(batch["mask"], asked.config.size))
         tally.update(jax.device_get(predict(on_device, inputs)), batch)
-    record = {**tally.result(), "images": source.length}
-    if parts:
-        record |= _of_parts(parts)
-    elif sizes:
-        record |= _of_files(sizes)
-    return record
+    return {**tally.result(), "images": source.length, **of_sizes(sizes)}
 
 
-def output_for(config) -> str:
-    """Which output of its codec a recognition task reads."""
-    return "image" if config.get("frontend") == "decoded" else "feature"
+def _tally(asked: Asked) -> Score:
+    """What counts the task's hits, by the labels that the run needs."""
+    tallies: dict[str, Callable[[], Score]] = {
+        "mask": lambda: MeanIoU(asked.config.mask_classes),
+        "objects": lambda: AveragePrecision(asked.config.classes),
+        "label": Accuracy,
+    }
+    for key, make in tallies.items():
+        if key in asked.run.needs:
+            return make()
+    raise IcmError(
+        f"{asked.run.name} is to be scored by {str(asked.point)!r}, but needs none of "
+        f"{', '.join(tallies)}; there is nothing to compare its predictions with"
+    )
 
 
-def speed(task, variables, frozen, point: Point, source, run, config) -> dict:
-    """What `throughput.measure` says of one batch of validation images."""
-    count = int(point.quality or 1)
-    batch = next(pipeline.in_order(source, pipeline.image_spec(run.data, count)))
-    images = np.asarray(views.centre(batch["image"], config.size))
-    if frozen is not None:
-        path = throughput.stream_path(task.predict, variables, images, frozen, output_for(config))
-    else:
-        own = run.data.get("coefficients", "")
-        quality = int(own) if own.isdecimal() else run.data.get("quality", 95)
-        path = throughput.jpeg_path(task.predict, variables, images, quality, bool(own))
-    return {**throughput.measure({"own": path})["own"], "images": count}
+def unchanged(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
+    """The images as they are, or a JPEG's coefficients, whose views the task cuts."""
+    del count
+    if "luma" in batch:
+        return {key: batch[key] for key in ("luma", "chroma", "steps")}, []
+    return {"image": _middle(asked, batch)}, []
 
 
-def through_files(images: np.ndarray, point: Point, extents, count: int):
-    """(`images` after JPEG or WebP, (bpp, bpp without tables) of each of the first `count`).
+def streamed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
+    """What the frozen codec's decoder gives of the bytes of each valid image."""
+    images = _middle(asked, batch)
+    output = asked.task.reads
+    given, sizes = through_stream(asked.codec(), images[:count], output)
+    given = given.clip(0, 255) if output == "image" else given
+    return {output: _padded(given, len(images))}, sizes
 
-    Of letterboxed images, whose pictures have the `extents` (height, width), the picture alone is
-    coded.
+
+def filed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
+    """Images after JPEG or WebP.
+
+    Of letterboxed images, whose pictures have the batch's "extent" (height, width), the picture
+    alone is coded.
     """
-    given = images.copy()
+    images = _middle(asked, batch)
+    given, extents = images.copy(), batch.get("extent")
 
-    def code(row: int) -> tuple[float, float]:
+    def code(row: int) -> dict:
         height, width = images.shape[1:3] if extents is None else extents[row]
         picture = np.ascontiguousarray(images[row, :height, :width])
-        file = classical.encode(picture, point.kind, point.quality)
-        given[row, :height, :width] = classical.decode(file)
-        return _file_sizes(file, point.kind, height, width)
+        given[row, :height, :width], size = through_file(picture, asked.point)
+        return size
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return given, list(pool.map(code, range(count)))
+        return {"image": given}, list(pool.map(code, range(count)))
 
 
-def _file_sizes(file: bytes, method: str, height: int, width: int) -> tuple[float, float]:
-    bare = len(file) - (classical.table_bytes(file) if method == "jpeg" else 0)
-    return bpp(len(file), height, width), bpp(bare, height, width)
+def _padded(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
 
 
-def _of_files(sizes: list[tuple[float, float]]) -> dict:
-    whole, bare = np.mean(sizes, axis=0)
-    return {"bpp": float(whole), "bpp_without_tables": float(bare)}
+def _middle(asked: Asked, batch: dict) -> np.ndarray:
+    return np.asarray(views.centre(batch["image"], asked.config.size))
 
 
-def score_detection(frozen, run, base) -> dict:
+def speed(asked: Asked) -> dict:
+    """What `throughput.measure` says of one batch of validation images."""
+    run, task = asked.run, asked.task
+    count = int(asked.point.quality or 1)
+    batch = next(pipeline.in_order(asked.source, pipeline.image_spec(run.data, count)))
+    images = _middle(asked, batch)
+    if asked.frozen is not None:
+        path = throughput.stream_path(
+            task.predict, asked.variables, images, asked.frozen, task.reads
+        )
+    else:
+        form = run.data.get("coefficients", "")
+        quality = int(form) if form.isdecimal() else run.data.get("quality", 95)
+        path = throughput.jpeg_path(task.predict, asked.variables, images, quality, bool(form))
+    measured = throughput.measure({run.name: path})[run.name]
+    return {**measured, "curve": "speed", "images": count}
+
+
+def detections(asked: Asked) -> dict:
     """Rate and average precision of the detector `run.detector` behind a codec.
 
     Images are letterboxed and coded with their bars; bits are divided by the picture's own pixels.
     """
-    folder = pathlib.Path(base) / run.detector
-    own = load_run(folder)
-    source = open_source(own.data, "validation")
-    config = complete(own.task, source)
+    run, frozen = asked.run, asked.codec()
+    folder = pathlib.Path(asked.base) / run.detector
+    trained = load_run(folder)
+    source = open_source(trained.data, "validation")
+    config = complete(trained.task, source)
     predict = jax.jit(build_task(config).predict)
     variables = jax.device_put(checkpoint.load_variables(folder), jax.local_devices()[0])
     output = "feature" if "feature" in frozen.codec.outputs else "image"
-    tally, parts = AveragePrecision(config.classes), []
-    spec = pipeline.batch_spec(own.data, run.batch_size)
+    tally, sizes = AveragePrecision(config.classes), []
+    spec = pipeline.batch_spec(trained.data, run.batch_size)
     total = -(-source.length // run.batch_size)
     batches = pipeline.evaluation_batches(source, spec)
     for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} detect", unit="batch"):
         count = int(batch["valid"].sum())
         layers = 1 if output == "feature" else None
-        given, sizes = through_stream(frozen, batch["image"][:count], output, layers=layers)
-        for part, extent in zip(sizes, batch["extent"], strict=False):
-            part["pixels"] = int(extent.prod())
-        parts += sizes
+        given, found = through_stream(frozen, batch["image"][:count], output, layers=layers)
+        for size, extent in zip(found, batch["extent"], strict=False):
+            size["pixels"] = int(extent.prod())
+        sizes += found
         given = given if output == "feature" else given.clip(0, 255)
         inputs = {output: _padded(given, len(batch["image"]))}
         tally.update(jax.device_get(predict(variables, inputs)), batch)
-    return {**tally.result(), "images": source.length, **_of_parts(parts)}
+    scored = {**tally.result(), "images": source.length, **of_sizes(sizes)}
+    return {"kind": "stream", "curve": "detect", **scored}
 
 
-def _of_parts(parts: list[dict]) -> dict:
-    """Means of sizes in bits per pixel, medians of times, over images."""
-    pixels = np.array([part["pixels"] for part in parts], np.float64)
-    record = {}
-    for name in parts[0]:
-        values = np.array([part[name] for part in parts])
-        if name.startswith("bpp"):
-            record[name] = float((8 * values / pixels).mean())
-        elif name.endswith("_ms"):
-            record[name] = float(np.median(values))
-    gaps = [part["bpp"] - 1.01 * part["bpp_estimated"] for part in parts]
-    return record | {"worst_gap_bytes": max(gaps)}
+def pictures(asked: Asked) -> dict:
+    """Rate and distortion of the frozen codec; see `distortion`."""
+
+    def through(image: np.ndarray) -> tuple[np.ndarray, dict]:
+        given, (size,) = through_stream(asked.codec(), image[None], "image", asked.point.quality)
+        return np.rint(given[0].clip(0, 255)).astype(np.uint8), size
+
+    # Coding times are measured: one stream at a time.
+    return {"kind": "stream", **distortion(asked, through, workers=1)}
 
 
-def score_images(frozen, point: Point, source, run) -> dict:
-    """Rate and distortion of one point over the validation split.
+def files(asked: Asked) -> dict:
+    """Rate of a format, and what is predicted from its files or, where the run needs no labels,
+    their distortion."""
+    if asked.run.needs:
+        return predictions(asked, filed)
+    return distortion(asked, lambda image: through_file(image, asked.point), os.cpu_count())
+
+
+def distortion(
+    asked: Asked, through: Callable[[np.ndarray], tuple[np.ndarray, dict]], workers: int | None
+) -> dict:
+    """Rate and distortion over the validation split.
 
     Images have their full size; with `run.side`, they are fitted to the canvas and their middle is
     cut out, as for a network, so one compiled program serves all. SSIM and MS-SSIM are left out
     where an image is too small for them.
+
+    Args:
+      through: uint8 [h, w, 3] -> (the same after coding, its size). workers: threads that call it.
     """
-    streamed = point.kind == "picture"
+    run, source = asked.run, asked.source
     side, canvas = run.side, geometry.sides(run.data.canvas)
 
     def code(number: int) -> tuple:
-        """(sizes, {metric: value or None}) of an image."""
+        """(size, {metric: value}) of an image."""
         loaded = source.load(number)
         image = read_rgb(loaded["image"], loaded["name"])
         if side:
             image = np.asarray(views.centre(geometry.fit(image, canvas)[None], side))[0]
-        if streamed:
-            given, (size,) = through_stream(frozen, image[None], "image", point.quality)
-            given = np.rint(given[0].clip(0, 255)).astype(np.uint8)
-        else:
-            file = classical.encode(image, point.kind, point.quality)
-            given, size = classical.decode(file), _file_sizes(file, point.kind, *image.shape[:2])
+        given, size = through(image)
         scores = {"psnr": metrics.psnr(image, given)}
         for name, similarity, least in (
             ("ssim_db", metrics.ssim, ops.SSIM_WINDOW),
@@ -281,63 +329,23 @@ def score_images(frozen, point: Point, source, run) -> dict:
                 scores[name] = metrics.decibels(similarity(image, given))
         return size, scores
 
-    # Coding times are measured: one stream at a time.
-    workers = 1 if streamed else os.cpu_count()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         results = pool.map(code, range(source.length))
-        told = tqdm.tqdm(results, f"{run.name} {point}", source.length, unit="image")
+        told = tqdm.tqdm(results, f"{run.name} {asked.point}", source.length, unit="image")
         sizes, scores = map(list, zip(*told, strict=True))
-    record: dict = {"images": source.length}
+    record: dict = {"curve": "image", "images": source.length}
     for key in ("psnr", "ssim_db", "ms_ssim_db"):
-        values = [own[key] for own in scores if key in own]
+        values = [found[key] for found in scores if key in found]
         record |= {key: float(np.mean(values))} if values else {}
-    return record | (_of_parts(sizes) if streamed else _of_files(sizes))
+    return record | of_sizes(sizes)
 
 
-def through_stream(
-    frozen,
-    images: np.ndarray,
-    output: str = "feature",
-    quality: float | None = None,
-    layers: int | None = None,
-) -> tuple[np.ndarray, list[dict]]:
-    """(what the decoder gives, sizes in bytes and times of each image), by way of real bytes.
-
-    With `layers`, files are cut off after so many before they are decoded and measured.
-
-    Raises: IcmError if decoding does not give back the encoder's latents.
-    """
-    began = time.perf_counter()
-    streams = bitstream.encode(frozen, images, quality=quality)
-    encoded = time.perf_counter()
-    if layers:
-        streams = [container.prefix(data, layers) for data in streams]
-    features = bitstream.decode(frozen, streams, output, layers=layers)
-    decoded = time.perf_counter()
-    estimated = bitstream.estimate(frozen, images, quality=quality)
-    segments = [s for s in frozen.codec.segments if layers is None or s.layer < layers]
-    sizes = []
-    for row, data in enumerate(streams):
-        found = container.unpack(data, layers).layers
-        strings = [string for layer in found for string in layer.strings]
-        bits = sum(float(estimated[segment.name][row]) for segment in segments)
-        part = {
-            "pixels": images[row, ..., 0].size,
-            "bpp": len(data),
-            "bpp_estimated": bits / 8,
-            "bpp_header": container.overhead(data, layers),
-            "encode_ms": 1e3 * (encoded - began) / len(streams),
-            "decode_ms": 1e3 * (decoded - encoded) / len(streams),
-        }
-        left = iter(strings)
-        for segment in segments:
-            count = walk.strings_of(segment, (1, *segment.shape(*images.shape[1:3])))
-            part[f"bpp_{segment.name}"] = sum(len(next(left)) for _ in range(count))
-        sizes.append(part)
-    if not np.isfinite(features).all():
-        raise IcmError("decoded features are not finite; the codec's training has failed")
-    return features, sizes
-
-
-def _padded(array: np.ndarray, rows: int) -> np.ndarray:
-    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])
+SCORERS: dict[str, Callable[[Asked], dict]] = {
+    "stream": lambda asked: predictions(asked, streamed),
+    "pixels": lambda asked: predictions(asked, unchanged),
+    "picture": pictures,
+    "detect": detections,
+    "speed": speed,
+    **dict.fromkeys(classical.FORMATS, files),
+}
+"""Kind of a point -> what scores it: its fields of the record, which go before the run's labels."""

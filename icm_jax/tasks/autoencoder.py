@@ -95,7 +95,7 @@ def joint_classification(config) -> Task:
         return {"logits": logits_of(variables, q, False)[0]}
 
     constants = codec_constants(config) | {"gamma": jnp.float32(config.gamma)}
-    return Task(init, loss, predict, lambda name: TRAIN, codec, constants)
+    return Task(init, loss, predict, lambda name: TRAIN, codec, constants, "feature")
 
 
 def codec_constants(config) -> dict:

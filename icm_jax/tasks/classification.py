@@ -45,14 +45,14 @@ def classification(config) -> Task:
     def groups(name):
         return TRAIN if name == "classifier" or (tuned and name in trunk.parts) else FROZEN
 
-    return classifier_task(init, logits_of, groups, trunk.codec)
+    return classifier_task(init, logits_of, groups, trunk.codec, trunk.reads)
 
 
-def classifier_task(init, logits_of, groups, codec=None) -> Task:
+def classifier_task(init, logits_of, groups, codec=None, reads: str = "image") -> Task:
     """A task of cross-entropy.
 
     Args:
-      init, groups, codec: as of `Task`.
+      init, groups, codec, reads: as of `Task`.
       logits_of: (variables, batch, key or None for evaluation) -> (float32 [N, classes], the new
         batch_stats).
     """
@@ -68,4 +68,4 @@ def classifier_task(init, logits_of, groups, codec=None) -> Task:
     def predict(variables, batch):
         return {"logits": logits_of(variables, batch, None)[0]}
 
-    return Task(init, loss, predict, groups, codec)
+    return Task(init, loss, predict, groups, codec, reads=reads)

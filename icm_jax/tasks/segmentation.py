@@ -62,4 +62,4 @@ def segmentation(config) -> Task:
     def groups(name):
         return TRAIN if name == "segmenter" or name in trunk.parts else FROZEN
 
-    return Task(init, loss, predict, groups, trunk.codec)
+    return Task(init, loss, predict, groups, trunk.codec, reads=trunk.reads)

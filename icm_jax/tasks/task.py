@@ -41,6 +41,8 @@ class Task(NamedTuple):
       groups: top-level parameter name -> "train" or "frozen".
       codec: the codec that the task trains or stands on, or None.
       constants: weights of the loss, for the collection `constants` that `loss` reads.
+      reads: the output of the codec that `predict` takes where images come as files: "image", or
+        "feature".
     """
 
     init: Callable
@@ -49,6 +51,7 @@ class Task(NamedTuple):
     groups: Callable[[str], str]
     codec: Codec | None = None
     constants: Mapping[str, jax.Array] = MappingProxyType({})
+    reads: str = "image"
 
 
 def build_codec(config) -> Codec:
@@ -86,12 +89,14 @@ class Trunk(NamedTuple):
       features: (variables, images or None, feature or None, train) -> (tail features, new stats).
       codec: what the frontend decodes, or None for pixels.
       parts: names of the parameters that are not the codec's.
+      reads: of `Task`.
     """
 
     init: Callable
     features: Callable
     codec: Codec | None
     parts: tuple[str, ...]
+    reads: str
 
 
 FRONTENDS = {
@@ -121,7 +126,8 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
     tail = resnet.Tail(config.variant, config.width, output_stride, published, dtype, groups)
     build = FRONTENDS[config.frontend]
     codec = build(config) if build else None
-    sees_pixels = config.frontend in ("pixels", "decoded")
+    reads = "image" if config.frontend in ("pixels", "decoded") else "feature"
+    sees_pixels = reads == "image"
 
     def init(key, images):
         keys = jax.random.split(key)
@@ -138,7 +144,7 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
     def decoded(variables, images):
         assert codec
         result = forward(codec, variables, {"image": images}, images.shape[1:3])
-        return jax.lax.stop_gradient(result.outputs["image" if sees_pixels else "feature"])
+        return jax.lax.stop_gradient(result.outputs[reads])
 
     def features(variables, images, feature, train):
         stats = dict(variables["batch_stats"])
@@ -150,7 +156,8 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
         outputs, stats["tail"] = apply(tail, variables, "tail", feature, train)
         return outputs, stats
 
-    return Trunk(init, features, codec, ("head", "tail") if sees_pixels else ("tail",))
+    parts = ("head", "tail") if sees_pixels else ("tail",)
+    return Trunk(init, features, codec, parts, reads)
 
 
 def apply(module, variables, name: str, x, train: bool):

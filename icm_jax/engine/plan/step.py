@@ -15,11 +15,11 @@ import numpy as np
 
 from icm_jax.codecs.codec import forward
 from icm_jax.data import DATASETS, geometry, open_source, pipeline
-from icm_jax.engine import optim, sharding
+from icm_jax.engine import sharding
 from icm_jax.engine.plan import hlo
 from icm_jax.engine.plan.chips import GIB, RESERVED, Chip, Target
 from icm_jax.engine.run import Run
-from icm_jax.engine.train import TrainState, compiled_step, initial
+from icm_jax.engine.train import TrainState, compiled_step, initial, prepare
 from icm_jax.tasks import build_task
 
 
@@ -43,15 +43,12 @@ def abstract_step(
 
     Raises: IcmError as `train.train` does for the same config.
     """
-    mesh = sharding.make_mesh(run.fsdp, target.devices)
-    sharding.check_batch(mesh, run.batch_size)
-    task = build_task(counted(run))
-    optimiser = optim.make_optimiser(run.optim, run.steps, run.batch_size)
-    _, state = initial(task, optimiser, run, mesh)
+    training = prepare(run, build_task(counted(run)), target.devices)
+    _, state = initial(training)
     spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
     sizes = pipeline.layout(DATASETS[run.data.name].keys, spec)
     if run.decode_once:
-        codec = task.codec
+        codec = training.task.codec
         assert codec
         size = geometry.sides(run.task.size)
         image = jax.ShapeDtypeStruct((run.batch_size, *size, 3), jnp.uint8)
@@ -62,14 +59,14 @@ def abstract_step(
         )
         del sizes["image"]
         sizes["feature"] = coded.shape, coded.dtype
-    places = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    places = sharding.batch_sharding(training.mesh), sharding.replicated(training.mesh)
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=places[0])
         for name, (shape, dtype) in sizes.items()
     }
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=places[1])
-    return compiled_step(task, optimiser, run, mesh, state), (state, batch, key)
+    return compiled_step(training, state), (state, batch, key)
 
 
 def plan(run: Run, target: Target) -> dict:

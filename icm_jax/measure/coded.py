@@ -1,0 +1,83 @@
+"""Images through real bytes, of the frozen codec or of a classical format, and what they cost."""
+
+import time
+
+import numpy as np
+
+from icm_jax.codecs import bitstream, walk
+from icm_jax.codecs.bitstream import FrozenCodec
+from icm_jax.coding import container
+from icm_jax.engine.run import Point
+from icm_jax.errors import IcmError
+from icm_jax.measure import classical
+
+
+def through_stream(
+    frozen: FrozenCodec,
+    images: np.ndarray,
+    output: str = "feature",
+    quality: float | None = None,
+    layers: int | None = None,
+) -> tuple[np.ndarray, list[dict]]:
+    """(what the decoder gives, sizes in bytes and times of each image), by way of real bytes.
+
+    With `layers`, files are cut off after so many before they are decoded and measured.
+
+    Raises: IcmError if decoding does not give back the encoder's latents.
+    """
+    began = time.perf_counter()
+    streams = bitstream.encode(frozen, images, quality=quality)
+    encoded = time.perf_counter()
+    if layers:
+        streams = [container.prefix(data, layers) for data in streams]
+    features = bitstream.decode(frozen, streams, output, layers=layers)
+    decoded = time.perf_counter()
+    estimated = bitstream.estimate(frozen, images, quality=quality)
+    segments = [s for s in frozen.codec.segments if layers is None or s.layer < layers]
+    sizes = []
+    for row, data in enumerate(streams):
+        found = container.unpack(data, layers).layers
+        strings = [string for layer in found for string in layer.strings]
+        bits = sum(float(estimated[segment.name][row]) for segment in segments)
+        part = {
+            "pixels": images[row, ..., 0].size,
+            "bpp": len(data),
+            "bpp_estimated": bits / 8,
+            "bpp_header": container.overhead(data, layers),
+            "encode_ms": 1e3 * (encoded - began) / len(streams),
+            "decode_ms": 1e3 * (decoded - encoded) / len(streams),
+        }
+        left = iter(strings)
+        for segment in segments:
+            count = walk.strings_of(segment, (1, *segment.shape(*images.shape[1:3])))
+            part[f"bpp_{segment.name}"] = sum(len(next(left)) for _ in range(count))
+        sizes.append(part)
+    if not np.isfinite(features).all():
+        raise IcmError("decoded features are not finite; the codec's training has failed")
+    return features, sizes
+
+
+def through_file(image: np.ndarray, point: Point) -> tuple[np.ndarray, dict]:
+    """(uint8 [h, w, 3] after a file of the point's format and quality, its sizes in bytes)."""
+    file = classical.encode(image, point.kind, point.quality)
+    bare = len(file) - (classical.table_bytes(file) if point.kind == "jpeg" else 0)
+    sizes = {"pixels": image[..., 0].size, "bpp": len(file), "bpp_without_tables": bare}
+    return classical.decode(file), sizes
+
+
+def of_sizes(sizes: list[dict]) -> dict:
+    """Means of sizes in bits per pixel, medians of times, over images."""
+    if not sizes:
+        return {}
+    pixels = np.array([size["pixels"] for size in sizes], np.float64)
+    record = {}
+    for name in sizes[0]:
+        values = np.array([size[name] for size in sizes])
+        if name.startswith("bpp"):
+            record[name] = float((8 * values / pixels).mean())
+        elif name.endswith("_ms"):
+            record[name] = float(np.median(values))
+    if "bpp_estimated" in record:
+        gaps = [size["bpp"] - 1.01 * size["bpp_estimated"] for size in sizes]
+        record["worst_gap_bytes"] = max(gaps)
+    return record
