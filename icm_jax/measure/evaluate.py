@@ -281,9 +281,10 @@ def detections(asked: Asked) -> dict:
 
 def pictures(asked: Asked) -> dict:
     """Rate and distortion of the frozen codec; see `distortion`."""
+    codec = asked.codec()
 
     def through(image: np.ndarray) -> tuple[np.ndarray, dict]:
-        given, (size,) = through_stream(asked.codec(), image[None], "image", asked.point.quality)
+        given, (size,) = through_stream(codec, image[None], "image", asked.point.quality)
         return np.rint(given[0].clip(0, 255)).astype(np.uint8), size
 
     # Coding times are measured: one stream at a time.
