@@ -8,6 +8,7 @@ where they are installed: the official ops (extra `tfc`; called bare, without th
 and CompressAI's rANS coder (16 bits only; on lists, which it takes, made beforehand).
 """
 
+import argparse
 import importlib.util
 import time
 
@@ -21,6 +22,8 @@ ROUNDS = 40
 
 
 def main():
+    description = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=description).parse_args()
     rng = np.random.default_rng(0)
     indexes = np.clip(rng.normal(9, 9, COUNT), 0, 63).astype(np.int32)
     symbols = np.rint(rng.normal(0, tables.SCALES[indexes])).astype(np.int32)

@@ -120,9 +120,9 @@ def factorised_tables(
         )
     pmfs = []
     for channel in range(len(first)):
-        own = {name: value[channel : channel + 1] for name, value in params.items()}
+        density = {name: value[channel : channel + 1] for name, value in params.items()}
         edges = np.arange(first[channel], last[channel] + 2) - 0.5
-        logits = _cdf_logits(own, edges[None, None, :], np)[0, 0]
+        logits = _cdf_logits(density, edges[None, None, :], np)[0, 0]
         below, above = logits[:-1], logits[1:]
         flip = below + above > 0
         below, above = np.where(flip, -above, below), np.where(flip, -below, above)

@@ -123,9 +123,9 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
 
     options: dict[str, Any] = {"coordinator_address": coordinator, "num_processes": processes}
     options |= {"process_id": process}
-    own = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": REPORTING}
+    timeouts = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": REPORTING}
     known = inspect.signature(jax.distributed.initialize).parameters  # JAX 0.5.3 has none of them
-    options |= {name: value for name, value in own.items() if name in known}
+    options |= {name: value for name, value in timeouts.items() if name in known}
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(**options)

@@ -90,12 +90,12 @@ class Tables:
     def lookup(self) -> np.ndarray:
         """uint16 [R, 2^LOOKUP_BITS]: the symbol that each bucket of a row's 2^p begins in."""
         table = np.zeros((len(self.starts), 1 << LOOKUP_BITS), np.uint16)
-        for own, start, length in zip(table, self.starts, self.lengths, strict=True):
+        for row, start, length in zip(table, self.starts, self.lengths, strict=True):
             precision = abs(int(self.cdf[start]))
             shift = max(precision - LOOKUP_BITS, 0)
             begins = np.arange(1 << (precision - shift)) << shift
             cdf = self.cdf[start + 1 : start + 2 + length]
-            own[: len(begins)] = np.searchsorted(cdf, begins, side="right") - 1
+            row[: len(begins)] = np.searchsorted(cdf, begins, side="right") - 1
         table.setflags(write=False)
         return table
 

@@ -84,8 +84,8 @@ def letterbox(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, t
     height, width = image.shape[:2]
     scale = min(canvas[0] / height, canvas[1] / width)
     h, w = (
-        min(side, max(1, round(own * scale)))
-        for side, own in zip(canvas, (height, width), strict=True)
+        min(side, max(1, round(length * scale)))
+        for side, length in zip(canvas, (height, width), strict=True)
     )
     if (h, w) != (height, width):
         image = bilinear(image, (w, h))

@@ -285,8 +285,8 @@ def _frame(body: bytes, progressive: bool, pixels: int) -> _Frame:
         rows = _up(_up(height * v, most[1]), 8)
         columns = _up(_up(width * h, most[0]), 8)
         stride = mcus[1] * h
-        own = _Component(field[0], h, v, field[2], rows, columns, stride, offset, number)
-        components.append(own)
+        component = _Component(field[0], h, v, field[2], rows, columns, stride, offset, number)
+        components.append(component)
         offset += 64 * mcus[0] * v * stride
     return _Frame(progressive, height, width, tuple(components), mcus, offset)
 
@@ -316,10 +316,10 @@ def _scan_header(body: bytes, kind: tuple) -> _Scan:
     components, tables = [], []
     for i in range(body[0]):
         identifier, both = body[1 + 2 * i], body[2 + 2 * i]
-        own = [c for c in frame.components if c.identifier == identifier]
-        if not own or own[0] in components or max(both >> 4, both & 15) > 3:
+        named = [c for c in frame.components if c.identifier == identifier]
+        if not named or named[0] in components or max(both >> 4, both & 15) > 3:
             raise _Damaged("has a damaged scan header")
-        components += own
+        components += named
         tables.append((both >> 4, 16 + (both & 15)))
     start, end, high, low = body[-3], body[-2], body[-1] >> 4, body[-1] & 15
     blocks = sum(c.horizontal * c.vertical for c in components)
@@ -375,8 +375,8 @@ def _decode_scan(buffer, at, frame, scan, huffman, restart, coefficients) -> int
     clean = clean[: ends[-1] + 8]  # eight zeros at the end
     options = (clean, ends, coefficients, scan.layout, *scan.grid, restart or count)
     if frame.progressive:
-        own = np.array([scan.start, scan.end, scan.high, scan.low], np.int64)
-        problem = progressive(*options, codes, own, ZIGZAG)
+        band = np.array([scan.start, scan.end, scan.high, scan.low], np.int64)
+        problem = progressive(*options, codes, band, ZIGZAG)
     else:
         problem = sequential(*options, lookups, codes, ZIGZAG)
     if problem:

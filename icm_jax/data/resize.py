@@ -62,12 +62,12 @@ def _weights(length, start, stop, size):
         centre = start + (place + 0.5) * scale
         first = max(int(centre - reach + 0.5), 0)
         count = min(int(centre + reach + 0.5), length) - first
-        own = np.empty(count)
+        taps = np.empty(count)
         for i in range(count):
-            own[i] = max(0.0, 1.0 - abs((first + i - centre + 0.5) * (1.0 / reach)))
-        own /= own.sum()
+            taps[i] = max(0.0, 1.0 - abs((first + i - centre + 0.5) * (1.0 / reach)))
+        taps /= taps.sum()
         for i in range(count):
-            weights[place, i] = int(0.5 + own[i] * (1 << BITS))
+            weights[place, i] = int(0.5 + taps[i] * (1 << BITS))
         weights[place, count // 2] += (1 << BITS) - weights[place].sum()
         seen[place] = first, count
     return seen, weights

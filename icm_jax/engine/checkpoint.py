@@ -128,9 +128,11 @@ def read_variables(folder: str | os.PathLike, step: int):
 
 def _alone() -> ocp.options.MultiprocessingOptions:
     """For reading without the other processes: the report is written by the first one alone."""
-    own = jax.process_index()
+    process = jax.process_index()
     return ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process{process}",
     )
 
 

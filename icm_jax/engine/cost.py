@@ -38,7 +38,7 @@ def _count(jaxpr) -> int:
             )
         for name, value in equation.params.items():
             values = value if isinstance(value, tuple | list) else (value,)
-            inner = (getattr(own, "jaxpr", own) for own in values)
-            counts = [_count(own) for own in inner if hasattr(own, "eqns")]
+            inner = (getattr(nested, "jaxpr", nested) for nested in values)
+            counts = [_count(nested) for nested in inner if hasattr(nested, "eqns")]
             total += min(counts) if name == "branches" else sum(counts)
     return total

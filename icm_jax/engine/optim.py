@@ -98,10 +98,10 @@ def make_optimiser(config, steps: int, batch_size: int) -> optax.GradientTransfo
     if every > 1:
         chain = [optax.MultiSteps(optax.chain(*chain), every).gradient_transformation()]
     if config.schedule == "plateau":
-        own = config.plateau
+        plateau = config.plateau
         chain.append(
             optax.contrib.reduce_on_plateau(
-                0.5, own.patience, accumulation_size=own.interval, min_scale=0.5**HALVINGS
+                0.5, plateau.patience, accumulation_size=plateau.interval, min_scale=0.5**HALVINGS
             )
         )
     return optax.chain(*chain)

@@ -148,8 +148,8 @@ def from_json(tree: Mapping[str, Any]) -> Run:
     fields: dict[str, Any] = {name: _tupled(value) for name, value in tree.items()}
     try:
         fields |= {k: ml_collections.ConfigDict(fields[k]) for k in ("task", "data", "optim")}
-        fields["start"] = tuple(Start(**own) for own in fields["start"])
-        fields["evaluate"] = tuple(Point(**own) for own in fields["evaluate"])
+        fields["start"] = tuple(Start(**item) for item in fields["start"])
+        fields["evaluate"] = tuple(Point(**item) for item in fields["evaluate"])
         fields["labels"] = Labels(**fields["labels"]) if fields["labels"] else None
         return Run(**fields)
     except (KeyError, TypeError) as error:

@@ -228,12 +228,12 @@ def copy_parts(variables: dict, earlier: dict, prefixes) -> dict:
     variables = {name: dict(tree) for name, tree in variables.items()}
     for prefix in prefixes:
         collection, name = prefix.split("/")
-        given, own = (tree.get(collection, {}).get(name) for tree in (earlier, variables))
-        if given is None and own is None:
+        given, fresh = (tree.get(collection, {}).get(name) for tree in (earlier, variables))
+        if given is None and fresh is None:
             continue
-        if given is None or own is None:
+        if given is None or fresh is None:
             raise IcmError(f"cannot start from an earlier run: only one side has {prefix!r}")
-        shapes = [jax.tree.map(jnp.shape, tree) for tree in (given, own)]
+        shapes = [jax.tree.map(jnp.shape, tree) for tree in (given, fresh)]
         if shapes[0] != shapes[1]:
             raise IcmError(f"cannot start from an earlier run: {prefix!r} has another shape there")
         variables[collection][name] = given

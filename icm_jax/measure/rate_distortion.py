@@ -80,10 +80,10 @@ def averaged(rows: list[dict]) -> list[dict]:
     for row in rows:
         groups.setdefault((row["codec"], row["quality"]), []).append(row)
     listed = []
-    for (name, quality), own in groups.items():
-        mean = {"codec": name, "quality": quality, "images": len(own)}
+    for (name, quality), of_quality in groups.items():
+        mean = {"codec": name, "quality": quality, "images": len(of_quality)}
         for key in ("bytes", "bpp", "bpp_estimated", "psnr", "ms_ssim", "encode_ms", "decode_ms"):
-            values = [row[key] for row in own if row[key] is not None]
+            values = [row[key] for row in of_quality if row[key] is not None]
             average = np.median if key.endswith("_ms") else np.mean
             mean[key] = float(average(values)) if values else None
         listed.append(mean)

@@ -82,8 +82,8 @@ def _bits(params, a, groups):
     """Mean bits of fibres [n, C], each under the prior of its group [n]."""
 
     def add(total, number):
-        own = jax.tree.map(lambda leaf: leaf[number], params)
-        bits = Factorised().apply({"params": own}, a).sum(-1)
+        group = jax.tree.map(lambda leaf: leaf[number], params)
+        bits = Factorised().apply({"params": group}, a).sum(-1)
         return total + jnp.where(groups == number, bits, 0.0).sum(), None
 
     count = len(jax.tree.leaves(params)[0])
@@ -100,7 +100,7 @@ def _fit(a, begins, sizes, steps: int):
     params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(sizes)), first)
     optimiser = optax.adam(optax.cosine_decay_schedule(0.1, steps))
     rows = max(1, _BATCH // len(sizes))
-    one = jax.vmap(lambda own, fibres: Factorised().apply({"params": own}, fibres).sum(-1).mean())
+    one = jax.vmap(lambda group, x: Factorised().apply({"params": group}, x).sum(-1).mean())
 
     def step(carry, number):
         params, state = carry

@@ -39,8 +39,8 @@ class Accuracy(Score):
     def update(self, predicted, batch):
         logits = np.asarray(predicted["logits"], np.float32)[batch["valid"]]
         labels = np.asarray(batch["label"])[batch["valid"]]
-        own = logits[np.arange(len(labels)), labels][:, None]
-        rank = (logits >= own).sum(axis=1)  # 1 for the best
+        right = logits[np.arange(len(labels)), labels][:, None]
+        rank = (logits >= right).sum(axis=1)  # 1 for the best
         whole = np.isfinite(logits).all(axis=1)  # comparisons with NaN would flatter the rank
         self._sums += [(whole & (rank <= 1)).sum(), (whole & (rank <= 5)).sum(), len(labels)]
 
@@ -131,8 +131,8 @@ class AveragePrecision(Score):
         truth = [dict(_annotation(*row[:3]), iscrowd=int(row[3])) for row in self._truth]
         found = [dict(_annotation(*row[:3]), score=row[3]) for row in self._found]
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            given, own = COCO(), COCO()
-            for coco, rows in ((given, truth), (own, found)):
+            given, predicted = COCO(), COCO()
+            for coco, rows in ((given, truth), (predicted, found)):
                 dataset: Any = {
                     "images": [{"id": i + 1} for i in range(self._images)],
                     "categories": [{"id": k} for k in range(self._classes)],
@@ -140,7 +140,7 @@ class AveragePrecision(Score):
                 }
                 coco.dataset = dataset
                 coco.createIndex()
-            scoring = COCOeval(given, own, "bbox")
+            scoring = COCOeval(given, predicted, "bbox")
             scoring.evaluate()
             scoring.accumulate()
             scoring.summarize()

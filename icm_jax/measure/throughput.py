@@ -87,8 +87,8 @@ def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
             for name, path in paths.items():
                 predict, inputs, placed = ready[name]
                 times[name].append(_once(path, predict, inputs, placed, pool))
-    for name, own in times.items():
-        network, whole, reading = (len(paths[name].files) / t for t in np.median(own, axis=0))
+    for name, seconds in times.items():
+        network, whole, reading = (len(paths[name].files) / t for t in np.median(seconds, axis=0))
         found[name] |= {
             "network_images_per_second": float(network),
             "images_per_second": float(whole),

@@ -159,9 +159,9 @@ class BatchNorm(ops.Module):
             square = jnp.mean(jnp.square(x), axes, keepdims=True)
             var = jnp.maximum(square - jnp.square(mean), 0.0)
             if not self.is_initializing():
-                for running, own in ((running_mean, mean), (running_var, var)):
-                    own = own.reshape(-1, channels).mean(axis=0)
-                    running.value = self.momentum * running.value + (1.0 - self.momentum) * own
+                for running, found in ((running_mean, mean), (running_var, var)):
+                    found = found.reshape(-1, channels).mean(axis=0)
+                    running.value = self.momentum * running.value + (1.0 - self.momentum) * found
         gain = scale * jax.lax.rsqrt(var + self.epsilon)
         y = x * gain + (bias - mean * gain)
         return y.reshape(shape).astype(self.dtype)

@@ -42,11 +42,11 @@ def start_from(variables: Mapping[str, Any], reader: str, path: str | os.PathLik
         if place not in leaves:
             name = "/".join(place)
             raise IcmError(f"{path} has weights {name}, which this task's networks have not")
-        own = leaves[place]
-        if np.shape(value) != own.shape:
+        expected = leaves[place]
+        if np.shape(value) != expected.shape:
             raise IcmError(
                 f"the weights {'/'.join(place)} of {path} have shape {np.shape(value)}, those of "
-                f"this task {own.shape}"
+                f"this task {expected.shape}"
             )
-        leaves[place] = np.asarray(value, own.dtype)
+        leaves[place] = np.asarray(value, expected.dtype)
     return flax.traverse_util.unflatten_dict(leaves)

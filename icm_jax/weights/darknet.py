@@ -33,10 +33,10 @@ def detector(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
             f"{path}: Darknet's weights are those of detectors; this task has "
             f"{', '.join(shapes['params'])}"
         )
-    own = read(
+    trees = read(
         path, {name: tree["detector"] for name, tree in shapes.items() if "detector" in tree}
     )
-    return {collection: {"detector": tree} for collection, tree in own.items()}
+    return {collection: {"detector": tree} for collection, tree in trees.items()}
 
 
 def read(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
@@ -75,9 +75,9 @@ def read(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
     at = 0
     for collection, layer, name, shape in itertools.chain(*plan[: ends.index(len(data)) + 1]):
         size = math.prod(shape)
-        own = values[at : at + size].reshape(shape)
-        own = own.transpose(2, 3, 1, 0) if len(shape) == 4 else own
-        variables[collection].setdefault(layer, {})[name] = np.array(own, np.float32)
+        leaf = values[at : at + size].reshape(shape)
+        leaf = leaf.transpose(2, 3, 1, 0) if len(shape) == 4 else leaf
+        variables[collection].setdefault(layer, {})[name] = np.array(leaf, np.float32)
         at += size
     return variables
 
@@ -86,8 +86,8 @@ def write(path: str | os.PathLike, variables: Mapping[str, Any], seen: int = 0) 
     """Writes what `read` reads; `variables` of a whole detector. Raises: IcmError."""
     parts = [np.array([0, 2, 0], "<i4").tobytes(), np.array([seen], "<u8").tobytes()]
     for collection, layer, name, _ in itertools.chain(*_plan(variables)):
-        own = np.asarray(variables[collection][layer][name], "<f4")
-        parts.append((own.transpose(3, 2, 0, 1) if own.ndim == 4 else own).tobytes())
+        leaf = np.asarray(variables[collection][layer][name], "<f4")
+        parts.append((leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf).tobytes())
     write_whole(path, b"".join(parts))
 
 
