@@ -1,9 +1,10 @@
 """What bench_accelerator.py measures: sizes, and our side of each case."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -23,37 +24,76 @@ class Sizes(NamedTuple):
     codec_channels: int = 320  # M
     crop: int = 256  # sides of the image codec's training images
     picture: tuple[int, int] = (512, 768)
+    trunk: float = 1.0  # factor of the channels of networks on coefficients
+    detector: tuple[float, float] = (1.0, 1.0)  # factors of YOLOv3's channels and depth
+    scene: int = 416  # sides of its images
 
 
-TINY = Sizes(8, 80, 64, 8, 8, 16, 16, 64, 8, 8, 64, (64, 96))
+TINY = Sizes(8, 80, 64, 8, 8, 16, 16, 64, 8, 8, 64, (64, 96), 1 / 16, (1 / 16, 0.1), 64)
 CLASSES, LEVELS, DEPTHS = 1000, 8, (3, 4, 6, 3)
+OBJECTS = 8  # of an image, to detect
 LAMBDAS = (0.0018, 0.18)
 LEARNING_RATES = {"stage1": 1e-3, "hyperprior": 1e-4}
 ALPHA, L1, TEMPERATURE, MOMENTUM = 0.1, 0.1, 0.2, 0.999
 
 
 class Case(NamedTuple):
-    """One measurement: a name, the number of trained or used parameters, images of a call, a call
-    that need not wait for its result (an array), and FLOPs of an image where they are counted."""
+    """One measurement.
+
+    Attributes:
+      name: of it. parameters: how many are trained or used. images: of a call.
+      call: () -> an array, for which it need not wait.
+      flops: of an image, where they are counted.
+      phases: where it has any, a counter to which each call adds its seconds by phase.
+      about: what else the record says.
+    """
 
     name: str
     parameters: int
     images: int
-    call: Callable
+    call: Callable[[], Any]
     flops: float | None = None
+    phases: dict[str, float] | None = None
+    about: Mapping[str, Any] = {}
 
 
-def ours(part: str, sizes: Sizes, options) -> Iterator[Case]:
+Build = Callable[[], list[Case]]
+"""Makes and compiles cases that belong together; in any thread."""
+
+
+def ours(part: str, sizes: Sizes, options) -> list[Build]:
     """The cases of a part, in JAX."""
     if part == "stage1":
-        yield our_stage1(sizes, options)
+        run = our_run("omni_icm", "imagenet", "omni/stage1")
+        builds = [functools.partial(our_stage1, run, sizes, options)]
     elif part == "hyperprior":
-        for dtype in options.dtypes:
-            yield our_hyperprior(sizes, options, dtype)
+        builds = [
+            functools.partial(
+                our_hyperprior,
+                our_run("hyperprior", "large", "mean_scale_hyperprior"),
+                sizes,
+                options,
+                dtype,
+            )
+            for dtype in options.dtypes
+        ]
+    elif part == "detection":
+        run = our_run("yolov3", "coco", "detector")
+        builds = [functools.partial(our_detector, run, sizes, options)]
+    elif part == "coefficients":
+        from bench_without_decoding import PAPER
+
+        arms = ("rgb", *PAPER)
+        return [functools.partial(our_arm, arm, sizes, options) for arm in arms]
+    elif part == "coding":
+        from accelerator_coding import coding_cases
+
+        batches = options.coding_batches
+        return [functools.partial(coding_cases, n, sizes.picture, options.images) for n in batches]
     else:
-        for dtype in options.dtypes:
-            yield our_codec(sizes, options, dtype)
-        yield our_classifier(sizes, options)
+        builds = [functools.partial(our_codec, sizes, options, dtype) for dtype in options.dtypes]
+        builds.append(functools.partial(our_classifier, sizes, options))
+    return [lambda build=build: [build()] for build in builds]
 
 
 def our_run(experiment: str, scale: str, name: str):
@@ -79,11 +119,10 @@ def count(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def our_stage1(sizes: Sizes, options) -> Case:
+def our_stage1(run, sizes: Sizes, options) -> Case:
     from icm_jax.engine.cost import multiply_accumulates
     from icm_jax.tasks import build_task
 
-    run = our_run("omni_icm", "imagenet", "omni/stage1")
     if options.tiny:
         run.data.canvas = sizes.canvas
         run.task.update(width=sizes.width, size=sizes.view, queue=sizes.queue)
@@ -99,10 +138,9 @@ def our_stage1(sizes: Sizes, options) -> Case:
     return Case("stage1, bfloat16", parameters, run.batch_size, call, 4 * 2 * forward)
 
 
-def our_hyperprior(sizes: Sizes, options, dtype: str) -> Case:
+def our_hyperprior(run, sizes: Sizes, options, dtype: str) -> Case:
     from icm_jax.tasks import build_task
 
-    run = our_run("hyperprior", "large", "mean_scale_hyperprior")
     if options.tiny:
         run.data.canvas = sizes.canvas
         run.task.size = sizes.crop
@@ -128,9 +166,9 @@ def our_training(run, task, batch: dict):
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     fresh = jax.jit(init, out_shardings=places)
     state = fresh(jax.random.key(run.seed), dict(task.constants))
-    step = train.compiled_step(training, state)
     batch = jax.device_put(batch, sharding.batch_sharding(training.mesh))
     key = jax.device_put(jax.random.key(run.seed), sharding.replicated(training.mesh))
+    step = train.compiled_step(training, state).lower(state, batch, key).compile()
     held = [state]  # donated to the first step; each step leaves its successor
 
     def call():
@@ -138,6 +176,69 @@ def our_training(run, task, batch: dict):
         return metrics["loss"]
 
     return abstract, call
+
+
+def our_detector(run, sizes: Sizes, options) -> Case:
+    import jax
+
+    from icm_jax.engine.cost import multiply_accumulates
+    from icm_jax.engine.plan.step import counted
+    from icm_jax.tasks import build_task
+
+    run = dataclasses.replace(run, batch_size=options.detection_batch)
+    run.data.canvas = run.task.size = sizes.scene
+    run.task.detector.width, run.task.detector.depth = sizes.detector
+    run.task.dtype = "bfloat16"
+    config = counted(run)
+    task, rows = build_task(config), (run.batch_size, run.data.boxes)
+    corners = jax.random.uniform(jax.random.key(1), (*rows, 2), maxval=0.7)
+    extents = jax.random.uniform(jax.random.key(2), (*rows, 2), minval=0.05, maxval=0.3)
+    batch = {
+        "image": our_images(run.batch_size, sizes.scene, sizes.scene),
+        "boxes": jax.numpy.concatenate([corners, corners + extents], axis=-1),
+        "box_labels": jax.random.randint(jax.random.key(3), rows, 0, config.classes),
+        "box_valid": jax.numpy.broadcast_to(jax.numpy.arange(rows[1])[None] < OBJECTS, rows),
+    }
+    state, call = our_training(run, task, batch)
+    forward = multiply_accumulates(task.predict, state.variables, batch) / run.batch_size
+    parameters = count(state.variables["params"])
+    return Case("yolov3, bfloat16", parameters, run.batch_size, call, 3 * 2 * forward)
+
+
+def our_arm(arm: str, sizes: Sizes, options) -> list[Case]:
+    """ResNet-50 on RGB, or a wiring on coefficients: inputs on the device, or on the host."""
+    import jax
+    import numpy as np
+    from bench_without_decoding import drawn
+    from ml_collections import ConfigDict
+
+    from icm_jax.engine.cost import multiply_accumulates
+    from icm_jax.tasks import build_task
+
+    network, given = ("50", "rgb") if arm == "rgb" else (arm, "jpeg")
+    fields = dict(name="coefficient_classification", network=network, input=given, classes=CLASSES)
+    fields |= dict(width=sizes.trunk, size=sizes.view, dtype="bfloat16")
+    task = build_task(ConfigDict(fields))
+    batch, rng = options.coefficients_batch, np.random.default_rng(0)
+    if arm == "rgb":
+        inputs = {"image": rng.integers(0, 256, (batch, sizes.view, sizes.view, 3), np.uint8)}
+    else:
+        sides = [(sizes.view // s, sizes.view // s) for s in (8, 16)]
+        luma, chroma = (
+            rng.integers(-8, 8, (batch, *own, channels), np.int16)
+            for own, channels in zip(sides, (64, 128), strict=True)
+        )
+        inputs = dict(luma=luma, chroma=chroma, steps=np.full((batch, 192), 4, np.int32))
+    variables = jax.device_put(drawn(task))
+    program = jax.jit(lambda v, x: task.predict(v, x)["logits"]).lower(variables, inputs).compile()
+    placed = jax.device_put(inputs)
+    flops = 2 * multiply_accumulates(task.predict, variables, inputs) / batch
+    cases = []
+    for place, own in (("device", placed), ("host", inputs)):
+        name = f"coefficients, {arm}, from the {place}"
+        call = functools.partial(program, variables, own)
+        cases.append(Case(name, count(variables["params"]), batch, call, flops))
+    return cases
 
 
 def codec_multiply_accumulates(codec, variables, images) -> tuple[float, float]:
@@ -176,17 +277,17 @@ def our_codec(sizes: Sizes, options, dtype: str) -> Case:
     own = variables["params"]["image_codec"]
     quality = jax.numpy.linspace(0.0, 1.0, batch)
 
-    @jax.jit
     def reconstruct(variables, images):
         y = codec.tiling.front(variables, {"image": images, "quality": quality})
         decoded = {"y": ops.quantise(y), "quality": quality}
         return codec.outputs["image"](variables, decoded, sizes.picture)
 
+    program = jax.jit(reconstruct).lower(variables, images).compile()
     return Case(
         f"codec, {dtype}",
         count([own[name] for name in ("analysis", "synthesis", "gain")]),
         batch,
-        lambda: reconstruct(variables, images),
+        lambda: program(variables, images),
         2 * 2 * codec_multiply_accumulates(codec, variables, images)[0],
     )
 
@@ -211,7 +312,7 @@ def our_classifier(sizes: Sizes, options) -> Case:
     model, batch = Classifier(), options.resnet_batch
     images = our_images(batch, sizes.canvas, sizes.canvas)
     variables = jax.jit(model.init)(jax.random.key(0), images[:1])
-    predict = jax.jit(model.apply)
+    predict = jax.jit(model.apply).lower(variables, images).compile()
     return Case(
         "resnet-50, bfloat16",
         count(variables["params"]),

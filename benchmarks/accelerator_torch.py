@@ -6,11 +6,11 @@ initial values differ. Products that make these views may be TF32, ours are floa
 """
 
 import copy
+import functools
 import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterator
 
 import torch
 from accelerator_cases import (
@@ -23,6 +23,7 @@ from accelerator_cases import (
     LEVELS,
     MOMENTUM,
     TEMPERATURE,
+    Build,
     Case,
     Sizes,
 )
@@ -39,20 +40,24 @@ TO_YIQ = torch.tensor(
 FROM_YIQ = torch.linalg.inv(TO_YIQ)
 
 
-def pytorch(part: str, sizes: Sizes, options) -> Iterator[Case]:
-    """The cases of a part, in PyTorch."""
+def pytorch(part: str, sizes: Sizes, options) -> list[Build]:
+    """The cases of a part, in PyTorch; it has none of "coding" and "coefficients"."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
+    builds = []
     if part == "stage1":
-        yield torch_stage1(sizes, options)
+        builds.append(functools.partial(torch_stage1, sizes, options))
     elif part == "hyperprior":
-        for dtype in options.dtypes:
-            yield torch_hyperprior(sizes, options, dtype)
-    else:
-        for dtype in options.dtypes:
-            yield torch_codec(sizes, options, dtype)
-        yield torch_classifier(sizes, options)
+        builds += [functools.partial(torch_hyperprior, sizes, options, d) for d in options.dtypes]
+    elif part == "detection":
+        from accelerator_torch_detector import torch_detector
+
+        builds.append(functools.partial(torch_detector, sizes, options))
+    elif part == "evaluation":
+        builds += [functools.partial(torch_codec, sizes, options, d) for d in options.dtypes]
+        builds.append(functools.partial(torch_classifier, sizes, options))
+    return [lambda build=build: [build()] for build in builds]
 
 
 def half(dtype: str = "bfloat16"):
