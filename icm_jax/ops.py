@@ -48,6 +48,58 @@ def on_each_device(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())) if mesh else x
 
 
+_window: contextvars.ContextVar[tuple[tuple[int, int], jax.Array] | None] = contextvars.ContextVar(
+    "window", default=None
+)
+
+
+@contextlib.contextmanager
+def within(size: tuple[int, int], bounds: jax.Array) -> Iterator[None]:
+    """Within, what is traced sees a window of an image, beyond whose border `inside` has zeros.
+
+    Args:
+      size: height and width of the window, in elements of what is cut.
+      bounds: int32 [N, 4], rows from, to and columns from, to (exclusive) that are of the image.
+    """
+    token = _window.set((size, bounds))
+    try:
+        yield
+    finally:
+        _window.reset(token)
+
+
+def inside(x: jax.Array) -> jax.Array:
+    """x [N, h, w, C], zero beyond the image's border where a window of it is traced `within`.
+
+    Convolutions call it on what they take: they find the zeros there that padding would give them
+    on the whole image. Of what has 2^k times fewer rows, the part of the image is rounded up.
+    """
+    found = _window.get()
+    if found is None:
+        return x
+    size, bounds = found
+    ends = []
+    for axis in (0, 1):
+        begin, end = bounds[:, 2 * axis], bounds[:, 2 * axis + 1]
+        rows, whole = x.shape[1 + axis], size[axis]
+        up, down = max(rows // whole, 1), max(whole // rows, 1)
+        ends += [begin // down * up, -(-end // down) * up]
+    return clear_outside(x, jnp.stack(ends, axis=1))
+
+
+def clear_outside(x: jax.Array, bounds: jax.Array) -> jax.Array:
+    """x [N, h, w, C] with zeros but in rows and columns of `bounds`, int32 [N, 4] as in `within`.
+
+    >>> clear_outside(jnp.ones((1, 1, 4, 1)), jnp.array([[0, 1, 1, 3]])).ravel().tolist()
+    [0.0, 1.0, 1.0, 0.0]
+    """
+    row = jnp.arange(x.shape[1], dtype=jnp.int32).reshape(1, -1, 1, 1)
+    column = jnp.arange(x.shape[2], dtype=jnp.int32).reshape(1, 1, -1, 1)
+    top, bottom, left, right = (bounds[:, n].reshape(-1, 1, 1, 1) for n in range(4))
+    kept = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+    return jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+
 @jax.custom_vjp
 def lower_bound(x: jax.Array, bound: float) -> jax.Array:
     """max(x, bound) whose gradient also passes where it pushes x back up (docs/papers.md 6.1)."""

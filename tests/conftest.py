@@ -1,13 +1,14 @@
 """Stricter than users are: two CPU devices, strict dtype and rank promotion, warnings as errors.
 
 Programs are compiled without optimisation: compiling is most of what the tests do, and takes less
-than half the time so.
+than half the time so. None are kept on disk.
 """
 
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["ICM_CACHE_DIR"] = "off"
 
 import jax
 import pytest

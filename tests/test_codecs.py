@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import BUILT, FEATURE, encoded, images, quality_of, small_codec
 
-from icm_jax.codecs import bitstream, codec, feature_codec, filter_codec, image_codec, tiles
+from icm_jax.codecs import bitstream, codec, feature_codec, filter_codec
 from icm_jax.codecs.hyperprior import Gain
 from icm_jax.coding import container
 from icm_jax.errors import IcmError
@@ -171,32 +171,6 @@ def test_a_quality_is_asked_for_where_there_are_qualities():
     assert bits == sorted(bits) and bits[0] < bits[-1]
     header = bitstream.decode_latents(many, bitstream.encode(many, batch, quality=25.5)[0]).header
     assert header.quality == 2550
-
-
-@pytest.mark.parametrize("kind", ["factorised", "mean_scale_hyperprior"])
-def test_windows_leave_no_trace(kind):
-    """An image in small windows: latents and pixels as in one piece, at seams as elsewhere."""
-    built = image_codec(kind, 6, 8)
-    batch = images(1, 201, 330, 3)
-    variables = jax.jit(built.init)(jax.random.key(1), batch)
-    frozen = bitstream.freeze(built, variables, batch[:, :64, :64])
-    whole, cut = (bitstream.encode(frozen, batch, window=w)[0] for w in (1024, 112))
-    one, other = (bitstream.decode_latents(frozen, data).latents["y"] for data in (whole, cut))
-    assert (one != other).mean() < 1e-3 and np.abs(one - other).max() <= 1  # a tie in rounding
-    pixels = [bitstream.decode(frozen, [whole], "image", window=w) for w in (1024, 96)]
-    np.testing.assert_allclose(*pixels, atol=0.05)
-
-
-@pytest.mark.parametrize("length", [1, 64, 65, 100, 257])
-def test_spans_keep_every_place_once_and_its_halo(length):
-    size, halo = 64, 16
-    kept = []
-    for start, begin, end in tiles.spans(length, min(size, length), halo):
-        assert 0 <= start <= begin < end <= min(start + size, length)
-        assert begin - start >= halo or start == 0
-        assert start + size - end >= halo or end == length
-        kept += range(begin, end)
-    assert kept == list(range(length))
 
 
 def test_gain_interpolates_logarithms():

@@ -87,7 +87,7 @@ class FrozenCodec:
         """
         _require_output(self.codec, "image")
         decoded = decode_latents(self, data, layers=layers)
-        image = _synthesised(self, decoded, "image", layers, tiles.WINDOW)[0]
+        image = _synthesised(self, decoded, "image", layers, tiles.SIZES)[0]
         if decoded.header.grey:
             image = image.mean(axis=-1)
         return np.rint(image.clip(0, 255)).astype(np.uint8)
@@ -151,7 +151,7 @@ def encode(
     coder: str = "native",
     *,
     quality: float | None = None,
-    window: int = tiles.WINDOW,
+    windows: Sequence[tiles.Size] = tiles.SIZES,
 ) -> list[bytes]:
     """One self-contained byte string per image.
 
@@ -160,7 +160,7 @@ def encode(
       images: uint8 [N, H, W, 3] or, greyscale, [N, H, W]; any H, W >= 1.
       coder: "native" or "tfc".
       quality: 0 to 100, in steps of 1/100; for codecs with qualities, and needed there.
-      window: larger images are analysed in windows of so many pixels a side; see `tiles`.
+      windows: sizes of windows to choose from; see `tiles`.
 
     Raises:
       IcmError: the codec was not frozen, images or quality are not as above, or a latent is not
@@ -172,17 +172,14 @@ def encode(
     images = _require_images(np.repeat(images[..., None], 3, axis=-1) if grey else images)
     _require_sides(images.shape[1:3])
     steps = _quality_steps(codec, quality)
-    return [_encoded(frozen, image, grey, steps, coder, window) for image in images]
+    return [_encoded(frozen, image, grey, steps, coder, windows) for image in images]
 
 
-def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, window: int) -> bytes:
+def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, windows) -> bytes:
     """The stream of one image, uint8 [H, W, 3]."""
     codec = frozen.codec
-    inputs = {"image": image[None]} | _condition(steps)
-    if codec.tiling and tiles.needed(image.shape[0], image.shape[1], window):
-        inputs = {"latent": _tiled_front(frozen, image, steps, window)} | _condition(steps)
-    latents = jax.device_get(walk.analyse(codec, frozen.on_device, inputs))
     decoded = _condition(steps)
+    latents = walk.analyse(codec, frozen.on_device, image[None], decoded, windows)
     layers: list[tuple[list[bytes], int]] = []  # strings, and the CRC of the symbols in them
     for number, segment in enumerate(codec.segments):
         latent = latents[segment.name]
@@ -202,7 +199,7 @@ def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, window: 
             return symbols
 
         decoded[segment.name] = walk.in_passes(
-            codec, number, frozen.on_device, latent.shape, decoded, coded
+            codec, number, frozen.on_device, latent.shape, decoded, coded, windows
         )
     header = container.Header(frozen.fingerprint, image.shape[:2], grey, steps)
     return container.pack(header, layers)
@@ -273,56 +270,31 @@ def decode(
     coder: str = "native",
     *,
     layers: int | None = None,
-    window: int = tiles.WINDOW,
+    windows: Sequence[tiles.Size] = tiles.SIZES,
 ) -> np.ndarray:
     """The named output of each stream, stacked along the batch axis: float32 [N, ...].
 
-    Images larger than `window` pixels a side are synthesised in windows; see `tiles`.
+    Args: windows: sizes of windows to choose from; see `tiles`.
 
     Raises: IcmError as `decode_latents` does, or for an output that the codec does not have or
       that needs more than the first `layers` layers.
     """
     _require_output(_require_frozen(frozen).codec, output)
     latents = (decode_latents(frozen, data, coder, layers=layers) for data in streams)
-    return np.concatenate([_synthesised(frozen, d, output, layers, window) for d in latents])
+    return np.concatenate([_synthesised(frozen, d, output, layers, windows) for d in latents])
 
 
-def _synthesised(frozen: FrozenCodec, given: Decoded, output: str, layers, window) -> np.ndarray:
+def _synthesised(frozen: FrozenCodec, given: Decoded, output: str, layers, windows) -> np.ndarray:
     """An output of decoded latents, float32 [1, ...]."""
     decoded, shape = given.latents, given.header.shape
-    if output == "image" and frozen.codec.tiling and tiles.needed(*shape, window):
-        return _tiled_image(frozen, decoded, shape, window)
     try:
-        return np.asarray(walk.output(frozen.codec, output, shape, frozen.on_device, decoded))
+        return walk.output(frozen.codec, output, shape, frozen.on_device, decoded, windows)
     except KeyError as missing:
         if layers is None:
             raise
         raise IcmError(
             f"{output!r} needs the latent {missing}, which is in a later layer"
         ) from missing
-
-
-def _tiled_front(frozen: FrozenCodec, image, steps, window: int) -> np.ndarray:
-    def run(part):
-        inputs = {"image": part} | _condition(steps)
-        return walk.front(frozen.codec, frozen.on_device, inputs)
-
-    assert frozen.codec.tiling
-    return tiles.analyse(frozen.codec.tiling, run, image[None], window)
-
-
-def _tiled_image(frozen: FrozenCodec, latents, shape, window: int) -> np.ndarray:
-    tiling = frozen.codec.tiling
-    assert tiling
-    condition = {name: value for name, value in latents.items() if name == "quality"}
-
-    def run(part):
-        sides = tuple(tiling.factor * side for side in part.shape[1:3])
-        return walk.output(
-            frozen.codec, "image", sides, frozen.on_device, {tiling.segment: part} | condition
-        )
-
-    return tiles.synthesise(tiling, run, latents[tiling.segment], window)[:, : shape[0], : shape[1]]
 
 
 def estimate(

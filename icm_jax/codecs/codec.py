@@ -22,6 +22,7 @@ from icm_jax import ops
 from icm_jax.codecs import tiles
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
+from icm_jax.nets.integer import Reach
 
 
 class Prior(NamedTuple):
@@ -34,7 +35,7 @@ class Prior(NamedTuple):
     """
 
     bits: Callable[[jax.Array], jax.Array]
-    index: jax.Array
+    index: jax.Array | np.ndarray
     mean: jax.Array | None = None
 
 
@@ -46,7 +47,7 @@ class Segment(NamedTuple):
     """One latent; `icm_jax.codecs.priors` makes the usual ones.
 
     Attributes:
-      name: its key in the dictionaries of latents; not "quality" nor "known".
+      name: its key in the dictionaries of latents; not "quality", "known" nor "bounds".
       shape: (height, width) of the image -> (h, w, C) of the latent.
       prior: in floats, for training and for `freeze`.
       freeze: (host variables, sample latents {segment: [N, h, w, C]}) -> (Tables, arrays for
@@ -59,6 +60,9 @@ class Segment(NamedTuple):
         None for a single one. Within the segment's prior `decoded` then has two entries more: its
         own name, [N, h, w, C] with the elements of earlier passes and 0 elsewhere, and "known",
         float32 [N, h, w, C] with 1 at these elements.
+      reach: what the exact prior looks at, so that it can be had in windows; of none, if that is
+        the same everywhere. `decoded` then has "bounds", as `integer.run` takes them. None: the
+        prior is computed of whole latents, by a program for each size.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Segment(NamedTuple):
     layer: int = 0
     spent: tuple[str, ...] = ()
     passes: Callable[[tuple[int, ...]], np.ndarray] | None = None
+    reach: Reach | None = None
 
 
 class Codec(NamedTuple):
@@ -82,7 +87,7 @@ class Codec(NamedTuple):
       segments: in the order of the stream, layer by layer.
       outputs: name -> (variables, decoded, (height, width)) -> array; `decoded` has "quality", too.
       qualities: the rate is chosen at encoding: "quality" float32 [N], 0 to 1, is an input.
-      tiling: how to code large images in windows, or None.
+      tiling: how to code images in windows, or None.
       config: (name in CODECS, its arguments as items), set by `builder`: what a saved codec stores.
     """
 

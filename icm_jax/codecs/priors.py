@@ -8,7 +8,6 @@ conditional    a Gaussian per element, its scale, and mean, from latents decoded
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -26,9 +25,9 @@ def halvings(times: int, channels: int) -> Shape:
     return lambda height, width: (ops.halved(height, times), ops.halved(width, times), channels)
 
 
-def channel_index(shape: tuple[int, ...]) -> jax.Array:
+def channel_index(shape: tuple[int, ...]) -> np.ndarray:
     """Table rows of a prior per channel: int32 [N, h, w, C], the channel's number."""
-    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32).reshape(1, 1, 1, -1), shape)
+    return np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
 
 
 def per_channel(
@@ -44,7 +43,14 @@ def per_channel(
         del decoded
         return Prior(lambda latent: bits(variables, latent), channel_index(of_shape))
 
-    return Segment(name, shape, prior, lambda variables, _: (make(variables), None), layer=layer)
+    return Segment(
+        name,
+        shape,
+        prior,
+        lambda variables, _: (make(variables), None),
+        layer=layer,
+        reach=integer.Reach((), 0),
+    )
 
 
 def factorised(
@@ -108,7 +114,8 @@ def conditional(
 
     def exact(variables, decoded, of_shape):
         arrays = variables["integer"][name]
-        whole = integer.run(network.nodes, arrays, network.inputs(decoded))
+        bounds = network.inputs(decoded["bounds"]) if "bounds" in decoded else None
+        whole = integer.run(network.nodes, arrays, network.inputs(decoded), bounds)
         index, centre = _split(ops.crop_to(whole, *of_shape[1:3]), of_shape[-1], mean)
         centre = None if centre is None else centre.astype(jnp.float32) / MEAN_STEPS
         return Prior(lambda y: entropy.gaussian_bits(y, index, centre), index, centre)
@@ -122,7 +129,10 @@ def conditional(
         arrays = integer.quantise(network.nodes, weights, samples, ranges)
         return tables.gaussian_tables(), arrays
 
-    segment = Segment(name, shape, prior, freeze, exact, layer, network.path, passes)
+    reach = integer.reach(network.nodes)
+    factors = tuple((network.renamed.get(name, name), factor) for name, factor in reach.factors)
+    reach = reach._replace(factors=factors)
+    segment = Segment(name, shape, prior, freeze, exact, layer, network.path, passes, reach)
     return segment
 
 

@@ -1,23 +1,38 @@
-"""Large images in windows: the same latents and pixels as in one piece, in bounded memory.
+"""Images of any size in windows of a few fixed sizes: the same results as in one piece.
 
-A window is cut with a halo as wide as the transform looks, and only what lies inside of the halo is
-kept. At the border of the image a window has no halo: there the transform pads as it would have
-done on the whole image. So there are no seams to hide, and a file does not tell whether it was
-written in windows. All windows of a large image have one size, hence one compiled program.
+Every program is compiled for one shape, and photographs have thousands. So what networks compute of
+an image they compute in windows of one of `SIZES`, whichever wastes least on it. A window is cut
+with a halo as wide as the network looks, and only what lies inside of the halo is kept. Where a
+window looks past the border of the image there are zeros, as padding has them on the whole image,
+in every layer (`ops.inside`). So there are no seams to hide, a file does not tell in which windows
+it was written, and memory is bounded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from icm_jax import ops
 
-WINDOW = 1024  # pixels a side; larger images are cut
+Size = tuple[int, int]
+SIZES: tuple[Size, ...] = (
+    (64, 64),
+    (128, 128),
+    (256, 256),
+    (512, 640),
+    (640, 512),
+    (1024, 1024),
+)
+"""Heights and widths of windows in pixels, multiples of what hyper-latents stand for."""
+_EACH = 1 << 13  # pixels whose time a window costs whatever its size
 
 
 class Tiling(NamedTuple):
     """What a codec has to tell for its transforms to be run in windows.
+
+    Their convolutions take what `ops.inside` gives.
 
     Attributes:
       segment: name of the latent y, which "image" needs alone.
@@ -25,6 +40,8 @@ class Tiling(NamedTuple):
         looks no further than `halo` pixels; `analyse` then takes {"latent": y} for the rest.
       factor: pixels per element of y; sides are padded to multiples of it.
       halo: in pixels, a multiple of factor. back_halo: of the way back, in elements of y.
+      rest: elements of y, a side, per element of the latents that the rest of `analyse` gives, 1 if
+        there are none but y. rest_halo: in elements of y, a multiple of it.
     """
 
     segment: str
@@ -32,50 +49,104 @@ class Tiling(NamedTuple):
     factor: int
     halo: int
     back_halo: int
+    rest: int = 1
+    rest_halo: int = 0
+
+
+class Part(NamedTuple):
+    """A window of some arrays: a cut of each, [N, h, w, C], and what of it is not beyond the
+    border, int32 [N, 4] as in `ops.within`."""
+
+    arrays: dict[str, Any]
+    bounds: dict[str, Any]
 
 
 def spans(length: int, size: int, halo: int) -> Iterator[tuple[int, int, int]]:
     """(start of a window, begin and end of what is kept of it) along one side."""
     begin = 0
     while begin < length:
-        start = max(0, min(begin - halo, length - size))
+        start = max(0, begin - halo)
         end = length if start + size >= length else start + size - halo
         yield start, begin, end
         begin = end
 
 
-def needed(height: int, width: int, window: int = WINDOW) -> bool:
-    """Whether an image is larger than a window."""
-    return max(height, width) > window
+def best_size(sides: Size, halo: int, unit: int = 1, sizes: Sequence[Size] = SIZES) -> Size:
+    """Of `sizes`, multiples of `unit`, the one in which an image of `sides` takes least time; for
+    a halo that is too wide for all of them, the image's."""
+
+    def cost(size: Size) -> int:
+        counts = [sum(1 for _ in spans(*one, halo)) for one in zip(sides, size, strict=True)]
+        return counts[0] * counts[1] * (size[0] * size[1] + _EACH)
+
+    fitting = [
+        size
+        for size in sizes
+        if not any(side % unit for side in size)
+        and all(side > 2 * halo or side >= length for side, length in zip(size, sides, strict=True))
+    ]
+    if not fitting:
+        return sides[0] + -sides[0] % unit, sides[1] + -sides[1] % unit
+    return min(fitting, key=cost)
 
 
-def analyse(tiling: Tiling, run: Callable, image: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """y of a uint8 image [1, H, W, 3]; `run` computes `tiling.front` of a window of it."""
-    image = ops.pad_to(image, tiling.factor)
-    return _in_windows(run, image, window, tiling.halo, 1, tiling.factor)
+def in_windows(
+    run: Callable[[Part], Any],
+    given: Mapping[str, tuple[np.ndarray, int]],
+    sides: Size,
+    step: int,
+    halo: int,
+    sizes: Sequence[Size] = SIZES,
+) -> Any:
+    """What `run` gives of whole arrays, computed in windows.
+
+    Args:
+      run: a `Part` -> arrays [1, h, w, C] or a tree of such, all on one grid.
+      given: by name, an array [1, h, w, C] and the pixels that an element of it stands for.
+      sides: of the image in pixels, multiples of the least of these.
+      step: pixels per element of the result.
+      halo: how far `run` looks, in pixels; a multiple of `step` and of those of `given`.
+      sizes: to choose from, in pixels.
+
+    Returns: the same tree with arrays of the image's whole sides, rounded up.
+    """
+    unit = max(step, *(pixels for _, pixels in given.values()))
+    size = best_size(sides, halo, unit, sizes)
+    whole: list[np.ndarray] = []
+    form: Any = None
+    for top, first, last in spans(sides[0], size[0], halo):
+        for left, begin, end in spans(sides[1], size[1], halo):
+            cuts = {name: _cut(*one, (top, left), size) for name, one in given.items()}
+            arrays = {name: array for name, (array, _) in cuts.items()}
+            found, form = jax.tree.flatten(run(Part(arrays, {n: b for n, (_, b) in cuts.items()})))
+            found = [np.asarray(array) for array in found]
+            if not whole:
+                whole = [np.empty((1, *_up(sides, step), a.shape[-1]), a.dtype) for a in found]
+            kept = [
+                (slice(a // step, -(-b // step)), slice((a - at) // step, -(-(b - at) // step)))
+                for a, b, at in ((first, last, top), (begin, end, left))
+            ]
+            (rows, rows_of), (columns, columns_of) = kept
+            for result, array in zip(whole, found, strict=True):
+                result[:, rows, columns] = array[:, rows_of, columns_of]
+    return jax.tree.unflatten(form, whole)
 
 
-def synthesise(tiling: Tiling, run: Callable, y: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Pixels [1, 16h, 16w, 3] of y [1, h, w, C]; `run` computes them of a window of y."""
-    size = window // tiling.factor
-    return _in_windows(run, y, size, tiling.back_halo, tiling.factor, 1)
+def _up(sides: Size, step: int) -> Size:
+    return -(-sides[0] // step), -(-sides[1] // step)
 
 
-def _in_windows(run, given: np.ndarray, window: int, halo: int, up: int, down: int) -> np.ndarray:
-    """Cuts the sides of `given`, runs, and puts the kept parts together; sides scale by up/down."""
-    sizes = [min(window, side) for side in given.shape[1:3]]
-    result = np.empty(0)
-    for top, first, last in spans(given.shape[1], sizes[0], halo):
-        for left, begin, end in spans(given.shape[2], sizes[1], halo):
-            part = np.asarray(run(given[:, top : top + sizes[0], left : left + sizes[1]]))
-            if not result.size:
-                sides = [side * up // down for side in given.shape[1:3]]
-                result = np.empty((1, *sides, part.shape[-1]), part.dtype)
-            rows, columns = (
-                slice((a - origin) * up // down, (b - origin) * up // down)
-                for a, b, origin in ((first, last, top), (begin, end, left))
-            )
-            result[
-                :, first * up // down : last * up // down, begin * up // down : end * up // down
-            ] = part[:, rows, columns]
-    return result
+def _cut(array: np.ndarray, pixels: int, at: Size, size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """A window of `size` pixels at `at`, zeros beyond the array's end; and its bounds."""
+    (top, left), (height, width) = ([n // pixels for n in pair] for pair in (at, size))
+    found = array[:, top : top + height, left : left + width]
+    bounds = np.array([[0, found.shape[1], 0, found.shape[2]]], np.int32)
+    missing = height - found.shape[1], width - found.shape[2]
+    if any(missing):
+        found = np.pad(found, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
+    return found, bounds
+
+
+def within(part: Part, name: str):
+    """The context in which `ops.inside` knows the window of an array of `part`."""
+    return ops.within(part.arrays[name].shape[1:3], part.bounds[name])

@@ -4,12 +4,19 @@ Encoder and decoder both take `in_passes`, and so see the same numbers at the sa
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from icm_jax import ops
+from icm_jax.codecs import programs, tiles
 from icm_jax.codecs.codec import Codec, Segment, forward, pass_masks, seen
+from icm_jax.codecs.tiles import Part
+
+_ELEMENT = 16
+"""Pixels that an element of a latent counts for where windows of priors are chosen."""
 
 
 def in_passes(
@@ -19,6 +26,7 @@ def in_passes(
     shape: tuple[int, ...],
     decoded: Mapping[str, np.ndarray],
     symbols_of: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    sizes: Sequence[tiles.Size] = tiles.SIZES,
 ) -> np.ndarray:
     """A latent as decoding gives it, float32 of `shape`: what encoder and decoder both walk.
 
@@ -27,13 +35,14 @@ def in_passes(
       decoded: the latents before, and "quality".
       symbols_of: (places of a pass in the latent, their table rows int32 [n], their means float32
         [n]) -> the integers int32 [n], in the order row, column, channel.
+      sizes: of windows, see `tiles`.
     """
     segment = codec.segments[number]
     values = np.zeros(shape, np.float32)
     known = np.zeros(shape[1:], bool)
     for mask in pass_masks(segment, shape):
         given = seen(segment, decoded, values, known)
-        index, mean = jax.device_get(_prior(codec, number, shape, variables, given))
+        index, mean = prior(codec, number, shape, variables, given, sizes)
         chosen = mask[None]
         mean = np.broadcast_to(np.float32(0) if mean is None else mean, shape)[chosen]
         # Encoder and decoder add the same two numbers, so that both go on from the same latents.
@@ -48,14 +57,137 @@ def strings_of(segment: Segment, shape: tuple[int, ...]) -> int:
     return 1 if segment.passes is None else len(pass_masks(segment, shape))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def analyse(codec, variables, inputs):
+def analyse(
+    codec: Codec,
+    variables,
+    image: np.ndarray,
+    condition: Mapping[str, np.ndarray],
+    sizes: Sequence[tiles.Size] = tiles.SIZES,
+) -> dict[str, np.ndarray]:
+    """The latents of an image, uint8 [1, H, W, 3], on the host.
+
+    Args: condition: "quality", where the codec has qualities.
+    """
+    tiling = codec.tiling
+    if tiling is None:
+        inputs = {"image": image, **condition}
+        return jax.device_get(programs.run(_analyse, (codec,), variables, inputs))
+    image = ops.pad_to(image, tiling.factor)
+    sides = image.shape[1:3]
+
+    def front(part: Part):
+        return programs.run(_front, (codec,), variables, (part, condition))
+
+    def rest(part: Part):
+        return programs.run(_rest, (codec,), variables, (part, condition))
+
+    y = tiles.in_windows(front, {"image": (image, 1)}, sides, tiling.factor, tiling.halo, sizes)
+    if tiling.rest == 1:
+        return {tiling.segment: y}
+    step, halo = tiling.factor * tiling.rest, tiling.factor * tiling.rest_halo
+    latents = tiles.in_windows(rest, {"latent": (y, tiling.factor)}, sides, step, halo, sizes)
+    return latents | {tiling.segment: y}
+
+
+def output(
+    codec: Codec,
+    name: str,
+    shape: tuple[int, int],
+    variables,
+    decoded: Mapping[str, np.ndarray],
+    sizes: Sequence[tiles.Size] = tiles.SIZES,
+) -> np.ndarray:
+    """An output of the decoded latents of an image of `shape`, float32 [1, ...], on the host.
+
+    Raises: KeyError with the name of a latent that is needed and not there.
+    """
+    tiling = codec.tiling
+    if name != "image" or tiling is None:
+        return np.asarray(programs.run(_output, (codec, name, shape), variables, dict(decoded)))
+    y, step = decoded[tiling.segment], tiling.factor
+    condition = {name: value for name, value in decoded.items() if name == "quality"}
+
+    def image(part: Part):
+        return programs.run(_image, (codec,), variables, (part, condition))
+
+    sides = y.shape[1] * step, y.shape[2] * step
+    found = tiles.in_windows(
+        image, {tiling.segment: (y, step)}, sides, 1, step * tiling.back_halo, sizes
+    )
+    return found[:, : shape[0], : shape[1]]
+
+
+def prior(
+    codec: Codec,
+    number: int,
+    shape: tuple[int, ...],
+    variables,
+    decoded: Mapping[str, np.ndarray],
+    sizes: Sequence[tiles.Size] = tiles.SIZES,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Table rows, int32 of `shape`, and means, float32 of `shape` or None."""
+    segment = codec.segments[number]
+    reach = segment.reach
+    if reach is None:
+        found = programs.run(_whole_prior, (codec, number, shape), variables, decoded)
+        return jax.device_get(found)
+    if not reach.factors:
+        rows, mean = _whole_prior(codec, number, shape, variables, decoded)
+        return np.asarray(rows), None if mean is None else np.asarray(mean)
+    given = {name: (decoded[name], _ELEMENT * n) for name, n in reach.factors}
+
+    def of_window(part: Part):
+        return programs.run(_prior_of_window, (codec, number), variables, part)
+
+    sides = _ELEMENT * shape[1], _ELEMENT * shape[2]
+    return tiles.in_windows(of_window, given, sides, _ELEMENT, _ELEMENT * reach.halo, sizes)
+
+
+# What is compiled: the codec and what else is fixed, variables, inputs.
+
+
+def _analyse(codec, variables, inputs):
     return codec.analyse(variables, inputs)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def front(codec, variables, inputs):
-    return codec.tiling.front(variables, inputs)
+def _front(codec, variables, inputs):
+    part, condition = inputs
+    with tiles.within(part, "image"):
+        return codec.tiling.front(variables, part.arrays | condition)
+
+
+def _rest(codec, variables, inputs):
+    part, condition = inputs
+    with tiles.within(part, "latent"):
+        latents = codec.analyse(variables, part.arrays | condition)
+    return {name: latent for name, latent in latents.items() if name != codec.tiling.segment}
+
+
+def _image(codec, variables, inputs):
+    part, condition = inputs
+    name, factor = codec.tiling.segment, codec.tiling.factor
+    shape = tuple(factor * side for side in part.arrays[name].shape[1:3])
+    with tiles.within(part, name):
+        return codec.outputs["image"](variables, part.arrays | condition, shape)
+
+
+def _whole_prior(codec, number, shape, variables, decoded):
+    prior = codec.segments[number].prior(variables, decoded, shape)
+    return prior.index, prior.mean
+
+
+def _prior_of_window(codec, number, variables, part):
+    segment = codec.segments[number]
+    name, factor = segment.reach.factors[0]
+    height, width = (factor * side for side in part.arrays[name].shape[1:3])
+    channels = segment.shape(1, 1)[2]
+    decoded = part.arrays | {"bounds": part.bounds}
+    prior = segment.prior(variables, decoded, (1, height, width, channels))
+    return prior.index, prior.mean
+
+
+def _output(codec, name, shape, variables, decoded):
+    return codec.outputs[name](variables, decoded, shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,17 +196,6 @@ def sample(codec, variables, inputs):
     return forward(codec, variables, inputs, inputs["image"].shape[1:3]).latents
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prior(codec, number, shape, variables, decoded):
-    prior = codec.segments[number].prior(variables, decoded, shape)
-    return prior.index, prior.mean
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def output(codec, name, shape, variables, decoded):
-    return codec.outputs[name](variables, decoded, shape)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def maps(codec, variables, inputs):
+def maps(codec, variables, inputs) -> Any:
     return forward(codec, variables, inputs, inputs["image"].shape[1:3]).maps

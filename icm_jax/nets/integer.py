@@ -3,8 +3,8 @@
 What a decoder derives from decoded latents has to be what the encoder derived, to the last bit;
 floating point does not give that across devices, batch sizes or compilers (Ballé, Johnston and
 Minnen 2019, "Integer networks for data compression with latent-variable models"). Here weights and
-activations are int8, products are summed in int32 by `lax.dot_general`, and sums are re-scaled by
-integer multiply and shift:
+activations are int8, products are summed in int32, and sums are re-scaled by integer multiply and
+shift:
 
     acc = Σ w · x + b                                 |acc| <= bound < 2^31, from the actual weights
     a   = (acc + 2^(s1-1)) >> s1                      |a| < 2^15
@@ -21,6 +21,7 @@ that no node has are the network's inputs: multiples of 1/16, held as
 `quantise` makes the integers from float weights and the ranges seen on sample inputs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -50,8 +51,8 @@ class Node(NamedTuple):
         their heights and widths and concatenated.
       activation: "relu", "leaky_relu" or, linear, "".
       up: depth to space after it: [h, w, 4F] -> [2h, 2w, F].
-      features: channels before depth to space. side: of the kernel, odd. Both only say how weights
-        are to be initialised.
+      features: channels before depth to space, where weights are to be initialised.
+      side: of the kernel, odd.
     """
 
     name: str
@@ -219,19 +220,67 @@ def _activation_step(output: np.ndarray) -> float:
 
 
 def run(
-    nodes: Sequence[Node], arrays: Mapping[str, Mapping], inputs: Mapping[str, jax.Array]
+    nodes: Sequence[Node],
+    arrays: Mapping[str, Mapping],
+    inputs: Mapping[str, jax.Array],
+    bounds: Mapping[str, jax.Array] | None = None,
 ) -> jax.Array:
     """Executes a network on multiples of 1/16 [N, h, w, C] of any dtype -> int32 [N, h', w', F].
 
-    Args: arrays: what `quantise` returned.
+    Args:
+      arrays: what `quantise` returned.
+      bounds: where the inputs are windows of larger ones: what of each, int32 [N, 4], is of them
+        and not beyond their border; see `ops.within`. As far from a window's edge as `reach` says,
+        the result is that of the whole.
     """
     values = {name: _held(inputs[name], arrays.get(name)) for name in input_names(nodes)}
+    bounds = dict(bounds or {})
     for node in nodes:
         layer = arrays[node.name]
-        x = _rescaled(_convolved(_gathered(values, node), layer["kernel"]), layer)
-        x = ops.depth_to_space(x) if node.up else x
+        x = _gathered(values, node)
+        if bounds:
+            bounds[node.name] = _common([bounds[name] for name in node.inputs])
+            x = ops.clear_outside(x, bounds[node.name])
+        x = _rescaled(_convolved(x, layer["kernel"]), layer)
+        if node.up:
+            x = ops.depth_to_space(x)
+            bounds |= {node.name: 2 * bounds[node.name]} if bounds else {}
         values[node.name] = x if node is nodes[-1] else x.astype(jnp.int8)
     return values[nodes[-1].name]
+
+
+def _common(bounds: list[jax.Array]) -> jax.Array:
+    """What all of some bounds, int32 [N, 4], have in common."""
+    every = jnp.stack(bounds)
+    ends = jnp.array([False, True, False, True]).reshape(1, 4)
+    return jnp.where(ends, every.min(axis=0), every.max(axis=0))
+
+
+class Reach(NamedTuple):
+    """What of its inputs a network looks at.
+
+    Attributes:
+      factors: (input, elements of the output, a side, per element of it) for each input.
+      halo: how far it looks, in elements of the output; a multiple of all factors.
+    """
+
+    factors: tuple[tuple[str, int], ...]
+    halo: int
+
+
+def reach(nodes: Sequence[Node]) -> Reach:
+    """How far a network looks, by its nodes' kernels and doublings."""
+    far, factor = {nodes[-1].name: 0}, {nodes[-1].name: 1}
+    for node in reversed(nodes):
+        doubling = 2 if node.up else 1
+        own = -(-far.get(node.name, 0) // doubling) + node.side // 2
+        for name in node.inputs:
+            far[name] = max(far.get(name, 0), own)
+            factor[name] = doubling * factor[node.name]
+    names = input_names(nodes)
+    unit = math.lcm(*(factor[name] for name in names))
+    halo = max(far[name] * factor[name] for name in names)
+    return Reach(tuple((name, factor[name]) for name in names), -(-halo // unit) * unit)
 
 
 def _held(x: jax.Array, of_input: Mapping | None) -> jax.Array:
@@ -252,7 +301,25 @@ def _gathered(values: Mapping[str, jax.Array], node: Node) -> jax.Array:
 
 
 def _convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """int8 [N, h, w, C] * int8 [k, k, C, F] -> int32 [N, h, w, F], zeros around."""
+    """int8 [N, h, w, C] * int8 [k, k, C, F] -> int32 [N, h, w, F], zeros around.
+
+    Integer convolutions are a CPU's alone; it takes a fifth of the time to compile them.
+    """
+    return jax.lax.platform_dependent(x, kernel, cpu=_convolution, default=_matrix_products)
+
+
+def _convolution(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _matrix_products(x, kernel):
     _, h, w, _ = x.shape
     side = kernel.shape[0]
     x = jnp.pad(x, ((0, 0), *[(side // 2, side // 2)] * 2, (0, 0)))

@@ -1,0 +1,195 @@
+"""Compiled programs: one per function and shapes in a process, kept on disk for the next process.
+
+A program is kept under a name that stands for all it depends on: the package's sources, versions,
+flags, the codec, the shapes and the processor. Programs are code, so none is read out of a folder
+in which others than its owner could have put it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import pickle
+import platform
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jaxlib.version
+from jax.experimental import serialize_executable
+
+from icm_jax.errors import IcmError
+from icm_jax.files import write_whole
+
+FOLDER = "ICM_CACHE_DIR"
+"""Environment variable: where programs are kept, or "off"."""
+LIMIT = 1 << 28
+"""Bytes that a folder of programs may take; the longest unused go first."""
+_SUFFIX = ".program"
+_PACKAGE = pathlib.Path(__file__).parent.parent
+
+_made: dict[Any, Any] = {}
+_locks: dict[Any, threading.Lock] = {}
+_guard = threading.Lock()
+
+
+def run(function: Callable, static: tuple, variables: Any, inputs: Any) -> Any:
+    """function(*static, variables, inputs) by a compiled program.
+
+    It is compiled, or read, by the first thread that needs it for such shapes; others wait.
+
+    Args:
+      function: on the top level of a module. static: hashable, a `Codec` first.
+      variables: arrays on a device, where it runs. inputs: arrays on the host.
+    """
+    leaves, form = jax.tree.flatten((variables, inputs))
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    settings = tuple(jax.config.values.items())
+    key = function, static, shapes, form, settings
+    program = _made.get(key)
+    if program is None:
+        with _guard:
+            lock = _locks.setdefault(key, threading.Lock())
+        with lock:
+            program = _made.get(key)
+            if program is None:
+                program = _kept(function, static, variables, inputs, repr((shapes, form, settings)))
+                _made[key] = program
+    return program(variables, inputs)
+
+
+def _kept(function, static, variables, inputs, described: str):
+    """The program out of the folder, or compiled and put there."""
+    device = jax.tree.leaves(variables)[0].device
+    folder = folder_of_programs() if _can_be_kept(static[0]) else None
+    if folder is None:
+        return _compiled(function, static, variables, inputs)
+    config = json.dumps(static[0].config)
+    about = (function.__name__, config, repr(static[1:]), described, *_surroundings(device))
+    name = hashlib.sha256("\0".join(about).encode()).hexdigest()
+    path = folder / f"{name[:40]}{_SUFFIX}"
+    program = _read(path, device)
+    if program is None:
+        program = _compiled(function, static, variables, inputs)
+        _write(path, program)
+    return program
+
+
+def _compiled(function, static, variables, inputs):
+    bound = functools.partial(function, *static)
+    return jax.jit(bound).lower(variables, inputs).compile()
+
+
+def _can_be_kept(codec) -> bool:
+    """Only what is built by the package alone is named by its sources; before 0.7, JAX could not
+    store programs of CPUs."""
+    from icm_jax.codecs import CODECS
+
+    builder = CODECS.get(codec.config[0]) if codec.config else None
+    ours = builder is not None and builder.__module__.startswith("icm_jax.")
+    return ours and jax.__version_info__ >= (0, 7)
+
+
+@functools.cache
+def _surroundings(device) -> tuple[str, ...]:
+    """Everything but the function and its inputs that a program depends on."""
+    sources = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        sources.update(str(path.relative_to(_PACKAGE)).encode() + path.read_bytes())
+    flags = [f"{key}={value}" for key, value in sorted(os.environ.items()) if "XLA" in key]
+    versions = (jax.__version__, jaxlib.version.__version__, flax.__version__, sys.version)
+    machine = (device.device_kind, str(device.id), device.client.platform_version)
+    return sources.hexdigest(), *versions, *flags, *machine, _processor(), str(os.cpu_count())
+
+
+def _processor() -> str:
+    """What tells apart processors that run different instructions; else the computer's name."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.node()}"
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    wanted = {"model name", "cpu family", "model", "stepping", "flags", "Features", "CPU part"}
+    found = {key.strip(): value for key, value in facts.items() if key.strip() in wanted}
+    return f"{platform.machine()} {sorted(found.items())}"
+
+
+@functools.cache
+def folder_of_programs() -> pathlib.Path | None:
+    """The user's folder of programs, made if need be; None where it is off or cannot be trusted,
+    which is said on standard error."""
+    given = os.environ.get(FOLDER, "")
+    if given == "off":
+        return None
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        caches = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(given) if given else caches / "icm_jax"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        doubt = _doubt(folder.resolve())
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        doubt = str(error)
+    if doubt:
+        print(f"icm: compiled programs are not kept: {doubt}; see {FOLDER}", file=sys.stderr)
+        return None
+    return folder.resolve()
+
+
+def _doubt(folder: pathlib.Path) -> str:
+    """Why others could have put files into a folder, or "" if only this user can."""
+    if not hasattr(os, "geteuid"):
+        return "this system does not say who may write to a folder"
+    for place in (folder, *folder.parents):
+        about = place.stat()
+        open_to_all = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        sticky = place != folder and about.st_mode & stat.S_ISVTX
+        if about.st_uid not in ({os.geteuid()} if place == folder else {0, os.geteuid()}):
+            return f"{place} belongs to another user"
+        if open_to_all and not sticky:
+            return f"others may write to {place}"
+    return ""
+
+
+def _read(path: pathlib.Path, device):
+    """A program that `_write` wrote; None if it is not there or damaged."""
+    try:
+        content = path.read_bytes()
+        digest, body = content[:32], content[32:]
+        if hashlib.sha256(body).digest() != digest:
+            return None
+        os.utime(path)  # the longest unused go first
+        return serialize_executable.deserialize_and_load(
+            *pickle.loads(body), backend=device.client, execution_devices=[device]
+        )
+    except (OSError, RuntimeError, ValueError):  # JAX's errors are RuntimeErrors
+        return None
+
+
+def _write(path: pathlib.Path, program) -> None:
+    try:
+        body = pickle.dumps(serialize_executable.serialize(program))
+        write_whole(path, hashlib.sha256(body).digest() + body)
+        _prune(path.parent)
+    except (IcmError, OSError, RuntimeError, ValueError, NotImplementedError):
+        return  # a full disk, or a program that cannot be stored: it is compiled again next time
+
+
+def _prune(folder: pathlib.Path) -> None:
+    """Removes the longest unused programs beyond `LIMIT`; another process may do so, too."""
+    found = []
+    for path in folder.glob(f"*{_SUFFIX}"):
+        try:
+            about = path.stat()
+            found.append((about.st_mtime, about.st_size, path))
+        except FileNotFoundError:
+            continue
+    left = LIMIT
+    for _, size, path in sorted(found, reverse=True):
+        left -= size
+        if left < 0:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""Windows: what they give is what the whole image gives, whatever its size."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from small import BUILT, encoded, images, quality_of, small_codec
+
+from icm_jax.codecs import bitstream, codec, tiles, walk
+from icm_jax.coding import container, range_coder
+
+SMALL = ((64, 64), (128, 128), (192, 128))
+"""Windows so small that test images need many of them."""
+KINDS = ("factorised", "mean_scale_hyperprior", "checkerboard")
+
+
+@functools.cache
+def in_one_piece(frozen, number):
+    """The exact prior of a segment as one program on whole latents: no windows, no bounds."""
+
+    def prior(variables, decoded, shape):
+        found = frozen.codec.segments[number].prior(variables, decoded, shape)
+        return found.index, found.mean
+
+    return jax.jit(prior, static_argnums=2)
+
+
+def strings_of_whole(frozen, image, quality, condition):
+    """The strings of a file, by the codec's functions on the whole image and the range coder."""
+    latents = jax.jit(frozen.codec.analyse)(frozen.on_device, {"image": image} | condition)
+    decoded, strings = dict(condition), []
+    for number, segment in enumerate(frozen.codec.segments):
+        latent = np.asarray(latents[segment.name])
+        values, known = np.zeros_like(latent), np.zeros(latent.shape[1:], bool)
+        for mask in codec.pass_masks(segment, latent.shape):
+            given = codec.seen(segment, decoded, values, known)
+            index, mean = in_one_piece(frozen, number)(frozen.on_device, given, latent.shape)
+            mean = np.zeros_like(latent) if mean is None else np.asarray(mean)
+            chosen = mask[None]
+            symbols = np.rint(latent - mean)[chosen].astype(np.int32)
+            rows = np.asarray(index)[chosen]
+            strings.append(range_coder.encode(symbols, rows, frozen.tables[segment.name]))
+            values[chosen] = symbols + mean[chosen]
+            known |= mask
+        decoded[segment.name] = values
+    return strings, decoded
+
+
+@pytest.mark.parametrize("size", [(1, 1), (15, 33), (64, 80), (129, 301), (270, 190), (321, 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_write_what_the_whole_image_does(kind, size):
+    """The same strings, or at a tie in rounding floats a symbol or two that differ by one."""
+    frozen = small_codec(kind)
+    batch = images(1, *size, 3)
+    quality, condition = quality_of(frozen.codec)
+    condition = {name: value[:1] for name, value in condition.items()}
+    expected, latents = strings_of_whole(frozen, batch, quality, condition)
+    (data,) = bitstream.encode(frozen, batch, quality=quality, windows=SMALL)
+    found = bitstream.decode_latents(frozen, data).latents
+    strings = [s for layer in container.unpack(data).layers for s in layer.strings]
+    ties = sum((np.abs(found[n] - latents[n]) > 0.01).sum() for n in latents if n != "quality")
+    assert strings == expected or 0 < ties < 4 + 1e-3 * latents["y"].size
+    whole = frozen.codec.outputs["image"](frozen.on_device, found, size)
+    given = bitstream.decode(frozen, [data], "image", windows=SMALL)
+    np.testing.assert_allclose(given, whole, atol=0.05)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (16, 20), (30, 41)])
+@pytest.mark.parametrize("kind", ["mean_scale_hyperprior", "checkerboard", "disentangled"])
+def test_table_rows_are_the_same_integers_in_every_window(kind, size):
+    frozen = small_codec(kind)
+    sides = tuple(16 * side for side in size)
+    rng = np.random.default_rng(sum(size))
+    shapes = {s.name: (1, *s.shape(*sides)) for s in frozen.codec.segments}
+    decoded = {n: rng.integers(-99, 99, s).astype(np.float32) for n, s in shapes.items()}
+    for number, segment in enumerate(frozen.codec.segments):
+        shape = shapes[segment.name]
+        known = rng.integers(0, 2, shape[1:]).astype(bool)
+        given = codec.seen(segment, decoded, decoded[segment.name] * known[None], known)
+        index, mean = in_one_piece(frozen, number)(frozen.on_device, given, shape)
+        for windows in (SMALL, tiles.SIZES, ((320, 384),)):
+            found = walk.prior(frozen.codec, number, shape, frozen.on_device, given, windows)
+            np.testing.assert_array_equal(found[0], index)
+            if mean is not None:
+                np.testing.assert_array_equal(found[1], mean)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_coded_before_changes_nothing(kind):
+    """Files, and pixels of files, do not depend on their order."""
+    frozen = small_codec(kind)
+    batch = [images(1, *size, 3) for size in ((40, 90), (130, 70), (64, 64))]
+    quality, _ = quality_of(frozen.codec)
+    first = [encoded(frozen, one)[0] for one in batch]
+    assert [encoded(frozen, one)[0] for one in reversed(batch)] == first[::-1]
+    shown = [frozen.decompress(data) for data in first]
+    for data, pixels in zip(reversed(first), reversed(shown), strict=True):
+        np.testing.assert_array_equal(frozen.decompress(data), pixels)
+    together = bitstream.encode(frozen, np.concatenate([batch[0]] * 3), quality=quality)
+    assert together == first[:1] * 3
+
+
+def test_many_sizes_take_few_programs():
+    """Photographs of 60 sizes in at most five sizes of windows, and little wasted on them."""
+    rng = np.random.default_rng(3)
+    sides = [tuple(pair) for pair in rng.integers(300, 1300, (60, 2))]
+    used = {tiles.best_size(pair, 32) for pair in sides}
+    assert len(used) <= 5 and used <= set(tiles.SIZES)
+    for large in ((3000, 4000), (4320, 7680)):
+        windows = [list(tiles.spans(*pair, 32)) for pair in zip(large, (512, 640), strict=True)]
+        area = len(windows[0]) * len(windows[1]) * 512 * 640
+        assert area < 1.5 * large[0] * large[1]
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 100, 257])
+def test_spans_keep_every_place_once_and_its_halo(length):
+    size, halo = 64, 16
+    kept = []
+    for start, begin, end in tiles.spans(length, size, halo):
+        assert 0 <= start <= begin < end <= min(start + size, length)
+        assert begin - start >= halo or start == 0
+        assert start + size - end >= halo or end == length
+        kept += range(begin, end)
+    assert kept == list(range(length))
+
+
+def test_a_halo_wider_than_all_windows_takes_the_whole_image():
+    assert tiles.best_size((100, 130), 600, 64) == (256, 256)
+    assert tiles.best_size((1100, 130), 600, 64) == (1152, 192)
+
+
+def test_a_codec_without_windows_is_coded_whole():
+    frozen = small_codec("mean_scale_hyperprior")
+    plain = bitstream.FrozenCodec(
+        BUILT["mean_scale_hyperprior"]()._replace(tiling=None), frozen.variables, frozen.tables
+    )
+    batch = images(1, 50, 70, 3)
+    (data,) = encoded(plain, batch)
+    assert frozen.fingerprint == plain.fingerprint
+    for one in (frozen, plain):
+        assert np.abs(one.decompress(data).astype(int) - plain.decompress(data)).max() <= 1
