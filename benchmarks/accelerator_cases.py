@@ -126,8 +126,8 @@ def our_stage1(run, sizes: Sizes, options) -> Case:
     if options.tiny:
         run.data.canvas = sizes.canvas
         run.task.update(width=sizes.width, size=sizes.view, queue=sizes.queue)
-        run.task.update(filter_channels=sizes.filter_channels)
-        run.task.update(filter_widths=(sizes.filter_width,) * 3)
+        widths = (sizes.filter_width,) * 3
+        run.task.codec.update(channels=sizes.filter_channels, widths=widths)
         run.task.update(projector_hidden=sizes.hidden, embedding=sizes.embedding)
     run = dataclasses.replace(run, batch_size=options.stage1_batch)
     task = build_task(run.task)

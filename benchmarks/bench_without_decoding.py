@@ -96,9 +96,15 @@ def show(measured: dict[str, dict]) -> None:
 
 def code_paths(given, images: np.ndarray) -> dict[str, throughput.Path]:
     """ResNet-50 on decoded images and cResNet-51 on the code."""
-    fields = dict(code_width=round(128 * given.width), code_channels=32, code_centres=6)
-    fields |= dict(code_learned=True, code_blocks=3, width=round(64 * given.width), mode="finetune")
-    fields |= dict(name="classification", size=given.size, crop=(1.0, 1.0), dtype=given.dtype)
+    code = dict(name="autoencoder", width=round(128 * given.width), channels=32, centres=6)
+    fields = dict(codec=code | dict(learned=True, blocks=3), mode="finetune")
+    fields |= dict(
+        width=round(64 * given.width),
+        name="classification",
+        size=given.size,
+        crop=(1.0, 1.0),
+        dtype=given.dtype,
+    )
     paths, codec = {}, None
     for arm, variant, frontend in (("decoded", "50", "decoded"), ("code", "c51", "code")):
         own = dict(fields, variant=variant, frontend=frontend, classes=1000)

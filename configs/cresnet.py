@@ -42,8 +42,6 @@ Embedded data see the autoencoder, r50 and c51 alone; `arms` adds networks, `joi
 `segment.steps` above 0 the rest.
 """
 
-import dataclasses
-
 import ml_collections
 
 from configs import common
@@ -79,7 +77,8 @@ def demo() -> dict:
         arms=("r50", "c51"),
         data=common.scenes(train=4500, validation=600),
         model=dict(width=16, size=96, crop=(0.5, 1.0), dtype="float32"),
-        code=dict(width=32, centres=6, learned=True, blocks=3, beta=300.0, size=64),
+        code=dict(name="autoencoder", width=32, centres=6, learned=True, blocks=3),
+        rate=dict(beta=300.0, size=64),  # of the codec's training; size of its views
         train=common.loop(),
         codec=common.stage(steps=400, learning_rate=3e-3, warmup_steps=50),
         classify=common.stage(steps=400, learning_rate=3e-3, warmup_steps=50),
@@ -121,7 +120,8 @@ def imagenet() -> dict:
     config.update(seeds=(0,), arms=tuple(VARIANTS))
     config["data"] = dict(name="imagenet2012", path="", canvas=256)
     config["model"].update(width=64, size=224, dtype="bfloat16")
-    config["code"].update(width=128, size=160)
+    config["code"].update(width=128)
+    config["rate"].update(size=160)
     config["train"].update(batch_size=64, log_every=100, save_every=5000)
     sgd = dict(optimiser="sgd", learning_rate=0.025, warmup_steps=1000)
     config["codec"].update(steps=200_000, learning_rate=1e-4, warmup_steps=1000)
@@ -152,7 +152,8 @@ def tiny() -> dict:
     config.update(speed=2)
     config["data"] = common.scenes(train=16, validation=8, canvas=32)
     config["model"].update(width=2, size=32)
-    config["code"].update(width=4, blocks=1, size=32)
+    config["code"].update(width=4, blocks=1)
+    config["rate"].update(size=32)
     config["train"].update(common.few())
     for stage in ("codec", "classify", "segment", "joint"):
         config[stage].update(steps=4, warmup_steps=1)
@@ -173,9 +174,8 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 
 def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
     """One seed at one operating point."""
-    code = dict(code_channels=channels)
-    code |= {f"code_{k}": config.code[k] for k in ("width", "centres", "learned", "blocks")}
-    rate = dict(target_bpp=point, beta=config.code.beta)
+    code = dict(codec=dict(config.code, channels=channels))
+    rate = dict(target_bpp=point, beta=config.rate.beta)
     speed = (Point("speed", config.speed),) if config.speed else ()
 
     def named(arm):
@@ -197,13 +197,13 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
             labels=Labels(curve, arm, f"{point:g} bpp", **LOOKS.get(arm, {})),
         )
 
-    task = dict(code, **rate, name="autoencoder_compression", size=config.code.size)
+    task = dict(code, **rate, name="autoencoder_compression", size=config.rate.size)
     first = point == config.points[0][0] and seed == config.seeds[0]
     files = file_points(config.files) if first else ()
     listed = [
         run("autoencoder", "image", "codec", task, [], (Point("picture"), *files), codec_file={})
     ]
-    coded = [Start(named("autoencoder"), CODEC, codec=True)]
+    coded = [Start(named("autoencoder"), codec=True)]
     cnets = [arm for arm in config.arms if arm.startswith("c")]
     if "label" in keys:
         for arm in config.arms:
@@ -229,11 +229,11 @@ def joint_runs(config, code, rate, arm, named, run) -> list:
     start = [Start(named("autoencoder"), CODEC), Start(named(arm), NETWORK)]
     own = (Point("stream"), Point("picture")), ("label",)
     listed = [run("joint", "classify", "joint", task, start, *own, codec_file={})]
-    start[0] = dataclasses.replace(start[0], codec=True)  # which stays as it is, from here on
+    start[0] = Start(named("autoencoder"), codec=True)  # which stays as it is, from here on
     task = network_task(config, code, arm, "classification")
     own = (Point("stream"),), ("label",)
     listed.append(run("alone", "classify", "joint", task, start, *own))
-    joint = Start(named("joint"), CODEC, codec=True)
+    joint = Start(named("joint"), codec=True)
     listed.append(run("anew", "classify", "classify", task, [joint], *own))
     start = [joint, Start(named("anew"), NETWORK)]
     listed.append(run("again", "classify", "joint", task, start, *own))

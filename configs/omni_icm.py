@@ -39,10 +39,10 @@ ARMS = {
 }
 """What the report says of each."""
 HEAD = ("params/head", "batch_stats/head")
-BACKBONE = (*HEAD, "params/tail", "batch_stats/tail")
+TAIL = ("params/tail", "batch_stats/tail")
+BACKBONE = HEAD + TAIL
 PROJECTOR = ("params/projector",)
 FILTER = ("params/filter", "batch_stats/filter")
-CODEC = ("params/feature_codec", "batch_stats/feature_codec")
 NEEDS = {"classify": "label", "linear": "label", "segment": "mask"}
 
 
@@ -60,14 +60,11 @@ def demo() -> dict:
             crop=(0.9, 1.0),  # share of the area that a view shows, but in stage 1
             dtype="float32",
             bn_groups=0,  # statistics of the global batch; of so many parts of it each by itself
-            filter_channels=192,
-            filter_widths=(16, 32, 64),
-            codec_channels=48,
-            codec_widths=(16, 64),
-            hyper_channels=8,
             projector_hidden=128,
             embedding=64,
         ),
+        filter=dict(name="omni_filter", channels=192, widths=(16, 32, 64)),
+        codec=dict(name="omni_feature", channels=48, widths=(16, 64), hyper_channels=8),
         train=common.loop(
             rate_scaling="none",  # or linear, sqrt: learning rates are then for rate_batch images
             rate_batch=256,
@@ -130,8 +127,8 @@ def tiny() -> dict:
     config = demo()
     config["data"].update(common.scenes(train=64, validation=24, canvas=32))
     config["model"].update(variant="10", width=8, size=32, projector_hidden=16, embedding=16)
-    config["model"].update(filter_channels=8, filter_widths=(8, 8, 8))
-    config["model"].update(codec_channels=8, codec_widths=(8, 8), hyper_channels=8)
+    config["filter"].update(channels=8, widths=(8, 8, 8))
+    config["codec"].update(channels=8, widths=(8, 8), hyper_channels=8)
     config["train"].update(common.few(batch_size=8))
     config["pretrain"].update(steps=6, batch_size=0, warmup_steps=2)
     config["stage0"].update(steps=4, warmup_steps=2)
@@ -147,8 +144,8 @@ def imagenet() -> dict:
     config = demo()
     config["data"] = dict(name="imagenet2012", path="", canvas=256)
     config["model"].update(variant="50", width=64, size=224, crop=(0.25, 1.0), dtype="bfloat16")
-    config["model"].update(filter_channels=192, filter_widths=(128, 128, 128))
-    config["model"].update(codec_channels=192, codec_widths=(128, 128), hyper_channels=128)
+    config["filter"].update(channels=192, widths=(128, 128, 128))
+    config["codec"].update(channels=192, widths=(128, 128), hyper_channels=128)
     config["model"].update(projector_hidden=2048, embedding=128)
     config["train"].update(batch_size=256, log_every=100, save_every=5000)
     moco = dict(batch_size=0, optimiser="sgd", warmup_steps=0)
@@ -197,15 +194,15 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
     """What both arms share, with the first; stage 1; per λ stage 2 and the tasks of stage 3."""
     base = f"seed{seed}/{arm}"
     listed, start = [], []
-    s1 = config.stage1
+    s1, trained_filter = config.stage1, filter_fields(config, dtype=config.model.dtype)
     if config.stage0.steps:
         name = f"seed{seed}/filter"
         if arm == "omni":
-            task = dict(config.model, name="filter_pretraining")
+            task = dict(config.model, name="filter_pretraining", codec=trained_filter)
             listed.append(stage_run(config, config.stage0, seed, name, task, start))
         start = [Start(name, HEAD + FILTER)]
     task = dict(config.model, **{k: s1[k] for k in ("negatives", "queue", "momentum", "l1")})
-    task |= dict(name="contrastive", temperature=s1.temperature)
+    task |= dict(name="contrastive", temperature=s1.temperature, codec=trained_filter)
     if config.pretrain.steps:
         name = f"seed{seed}/contrast"
         if arm == "omni":
@@ -221,6 +218,8 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
         task = dict(
             config.model,
             name="compression",
+            filter=filter_fields(config),
+            codec=codec_fields(config),
             lmbda=lmbda,
             feature_weights=config.stage2.feature_weights,
             relative=True,
@@ -229,12 +228,23 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
         if not config.codecs:
             fields = dict(codec_file={})
             listed.append(stage_run(config, config.stage2, seed, codec, task, start, **fields))
-        start = [Start(codec, BACKBONE + FILTER + CODEC, config.codecs, codec=True)]
+        start = [Start(codec, TAIL, config.codecs, codec=True)]
         for kind, steps in task_steps(config, keys).items():
             name = f"{base}/{kind}-{lmbda:g}"
             labels = Labels(kind, arm, f"{lmbda:g}", **ARMS[arm])
             listed.append(task_run(config, seed, name, kind, steps, start, labels))
     return listed
+
+
+def filter_fields(config, **more) -> dict:
+    """The information filter, as `icm_jax.tasks.task.build_codec` takes it."""
+    return dict(config.filter, variant=config.model.variant, width=config.model.width, **more)
+
+
+def codec_fields(config) -> dict:
+    """The feature codec likewise; it contains the filter, whose fields are its filter_..."""
+    inner = {f"filter_{key}": value for key, value in config.filter.items() if key != "name"}
+    return dict(config.codec, variant=config.model.variant, width=config.model.width, **inner)
 
 
 def task_steps(config, keys) -> dict[str, int]:
@@ -246,7 +256,7 @@ def task_steps(config, keys) -> dict[str, int]:
 
 def task_run(config, seed, name, kind, steps, start, labels):
     """Stage 3: a head (and the tail) on decoded features."""
-    task = dict(config.model, frontend="feature")
+    task = dict(config.model, frontend="feature", codec=codec_fields(config))
     if kind == "segment":
         own = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
         task |= dict(name="segmentation", **own)

@@ -62,10 +62,13 @@ def demo() -> dict:
         model=dict(
             # "split-cheng2020" is Choi and Bajić's original: the transforms of Cheng et al. 2020.
             kinds=("disentangled", "split", "residual"),
-            width=(16, 32, 64, 32),  # or one number, see `icm_jax.codecs.scalable.scalable_codec`
-            base=24,  # C_b
-            enhancement=128,  # C_e
-            hypers=2,
+            codec=dict(
+                name="scalable",
+                width=(16, 32, 64, 32),  # or one number, see its builder
+                base=24,  # C_b
+                enhancement=128,  # C_e
+                hypers=2,
+            ),
             feature_weight=1000.0,
             lambdas=SMALL_LAMBDAS,
             size=96,  # of training views
@@ -94,7 +97,8 @@ def photos() -> dict:
 def coco() -> dict:
     """Full widths: YOLOv3 at 416 pixels, N = C_b = 128, C_e = 64, as docs/papers.md 3 and 4."""
     config = demo() | detector("coco")
-    config["model"].update(width=128, base=128, enhancement=64, lambdas=LAMBDAS, size=256)
+    config["model"]["codec"].update(width=128, base=128, enhancement=64)
+    config["model"].update(lambdas=LAMBDAS, size=256)
     config["single"].update(width=128, channels=192, lambdas=LAMBDAS)
     config["train"].update(steps=1_000_000, batch_size=16, learning_rate=1e-4, save_every=5000)
     config["train"].update(schedule="plateau", keep_every=100_000, following_steps=0)
@@ -104,8 +108,8 @@ def coco() -> dict:
 def tiny() -> dict:
     """A few steps of the demo, for tests."""
     config = demo() | detector("tiny")
-    config["model"].update(kinds=("disentangled",), width=6, base=4, enhancement=5, size=64)
-    config["model"].update(lambdas=(0.01,))
+    config["model"].update(kinds=("disentangled",), lambdas=(0.01,), size=64)
+    config["model"]["codec"].update(width=6, base=4, enhancement=5)
     config["single"].update(width=6, channels=8, lambdas=())
     config["train"].update(common.few(save_every=2), steps=4, warmup_steps=2, keep_every=2)
     return config
@@ -137,12 +141,11 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 
 def scalable_task(config, kind: str, lmbda: float) -> dict:
     """The task of a scalable codec."""
-    own = ("width", "base", "enhancement", "hypers", "feature_weight", "size", "straight_through")
-    task = {field: config.model[field] for field in own}
-    task["detector"] = config.detector.model.detector.to_dict()
     kind, _, backbone = kind.partition("-")
-    task |= dict(name="scalable_compression", kind=kind, backbone=backbone or "balle2018")
-    return task | dict(lmbda=lmbda)
+    codec = dict(config.model.codec, kind=kind, backbone=backbone or "balle2018")
+    task = {key: config.model[key] for key in ("feature_weight", "size", "straight_through")}
+    task |= dict(name="scalable_compression", codec=codec, lmbda=lmbda)
+    return task | dict(detector=config.detector.model.detector.to_dict())
 
 
 def single_task(config, lmbda: float) -> dict:

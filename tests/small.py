@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from strangers.codec import checkerboard_codec
+from strangers.feature_codec import plain_codec
 
 from icm_jax.codecs import (
     autoencoder_codec,
@@ -47,7 +48,10 @@ BUILT = {
         "mean_scale_hyperprior", (4, 6, 8, 5), 8, levels=3, last=3
     ),
 }
-STRANGERS = {"checkerboard": lambda: checkerboard_codec(4, 5, levels=3)}
+STRANGERS = {
+    "checkerboard": lambda: checkerboard_codec(4, 5, levels=3),
+    "plain_feature": lambda: plain_codec("10", 8, 6, (4, 8, 8), 5),
+}
 DETECTOR = yolov3(2, 1 / 32, 0.1)
 SCALABLE = {
     "disentangled": lambda: scalable_codec("disentangled", 6, 5, 4, 2, DETECTOR),

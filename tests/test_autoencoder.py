@@ -14,7 +14,9 @@ from icm_jax.nets.autoencoder import Centres, CodeAnalysis, CodeSynthesis, Mirro
 from icm_jax.tasks import build_task
 
 RNG = np.random.default_rng(0)
-CODE = dict(code_width=4, code_channels=3, code_centres=5, code_learned=True, code_blocks=1)
+AUTOENCODER = dict(name="autoencoder", width=4, channels=3, centres=5, learned=True, blocks=1)
+CODE = dict(codec=AUTOENCODER)
+IMAGE = dict(name="image", kind="factorised", width=4, channels=6)
 RATE = dict(target_bpp=0.05, beta=100.0)
 NETWORK = dict(width=2, size=16, crop=(1.0, 1.0), dtype="float32", classes=3)
 BATCH = {
@@ -189,7 +191,8 @@ def test_networks_on_decoded_images_train_on_what_they_will_see():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"code_centres": 1}, "no autoencoder of width 4"),
+        (dict(codec=dict(AUTOENCODER, centres=1)), "no autoencoder of width 4"),
+        (dict(codec=IMAGE), "trains codecs named 'autoencoder'"),
         ({"size": 20}, "multiple of 8"),
         ({"target_bpp": 0.0}, "the target above 0"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from small import images
-from strangers import codec, dataset, detector, rotation, second_data, weights
+from strangers import codec, dataset, detector, feature_codec, rotation, second_data, weights
 
 import icm_jax
 from icm_jax import cli, main
@@ -30,6 +30,7 @@ from icm_jax.nets.yolo import DETECTORS
 from icm_jax.tasks import TASKS, build_task
 from icm_jax.weights import READERS
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 STRANGERS = sorted(pathlib.Path(__file__).with_name("strangers").glob("*.py"))
 
 
@@ -96,6 +97,32 @@ def test_a_context_model_is_trained_frozen_and_read_back(tmp_path, monkeypatch):
     expected = forward(frozen.codec, frozen.on_device, {"image": picture[None]}, (45, 70))
     np.testing.assert_allclose(given, expected.outputs["image"], rtol=1e-3, atol=1e-2)
     np.testing.assert_array_equal(loaded.decompress(data), frozen.decompress(data))
+
+
+def test_a_codec_of_features_goes_through_stages_2_and_3(tmp_path, monkeypatch):
+    """The experiment of the package, its codec another one: trained, frozen, stood on, scored."""
+    monkeypatch.setitem(CODECS, "plain_feature", feature_codec.plain_codec)
+    experiment = main.load_experiment(ROOT / "configs" / "omni_icm.py")
+    fields = experiment.tiny()
+    for stage in ("stage0", "pretrain", "stage1"):
+        fields[stage]["steps"] = 0
+    fields["stage3"]["tasks"] = dict(classify=4, linear=0, segment=0)
+    fields["codec"] = dict(name="plain_feature", channels=6)
+    stage1, stage2, classes, *_ = experiment.runs(ConfigDict(fields))
+    with jax.numpy_dtype_promotion("standard"):
+        train(stage1, tmp_path)
+        train(stage2, tmp_path)
+        train(classes, tmp_path)
+        (record,) = evaluate(classes, tmp_path)
+    before, after = (checkpoint.load_variables(tmp_path / run.name) for run in (stage1, stage2))
+    jax.tree.map(
+        np.testing.assert_array_equal, after["params"]["filter"], before["params"]["filter"]
+    )
+    frozen = icm_jax.load(tmp_path / stage2.name / "codec.icmc")
+    assert frozen.codec.config[0] == "plain_feature" and {"bpp_y", "top1"} <= set(record)
+    assert record["fingerprint"] == frozen.fingerprint.hex()
+    first, last = (checkpoint.load_variables(tmp_path / run.name) for run in (stage2, classes))
+    jax.tree.map(np.testing.assert_array_equal, first["params"]["plain"], last["params"]["plain"])
 
 
 def test_a_task_on_other_data_writes_files_of_the_codec_that_it_stands_on(tmp_path):

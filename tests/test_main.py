@@ -243,6 +243,7 @@ def test_every_run_of_every_scale_builds(name, scale):
     for run in module.runs(config):
         keys = ("name", "frontend", "mode", "kind", "input", "network")
         kind = [run.task.get(key) for key in keys]
+        kind += [run.task.get("codec", {}).get(key) for key in ("name", "kind")]
         kinds.setdefault(tuple(kind), run)
     for run in kinds.values():
         fields |= set(run.task)
@@ -278,7 +279,7 @@ def test_every_task_takes_images_twice_as_wide_as_high(name):
     config.data.canvas = (config.data.canvas, 2 * config.data.canvas)
     if name == "cresnet":
         config.joint.steps = config.segment.steps = 1
-    parts = [config.model, config.get("code"), config.get("detector", {}).get("model")]
+    parts = [config.model, config.get("rate"), config.get("detector", {}).get("model")]
     for part in filter(None, parts):
         if "size" in part:
             part.size = (part.size, 2 * part.size)

@@ -215,12 +215,7 @@ def test_a_file_without_its_enhancement_gives_no_picture(disentangled, tmp_path,
 def test_training_moves_the_codec_and_not_the_detector():
     config = dict(
         name="scalable_compression",
-        kind="disentangled",
-        width=6,
-        base=5,
-        enhancement=4,
-        hypers=2,
-        backbone="balle2018",
+        codec=dict(name="scalable", kind="disentangled", width=6, base=5, enhancement=4, hypers=2),
         classes=2,
         detector=dict(name="yolov3", width=1 / 32, depth=0.1),
         lmbda=0.01,

@@ -18,16 +18,16 @@ MODEL = dict(
     size=32,
     crop=(0.5, 1.0),
     dtype="float32",
-    filter_channels=4,
-    filter_widths=(4, 4, 4),
-    codec_channels=4,
-    codec_widths=(4, 4),
-    hyper_channels=4,
-    projector_hidden=8,
-    embedding=6,
 )
+FILTER = dict(name="omni_filter", variant="10", width=4, channels=4, widths=(4, 4, 4))
+FEATURE = dict(name="omni_feature", variant="10", width=4, channels=4, widths=(4, 4))
+FEATURE |= dict(filter_channels=4, filter_widths=(4, 4, 4), hyper_channels=4)
+STAGE0 = dict(MODEL, name="filter_pretraining", codec=FILTER)
 STAGE1 = dict(
     MODEL,
+    codec=FILTER,
+    projector_hidden=8,
+    embedding=6,
     name="contrastive",
     negatives="both",
     queue=8,
@@ -36,6 +36,8 @@ STAGE1 = dict(
     alpha=0.5,
     l1=0.0,
 )
+STAGE2 = dict(MODEL, name="compression", filter=FILTER, codec=FEATURE, relative=True)
+STAGE2 |= dict(lmbda=3.0, feature_weights=(1.0, 1.0, 1.0))
 
 
 def images(rows=4, side=32):
@@ -204,7 +206,7 @@ def test_bad_contrastive_configs_are_refused():
 
 
 def test_filter_pretraining_trains_the_filter_alone():
-    task = build_task(ConfigDict(dict(MODEL, name="filter_pretraining")))
+    task = build_task(ConfigDict(STAGE0))
     batch = {"image": images()}
     variables = initial(task, batch)
     total, aux = jax.jit(task.loss)(variables, batch, jax.random.key(0), jnp.int32(0))
@@ -218,20 +220,17 @@ def test_filter_pretraining_trains_the_filter_alone():
 def test_stage_1_begins_with_the_head_and_filter_of_stage_0(stage1):
     """One seed draws the same weights for both; what a filter run leaves fits the next."""
     _, variables, batch, _ = stage1
-    alone = initial(build_task(ConfigDict(dict(MODEL, name="filter_pretraining"))), batch)
+    alone = initial(build_task(ConfigDict(STAGE0)), batch)
     for collection, name in (("params", "head"), ("params", "filter"), ("batch_stats", "head")):
         own, given = (tree[collection][name] for tree in (variables, alone))
         jax.tree.map(np.testing.assert_array_equal, own, given)
 
 
 def test_stage_2_weighs_its_distortions():
-    config = dict(
-        MODEL, name="compression", lmbda=3.0, feature_weights=(0.0, 0.0, 0.0), relative=True
-    )
     batch = {"image": images()}
     results = []
     for weights in ((0.0, 0.0, 0.0), (1.0, 2.0, 3.0)):
-        task = build_task(ConfigDict(dict(config, feature_weights=weights)))
+        task = build_task(ConfigDict(dict(STAGE2, feature_weights=weights)))
         variables = jax.jit(task.init)(jax.random.key(0), batch) | {
             "constants": dict(task.constants)
         }
@@ -245,8 +244,23 @@ def test_stage_2_weighs_its_distortions():
     assert {n for n in variables["params"] if task.groups(n) == "train"} == {"feature_codec"}
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            dict(codec=FILTER, filter=FEATURE),
+            "must contain those of the filter, too: feature_codec",
+        ),
+        (dict(codec=dict(name="image", kind="factorised", width=4, channels=6)), "and no feature"),
+        (dict(filter=dict(FILTER, widths=(4, 4))), "needs 3 positive numbers"),
+    ],
+)
+def test_stage_2_refuses_a_codec_without_its_filter(change, message):
+    with pytest.raises(IcmError, match=message):
+        build_task(ConfigDict(dict(STAGE2, **change)))
+
+
 IMAGE = dict(name="image", kind="mean_scale_hyperprior", width=4, channels=6, levels=2)
-FILTER = dict(name="omni_filter", variant="10", width=4, channels=4, widths=(4, 4, 4))
 CODEC = dict(
     name="image_compression",
     codec=IMAGE,
@@ -313,6 +327,7 @@ def test_bad_image_compression_configs_are_refused(change, message):
 @pytest.mark.parametrize("frontend", ["pixels", "feature"])
 def test_classification_scores_only_valid_rows(frontend):
     config = dict(MODEL, name="classification", frontend=frontend, mode="linear", classes=3)
+    config |= dict(codec=FEATURE) if frontend == "feature" else {}
     task = build_task(ConfigDict(config))
     batch = {"image": images(), "label": jnp.array([0, 1, 2, 0]), "valid": jnp.array([True] * 4)}
     variables = initial(task, batch)
@@ -373,8 +388,8 @@ def test_segmentation_loss_equals_numpy():
 @pytest.mark.parametrize(
     "config",
     [
-        dict(STAGE1, dtype="bfloat16"),
-        dict(MODEL, name="compression", lmbda=100.0, feature_weights=(1.0,) * 3, relative=True),
+        dict(STAGE1, codec=dict(FILTER, dtype="bfloat16"), dtype="bfloat16"),
+        dict(STAGE2, lmbda=100.0),
         dict(CODEC, straight_through=True),
         dict(CODEC, codec=dict(IMAGE, levels=1), lambdas=(10.0,), metric="ms_ssim", size=176),
     ],

@@ -74,6 +74,14 @@ def with_file(variables: Mapping[str, Any], frozen: FrozenCodec) -> dict:
     )
 
 
+def parts_of(frozen: FrozenCodec) -> tuple[str, ...]:
+    """The subtrees "collection/name" of a task's variables that are the codec's."""
+    collections = ("params", "batch_stats")
+    return tuple(
+        f"{collection}/{name}" for name in frozen.codec.parts for collection in collections
+    )
+
+
 def check_same(variables: Mapping[str, Any], frozen: FrozenCodec, run: Run) -> None:
     """That a run's variables and the codec file hold the same weights.
 

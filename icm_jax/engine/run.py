@@ -69,11 +69,12 @@ class Start:
     Attributes:
       run: its name. workdir: its work directory; "": that of the run itself.
       parts: subtrees "collection/name" of its variables, e.g. "params/tail".
-      codec: whether the run stands on that run's codec, and so uses its codec file.
+      codec: whether the run stands on that run's codec: it uses its codec file, and takes all parts
+        of the codec without their being named.
     """
 
     run: str
-    parts: tuple[str, ...]
+    parts: tuple[str, ...] = ()
     workdir: str = ""
     codec: bool = False
 

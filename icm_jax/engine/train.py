@@ -95,7 +95,9 @@ def train(run: Run, base: str | os.PathLike) -> dict:
     codec = frozen.load_codec(run, base) if standing else None
     if codec is not None:
         start = [
-            (frozen.with_file(earlier, codec) if given.codec else earlier, parts)
+            (frozen.with_file(earlier, codec), (*parts, *frozen.parts_of(codec)))
+            if given.codec
+            else (earlier, parts)
             for (earlier, parts), given in zip(start, run.start, strict=True)
         ]
     features = decoded_split(codec, source, run) if run.decode_once else None

@@ -20,7 +20,7 @@ from icm_jax.codecs.codec import Codec, forward
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.tasks import views
-from icm_jax.tasks.task import TRAIN, Aux, Task, apply, autoencoder_of, mean_of, merge
+from icm_jax.tasks.task import TRAIN, Aux, Task, apply, build_codec, mean_of, merge
 
 _CENTRES_WEIGHT = 0.1
 """Of the mean square of learned centres (Mentzer et al. 2018)."""
@@ -29,10 +29,10 @@ _CENTRES_WEIGHT = 0.1
 def autoencoder_compression(config) -> Task:
     """The codec alone.
 
-    Fields: those of `autoencoder_of`; target_bpp; beta (β); size (sides of the training views, a
-    multiple of 8).
+    Fields: codec, an autoencoder (see `build_codec`); target_bpp; beta (β); size (sides of the
+    training views, a multiple of 8).
     """
-    codec = autoencoder_of(config)
+    codec = build_autoencoder(config)
 
     def loss(variables, batch, key, step):
         del step
@@ -53,10 +53,10 @@ def autoencoder_compression(config) -> Task:
 def joint_classification(config) -> Task:
     """The codec and a cResNet on its code.
 
-    Fields: those of `autoencoder_compression`; variant and width_of_tail of the cResNet; dtype;
-    classes; crop (see `views.mild`); gamma (γ).
+    Fields: those of `autoencoder_compression`; variant and width of the cResNet; dtype; classes;
+    crop (see `views.mild`); gamma (γ).
     """
-    codec = autoencoder_of(config)
+    codec = build_autoencoder(config)
     tail = resnet.Tail(config.variant, config.width, 32, True, jnp.dtype(config.dtype))
     classifier: Any = nn.Dense(config.classes)  # Flax types `apply` as all that it may return
 
@@ -69,7 +69,8 @@ def joint_classification(config) -> Task:
         keys = jax.random.split(key, 3)
         variables = codec.init(keys[0], batch["image"])
         height, width = views.sides(config.size)
-        q = jnp.zeros((1, height // 8, width // 8, config.code_channels))
+        channels = dict(codec.config[1])["channels"]
+        q = jnp.zeros((1, height // 8, width // 8, channels))
         outputs, own = tail.init_with_output(keys[1], q, train=False)
         merge(variables, "tail", own)
         pooled = resnet.global_pool(outputs[-1])
@@ -98,6 +99,17 @@ def joint_classification(config) -> Task:
     return Task(init, loss, predict, lambda name: TRAIN, codec, constants, "feature")
 
 
+def build_autoencoder(config) -> Codec:
+    """The codec of a task's field `codec`. Raises: IcmError for one that is no autoencoder."""
+    codec = build_codec(config.codec)
+    if codec.config[0] != PART:
+        raise IcmError(
+            f"{config.name} trains codecs named {PART!r}, by histograms of a code of few values; "
+            f"{codec.config[0]!r} has none"
+        )
+    return codec
+
+
 def codec_constants(config) -> dict:
     """H_t and β for the collection `constants`. Raises: IcmError if they make no sense."""
     if any(side % 8 for side in views.sides(config.size)) or config.target_bpp <= 0:
@@ -105,7 +117,7 @@ def codec_constants(config) -> dict:
             f"size {config.size} and target_bpp {config.target_bpp}: the size of a view is a "
             "multiple of 8, the target above 0"
         )
-    bits = config.target_bpp * 64 / config.code_channels
+    bits = config.target_bpp * 64 / config.codec.channels
     return {"target": jnp.float32(bits), "beta": jnp.float32(config.beta)}
 
 

@@ -12,29 +12,45 @@ import math
 import jax
 import jax.numpy as jnp
 
-from icm_jax.codecs.codec import forward
-from icm_jax.codecs.feature import filter_codec, filtered
+from icm_jax.codecs.codec import Codec, forward
+from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.tasks import views
-from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, build_feature_codec, merge
+from icm_jax.tasks.task import (
+    FROZEN,
+    TRAIN,
+    Aux,
+    Task,
+    apply,
+    build_codec,
+    merge,
+    require_output,
+)
 
 
 def compression(config) -> Task:
-    """The task; fields: the model's, `lmbda` (λ), feature_weights (w_2, w_3, w_4), relative."""
+    """The task, for any codec that takes "feature" in place of the image and gives it back.
+
+    Fields: variant, width, dtype (of the tail); size, crop; filter, the codec whose output
+    "feature" is f, and codec, which contains it (see `build_codec` of both); lmbda (λ);
+    feature_weights (w_2, w_3, w_4); relative. What the codec has beside the filter is trained.
+
+    Raises: IcmError for codecs that give no feature, or of which one does not contain the other.
+    """
     tail = resnet.Tail(config.variant, config.width, dtype=jnp.dtype(config.dtype))
-    codec = build_feature_codec(config)
-    inner = filter_codec(
-        config.variant, config.width, config.filter_channels, tuple(config.filter_widths)
-    )
+    inner, codec = filter_and_codec(config)
     pixels = math.prod(views.sides(config.size))
 
     def init(key, batch):
         keys = jax.random.split(key)
         image = views.centre(batch["image"][:1], config.size)
         variables = codec.init(keys[0], image)
-        f = filtered(inner, variables, {"image": image})
+        f = filtered(variables, image)
         merge(variables, "tail", tail.init(keys[1], f, train=False))
         return variables
+
+    def filtered(variables, images):
+        return forward(inner, variables, {"image": images}, images.shape[1:3]).outputs["feature"]
 
     def distance(target, given):
         target, given = target.astype(jnp.float32), given.astype(jnp.float32)
@@ -45,7 +61,7 @@ def compression(config) -> Task:
         del step
         keys = jax.random.split(key)
         images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=keys[0])
-        f = jax.lax.stop_gradient(filtered(inner, variables, {"image": images}))
+        f = jax.lax.stop_gradient(filtered(variables, images))
         result = forward(codec, variables, {"feature": f}, images.shape[1:3], key=keys[1])
         f_hat = result.outputs["feature"]
         deep, _ = apply(tail, variables, "tail", f, False)
@@ -67,6 +83,20 @@ def compression(config) -> Task:
         return {"feature": result.outputs["feature"], "bits": sum(result.bits.values())}
 
     def groups(name):
-        return TRAIN if name == "feature_codec" else FROZEN
+        return TRAIN if name in codec.parts and name not in inner.parts else FROZEN
 
     return Task(init, loss, predict, groups, codec, {"lambda": jnp.float32(config.lmbda)})
+
+
+def filter_and_codec(config) -> tuple[Codec, Codec]:
+    """The codecs of the fields filter and codec, found to fit."""
+    inner, codec = build_codec(config.filter), build_codec(config.codec)
+    for built in (inner, codec):
+        require_output(built, "feature", "compression")
+    lacking = set(inner.parts) - set(codec.parts)
+    if lacking:
+        raise IcmError(
+            f"the codec {config.codec.name!r} has the parts {', '.join(codec.parts)}; it must "
+            f"contain those of the filter, too: {', '.join(sorted(lacking))}"
+        )
+    return inner, codec

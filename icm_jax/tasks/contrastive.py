@@ -19,15 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax import ops
-from icm_jax.codecs.codec import Codec
-from icm_jax.codecs.feature import filtered
+from icm_jax.codecs.codec import Codec, forward
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.layers import Projector
 from icm_jax.nets.resnet import global_pool
 from icm_jax.tasks import views
-from icm_jax.tasks.filter_pretraining import build_filter, filtering
-from icm_jax.tasks.task import TRAIN, Aux, Task, apply, merge
+from icm_jax.tasks.filter_pretraining import filtering
+from icm_jax.tasks.task import TRAIN, Aux, Task, apply, build_codec, merge, require_output
 
 NEGATIVES = ("queue", "batch", "both")
 
@@ -72,16 +71,18 @@ def momentum_at(step, momentum: float) -> jax.Array:
 
 
 def contrastive(config) -> Task:
-    """The task; fields of `config`: variant, width, size, dtype, bn_groups, filter_channels,
-    filter_widths, projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature.
+    """The task; fields of `config`: variant, width, size, dtype, bn_groups, codec (the filter; see
+    `build_codec`), projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature.
     `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances do not need to be
     told apart (docs/papers.md 5.2); the paper's own loss has l1 = 0.
 
-    Raises: IcmError for an unknown kind of negatives, or if a batch does not divide the queue.
+    Raises: IcmError for an unknown kind of negatives or a codec without features, or if a batch
+      does not divide the queue.
     """
     if config.negatives not in NEGATIVES:
         raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {NEGATIVES}")
-    codec = build_filter(config)
+    codec = build_codec(config.codec)
+    require_output(codec, "feature", "contrastive")
     init_networks, embed = embedding(config, codec)
     pixels = math.prod(views.sides(config.size))
 
@@ -140,7 +141,7 @@ def embedding(config, codec: Codec) -> tuple[Callable, Callable]:
 
     def init(keys, image):
         variables = codec.init(keys[0], image)
-        f = filtered(codec, variables, {"image": image})
+        f = forward(codec, variables, {"image": image}, image.shape[1:3]).outputs["feature"]
         merge(variables, "tail", tail.init(keys[1], f, train=False))
         pooled = global_pool(apply(tail, variables, "tail", f, False)[0][-1])
         merge(variables, "projector", projector.init(keys[2], pooled))

@@ -16,18 +16,23 @@ import jax.numpy as jnp
 
 from icm_jax import ops
 from icm_jax.codecs.codec import Codec, forward
-from icm_jax.codecs.feature import filter_codec
 from icm_jax.nets import resnet
 from icm_jax.tasks import views
-from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, build_codec, require_output
 
 L1_WEIGHT = 128.0
 
 
 def filter_pretraining(config) -> Task:
-    """The task; fields: variant, width, size, crop, dtype, bn_groups, filter_channels,
-    filter_widths."""
-    codec = build_filter(config)
+    """The task, for any codec of a head's features.
+
+    Fields: variant, width, dtype, bn_groups (of the head); size, crop; codec, the filter (see
+    `build_codec`). What it has beside the head is trained.
+
+    Raises: IcmError for a codec that gives no feature.
+    """
+    codec = build_codec(config.codec)
+    require_output(codec, "feature", "filter_pretraining")
     run = filtering(config, codec)
 
     def init(key, batch):
@@ -49,7 +54,7 @@ def filter_pretraining(config) -> Task:
         images = views.centre(batch["image"], config.size)
         return {"feature": run(variables, images, False, None).feature}
 
-    return Task(init, loss, predict, lambda name: TRAIN if name == "filter" else FROZEN, codec)
+    return Task(init, loss, predict, lambda name: FROZEN if name == "head" else TRAIN, codec)
 
 
 class Passed(NamedTuple):
@@ -83,9 +88,3 @@ def filtering(config, codec: Codec) -> Callable[..., Passed]:
         return Passed(f, result.outputs["feature"], bits, stats)
 
     return run
-
-
-def build_filter(config) -> Codec:
-    """The information filter that a task's config describes."""
-    widths = tuple(config.filter_widths)
-    return filter_codec(config.variant, config.width, config.filter_channels, widths, config.dtype)

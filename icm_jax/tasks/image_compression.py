@@ -20,7 +20,7 @@ from icm_jax import ops
 from icm_jax.codecs.codec import Codec, forward
 from icm_jax.errors import IcmError
 from icm_jax.tasks import views
-from icm_jax.tasks.task import TRAIN, Aux, Task, build_codec
+from icm_jax.tasks.task import TRAIN, Aux, Task, build_codec, require_output
 
 
 def image_compression(config) -> Task:
@@ -79,11 +79,7 @@ def image_compression(config) -> Task:
 
 def _checked_weights(config, codec: Codec, lambdas: list[float]) -> tuple[float, float]:
     """Of the mean squared error and of MS-SSIM, once all fields are found to fit the codec."""
-    if "image" not in codec.outputs:
-        raise IcmError(
-            f"the codec {config.codec.name!r} gives {', '.join(codec.outputs)} and no image; "
-            "image_compression trains codecs of images"
-        )
+    require_output(codec, "image", "image_compression")
     weights = {"mse": (1.0, 0.0), "ms_ssim": (0.0, 1.0), "both": (1.0, config.ms_ssim_weight)}
     if config.metric not in weights:
         raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(weights)}")

@@ -12,24 +12,22 @@ import jax
 import jax.numpy as jnp
 
 from icm_jax.codecs.codec import forward
-from icm_jax.codecs.scalable import DETECTOR, scalable_codec
+from icm_jax.codecs.scalable import DETECTOR
 from icm_jax.nets.detector import Part
 from icm_jax.nets.yolo import build_detector
 from icm_jax.tasks import views
-from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, build_codec
 
 
 def scalable_compression(config) -> Task:
     """The task.
 
-    Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`), classes; kind, width,
-    base, enhancement, hypers, backbone (of `scalable_codec`); lmbda (λ); feature_weight (w);
-    size (sides of the training views, a multiple of 32); straight_through.
+    Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`), classes; codec (see
+    `build_codec`; it is also given the detector); lmbda (λ); feature_weight (w); size (sides of the
+    training views, a multiple of 32); straight_through.
     """
-    width = config.width if isinstance(config.width, int) else tuple(config.width)
     detector = build_detector(config.detector, config.classes)
-    channels = config.base, config.enhancement
-    codec = scalable_codec(config.kind, width, *channels, config.hypers, detector, config.backbone)
+    codec = build_codec(dict(config.codec, detector=detector))
     front = Part(detector, end=detector.split)
 
     def loss(variables, batch, key, step):

@@ -66,19 +66,13 @@ def build_codec(config) -> Codec:
     return CODECS[name](**fields)
 
 
-def build_feature_codec(config) -> Codec:
-    """The stage-2 codec that a task's config describes."""
-    fields = dict(variant=config.variant, width=config.width)
-    fields |= {name: config[name] for name in ("filter_channels", "filter_widths")}
-    fields |= dict(channels=config.codec_channels, widths=config.codec_widths)
-    return build_codec(fields | dict(name="omni_feature", hyper_channels=config.hyper_channels))
-
-
-def autoencoder_of(config) -> Codec:
-    """The autoencoder of a task's fields code_width, code_channels, code_centres, code_learned,
-    code_blocks; see its builder."""
-    names = ("width", "channels", "centres", "learned", "blocks")
-    return build_codec(dict(name="autoencoder") | {name: config[f"code_{name}"] for name in names})
+def require_output(codec: Codec, output: str, task: str) -> None:
+    """Raises: IcmError if a codec has no such output, which a task needs."""
+    if output not in codec.outputs:
+        raise IcmError(
+            f"the codec {codec.config[0]!r} gives {', '.join(codec.outputs)} and no {output}; "
+            f"{task} needs one"
+        )
 
 
 class Trunk(NamedTuple):
@@ -99,34 +93,32 @@ class Trunk(NamedTuple):
     reads: str
 
 
-FRONTENDS = {
-    "pixels": None,
-    "feature": build_feature_codec,
-    "code": autoencoder_of,
-    "decoded": autoencoder_of,
-}
-"""What a trunk reads -> builder of the codec that it comes from."""
+FRONTENDS = {"pixels": "image", "feature": "feature", "code": "feature", "decoded": "image"}
+"""Frontend -> what its trunk reads: an image, or the feature of a codec."""
 
 
 def build_trunk(config, output_stride: int = 32) -> Trunk:
     """Head and tail with the frontend `config.frontend`.
 
-    "pixels": the image; "feature": f_hat of the stage-2 codec; "code": the autoencoder's code, for
-    cResNets; "decoded": the image that the autoencoder decodes. Codecs give what decoding would
+    "pixels": the image; "feature": f_hat of the codec `config.codec` (see `build_codec`); "code":
+    its code, for cResNets; "decoded": the image that it decodes. Codecs give what decoding would
     give, and no gradient flows into them.
+
+    Raises: IcmError for an unknown frontend, or a codec without the output.
     """
     if config.frontend not in FRONTENDS:
         raise IcmError(
             f"unknown frontend {config.frontend!r}; choose one of {', '.join(FRONTENDS)}"
         )
+    reads = FRONTENDS[config.frontend]
+    codec = None if config.frontend == "pixels" else build_codec(config.codec)
+    if codec:
+        require_output(codec, reads, f"the frontend {config.frontend!r}")
     dtype = jnp.dtype(config.dtype)
     groups = config.get("bn_groups", 0)
     head = resnet.Head(config.variant, config.width, dtype, groups)
     published = config.frontend in ("code", "decoded")  # Torfason et al. count it so
     tail = resnet.Tail(config.variant, config.width, output_stride, published, dtype, groups)
-    build = FRONTENDS[config.frontend]
-    codec = build(config) if build else None
-    reads = "image" if config.frontend in ("pixels", "decoded") else "feature"
     sees_pixels = reads == "image"
 
     def init(key, images):

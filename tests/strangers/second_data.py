@@ -8,8 +8,7 @@ from PIL import Image
 
 from icm_jax.engine.run import Labels, Point, Run, Start, make_run
 
-CODE = dict(code_width=4, code_channels=4, code_centres=6, code_learned=True, code_blocks=1)
-CODEC = ("params/autoencoder", "batch_stats/autoencoder")
+AUTOENCODER = dict(name="autoencoder", width=4, channels=4, centres=6, learned=True, blocks=1)
 
 
 def experiment(**data) -> ml_collections.ConfigDict:
@@ -22,7 +21,9 @@ def experiment(**data) -> ml_collections.ConfigDict:
 def codec_run() -> Run:
     """A small autoencoder, trained on the embedded scenes."""
     config = experiment(name="scenes", size=32, train=16, validation=4)
-    task = dict(CODE, name="autoencoder_compression", size=32, target_bpp=0.5, beta=300.0)
+    task = dict(
+        name="autoencoder_compression", codec=AUTOENCODER, size=32, target_bpp=0.5, beta=300.0
+    )
     fields = dict(name="codec", seed=0, task=task, weight_decay=0.0, codec_file={})
     labels = Labels("image", "autoencoder")
     return make_run(
@@ -45,9 +46,9 @@ def squares(folder: pathlib.Path) -> pathlib.Path:
 def task_run(path: pathlib.Path, codec_workdir: pathlib.Path) -> Run:
     """A cResNet on the codes of those images, by the codec of the other work directory."""
     config = experiment(name="folder", path=str(path))
-    task = dict(CODE, name="classification", frontend="code", variant="c39", width=2, size=32)
-    task |= dict(mode="finetune", crop=(0.5, 1.0), dtype="float32")
-    start = Start("codec", CODEC, workdir=str(codec_workdir), codec=True)
+    task = dict(name="classification", frontend="code", codec=AUTOENCODER, size=32)
+    task |= dict(mode="finetune", variant="c39", width=2, crop=(0.5, 1.0), dtype="float32")
+    start = Start("codec", workdir=str(codec_workdir), codec=True)
     fields = dict(name="squares", seed=1, task=task, weight_decay=0.0, start=(start,))
     labels = Labels("classify", "squares")
     return make_run(
