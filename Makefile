@@ -7,6 +7,11 @@ ARGS ?=
 PYTHON ?= python3
 VENV := $(if $(filter core,$(ENV)),.venv,.venv-$(ENV))
 BIN := $(VENV)/bin
+# A lock leaves nothing to resolve; uv writes its files three times as fast as pip does. It does not
+# read pip's settings: where only those know the way to an index, pip installs the same.
+UV := uv==0.9.13
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LOCKED = --no-deps -r requirements/$(ENV).txt
 
 .PHONY: demo test lint format conformance benchmark clean
 
@@ -39,8 +44,8 @@ conformance:
 $(VENV)/.ready: requirements/$(ENV).txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "icm_jax needs Python 3.11 or newer; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/$(ENV).txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) $(UV) && $(BIN)/uv pip install --quiet --python $(BIN)/python $(LOCKED) || $(PIP) $(LOCKED)
+	$(PIP) --no-deps -e .
 	touch $@
 
 clean:
