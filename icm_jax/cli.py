@@ -89,10 +89,18 @@ def _parser() -> argparse.ArgumentParser:
         _eval,
         "rate and distortion over images, beside JPEG, WebP and what else is installed",
         "FOLDER",
+        model=False,
     )
+    text = (
+        "codec file (.icmc), or several: those of one rate make one curve; default: the model in "
+    )
+    _names_files(own.add_argument("--model", "-m", action="append", help=text + "the package"))
     own.add_argument("--quality", "-q", type=_quality, nargs="+", help=f"default: {QUALITIES}")
     own.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
-    own.add_argument("--no-rivals", action="store_true", help="leave the other formats out")
+    text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
+    own.add_argument("--rivals", type=_listed, help=text)
+    text = "files of other formats at once, on all cores; 1: nothing beside, for times to trust"
+    own.add_argument("--jobs", "-j", type=_count, default=os.cpu_count(), help=text)
     text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
     own.add_argument("--rates", type=_rate, nargs=2, default=(0.15, 1.0), help=text)
     text = "print a completion script: put it where your shell looks for such"
@@ -124,6 +132,18 @@ def _quality(text: str) -> float:
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is not a quality from 0 to 100")
     return value
+
+
+def _listed(text: str) -> list[str]:
+    """Names between commas; none of "none"."""
+    return [] if text == "none" else [name.strip() for name in text.split(",")]
+
+
+def _count(text: str) -> int:
+    """A number from 1 on the command line."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1")
+    return int(text)
 
 
 def _rate(text: str) -> float:
@@ -252,45 +272,39 @@ def _verify(options) -> int:
 
 
 def _eval(options) -> int:
-    import tqdm
-
-    from icm_jax.data.images import read_image
-    from icm_jax.data.sources import SUFFIXES
     from icm_jax.measure import rate_distortion
 
     if not options.rates[0] < options.rates[1]:
         raise IcmError("--rates takes the lower rate first")
-    codec = _load(options.model)
-    if not codec.codec.qualities and options.quality:
-        raise IcmError("this model has one rate; leave --quality out")
-    qualities = options.quality or (QUALITIES if codec.codec.qualities else (None,))
-    paths = sorted(
-        path
-        for given in map(pathlib.Path, options.files)
-        for path in (given.rglob("*") if given.is_dir() else [given])
-        if path.suffix.lower() in SUFFIXES
+    names = options.model or [None]
+    models = {pathlib.Path(name or "icm").stem: _load(name) for name in names}
+    if len(models) < len(names):
+        raise IcmError("two models of one name cannot be told apart; rename one of the files")
+    if options.quality and not any(codec.codec.qualities for codec in models.values()):
+        raise IcmError("models of one rate take no --quality; leave it out")
+    subjects = rate_distortion.ours(models, options.quality or QUALITIES)
+    subjects += rate_distortion.rivals(options.rivals)
+    if options.rivals is None:
+        left = ", ".join(rate_distortion.SLOW)
+        print(f"without {left}, minutes a picture; --rivals names what to measure", file=sys.stderr)
+    out = pathlib.Path(options.out) if options.out else None
+    return rate_distortion.compare(
+        subjects, _pictures(options.files), _failed, jobs=options.jobs, rates=options.rates, out=out
     )
+
+
+def _pictures(given: list[str]) -> list[str]:
+    """Files as they are named, and the pictures in and below folders."""
+    from icm_jax.data.sources import SUFFIXES
+
+    paths = []
+    for name in given:
+        path = pathlib.Path(name)
+        below = sorted(path.rglob("*")) if path.is_dir() else [path]
+        paths += [str(p) for p in below if p == path or p.suffix.lower() in SUFFIXES]
     if not paths:
-        raise IcmError(f"no images in {', '.join(options.files)}; expected files {SUFFIXES}")
-    points = rate_distortion.points(qualities, rivals=not options.no_rivals)
-    rows, failed = [], 0
-    for path in tqdm.tqdm(paths, unit="image"):
-        try:
-            image = read_image(_read(str(path)), str(path))
-        except IcmError as error:
-            failed += _failed(str(path), error)
-            continue
-        rows += rate_distortion.measured(codec, image, points, str(path))
-    if not rows:
-        return 1
-    means = rate_distortion.averaged(rows)
-    print(rate_distortion.table(means))
-    for line in rate_distortion.bd_rates(means, options.rates):
-        print(line)
-    if options.out:
-        rate_distortion.write(pathlib.Path(options.out), rows, means)
-        print(f"written to {options.out}: results.csv, results.json, curves.png")
-    return int(failed > 0)
+        raise IcmError(f"no images in {', '.join(given)}; expected files {SUFFIXES}")
+    return paths
 
 
 def _each(options, convert, suffix: str) -> int:
