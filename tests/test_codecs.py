@@ -1,12 +1,24 @@
 """Codecs: round trips at any size, rates, qualities, layers, windows; one test for all kinds."""
 
+import dataclasses
 import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import BUILT, FEATURE, encoded, images, quality_of, small_codec
+from small import (
+    BUILT,
+    FEATURE,
+    RNG,
+    SCALABLE,
+    STRANGERS,
+    encoded,
+    images,
+    initial,
+    quality_of,
+    small_codec,
+)
 
 from icm_jax.codecs import bitstream, codec, feature_codec, filter_codec
 from icm_jax.codecs.hyperprior import Gain
@@ -70,6 +82,55 @@ def test_only_frozen_codecs_write_and_only_their_own_read(frozen):
         bitstream.decode(frozen, [], "picture")
     with pytest.raises(IcmError, match="uint8"):
         bitstream.encode(frozen, np.zeros((1, 8, 8, 3), np.float32))
+
+
+def disturbed(frozen):
+    """The codec with noise on every weight that is a float, and the fingerprint that it had: far
+    more than another machine's arithmetic does to what such weights compute."""
+
+    def noisy(x):
+        moved = x * RNG.normal(1, 0.01, x.shape) + RNG.normal(0, 0.01, x.shape)
+        return moved.astype(x.dtype) if x.dtype.kind == "f" else x
+
+    other = dataclasses.replace(frozen, variables=jax.tree.map(noisy, frozen.variables))
+    vars(other)["fingerprint"] = frozen.fingerprint
+    return other
+
+
+@pytest.mark.parametrize("name", [*BUILT, *STRANGERS, *SCALABLE])
+def test_no_float_has_a_say_in_what_is_coded(name):
+    """Given latents are the same bytes, and bytes the same latents, under other floats."""
+    frozen, shape = small_codec(name), (50, 70)
+    latents = {
+        segment.name: RNG.integers(0, 6, (1, *segment.shape(*shape))).astype(np.float32)
+        for segment in frozen.codec.segments
+    }
+    told = frozen.codec._replace(analyse=lambda variables, inputs: latents, tiling=None)
+    model = dataclasses.replace(frozen, codec=told)
+    other = disturbed(model)
+    streams = [encoded(one, images(1, *shape, 3))[0] for one in (model, other)]
+    assert streams[0] == streams[1]
+    given = [bitstream.decode_latents(one, streams[0]).latents for one in (model, other)]
+    for segment in frozen.codec.segments:
+        np.testing.assert_array_equal(given[0][segment.name], given[1][segment.name])
+        assert np.abs(given[0][segment.name] - latents[segment.name]).max() <= 0.5
+    output = next(iter(frozen.codec.outputs))
+    outputs = [bitstream.decode(one, streams[:1], output) for one in (model, other)]
+    assert np.abs(outputs[0] - outputs[1]).max() > 1e-3  # which may be other ones
+
+
+def test_rows_that_floats_choose_do_not_survive_other_floats():
+    """What the test before would see of a codec whose entropy network is one of floats."""
+    built, batch = STRANGERS["checkerboard"](), images(1, 64, 80, 3)
+    variables = initial(built, batch)
+    tables = bitstream.freeze(built, variables, batch).tables
+    segments = tuple(segment._replace(exact=None) for segment in built.segments)
+    floats = built._replace(segments=segments)
+    model = bitstream.FrozenCodec(floats, jax.device_get(variables), tables)
+    (stream,) = encoded(model, batch)
+    bitstream.decode_latents(model, stream)
+    with pytest.raises(IcmError, match=r"did not decode to the latents|cannot decode"):
+        bitstream.decode_latents(disturbed(model), stream)
 
 
 def test_latents_that_are_not_finite_are_refused(frozen):
