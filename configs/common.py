@@ -54,6 +54,16 @@ def label_keys(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     return DATASETS[config.data.name].keys if known else ("label",)
 
 
+def left_out(config: ml_collections.ConfigDict, needs: dict[str, str]) -> list[str]:
+    """Sentences on tasks whose labels the data lack; `needs`: {task: kind of label}."""
+    has = label_keys(config)
+    return [
+        f"No {task} task: {config.data.name} has no {label}s."
+        for task, label in needs.items()
+        if label not in has
+    ]
+
+
 def files(**qualities: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
     """Qualities of the classical files that a codec is compared with, for every format there is.
 

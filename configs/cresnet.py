@@ -172,6 +172,12 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
     return listed
 
 
+def notes(config: ml_collections.ConfigDict) -> list[str]:
+    """Tasks that are asked for and left out."""
+    segments = {"segment": "mask"} if config.segment.steps else {}
+    return common.left_out(config, {"classify": "label"} | segments)
+
+
 def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
     """One seed at one operating point."""
     code = dict(codec=dict(config.code, channels=channels))

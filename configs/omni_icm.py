@@ -26,8 +26,6 @@ Runs, in this order and for every seed:
     rgb                  the backbone trained on pixels, fed with JPEG and WebP files
 """
 
-import sys
-
 import ml_collections
 
 from configs import common
@@ -179,15 +177,17 @@ get_config = common.scales(demo, study, tiny, imagenet)
 def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """All runs, each complete in itself, in the order in which they depend on each other."""
     keys, listed = common.label_keys(config), []
-    for kind, steps in config.stage3.tasks.items():
-        if steps and kind not in task_steps(config, keys):
-            text = f"omni_icm: no {kind} task: {config.data.name} has no {NEEDS[kind]}s"
-            print(text, file=sys.stderr)
     for seed in config.seeds:
         for arm in ARMS:
             listed += arm_runs(config, keys, seed, arm)
         listed.append(rgb_run(config, keys, seed))
     return [run for run in listed if run is not None]
+
+
+def notes(config: ml_collections.ConfigDict) -> list[str]:
+    """Tasks that are asked for and left out."""
+    asked = [kind for kind, steps in config.stage3.tasks.items() if steps]
+    return common.left_out(config, {kind: NEEDS[kind] for kind in asked})
 
 
 def arm_runs(config, keys, seed: int, arm: str) -> list:

@@ -159,6 +159,7 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
     import jax
 
     from icm_jax.engine.optim import make_optimiser
+    from icm_jax.engine.run import check_starts
     from icm_jax.engine.train import train as train_run
     from icm_jax.files import write_json
     from icm_jax.measure.evaluate import check_points, evaluate
@@ -169,6 +170,11 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
         print(f"work directory: {workdir}", flush=True)
     workdir.mkdir(parents=True, exist_ok=True)
     runs = experiment.runs(config)
+    notes = experiment.notes(config) if hasattr(experiment, "notes") else []
+    for note in notes if first else ():
+        print(f"{config.name}: {note}", file=sys.stderr, flush=True)
+    if train:
+        check_starts(runs, workdir)
     for run in runs:  # what is wrong with the last run is said before the first is trained
         make_optimiser(run.optim, run.steps, run.batch_size)
         check_points(run)
@@ -180,7 +186,7 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
             evaluate(run, workdir)
     if first:
         write_json(workdir / "command.json", _command())
-        report = write_report(config, runs, workdir)
+        report = write_report(config, runs, workdir, notes)
         print(f"report: {report}", flush=True)
         return report
     return workdir
@@ -207,7 +213,8 @@ def split_scale(argument: str) -> tuple[str, str]:
 
 
 def load_experiment(path: str | pathlib.Path) -> types.ModuleType:
-    """The config file as a module: it has `get_config(scale)` and `runs(config)`.
+    """The config file as a module: it has `get_config(scale)` and `runs(config)`, and may have
+    `notes(config)`, sentences for the report on what is left out.
 
     A file in a package may import what lies beside it by the package's name, wherever the command
     is given: `from configs import common`.

@@ -1,6 +1,9 @@
 """The main job at its smallest, as a user types it, and what bad input prints."""
 
+import dataclasses
+import functools
 import json
+import operator
 import os
 import pathlib
 import subprocess
@@ -17,7 +20,8 @@ from small import UNOPTIMISED
 import icm_jax
 from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint
-from icm_jax.engine.run import to_json
+from icm_jax.engine.run import Start, check_starts, to_json
+from icm_jax.errors import IcmError
 from icm_jax.main import load_experiment
 from icm_jax.nets import yolo
 from icm_jax.nets.detector import Part
@@ -300,12 +304,47 @@ def test_tasks_follow_the_labels_that_the_data_has(name, curves):
     assert [run.labels.arm for run in runs].count("rgb") == 1
 
 
-def test_a_task_without_its_labels_is_named(capsys):
-    module = load()
+@pytest.mark.parametrize(
+    "name, field, data, note",
+    [
+        (
+            "omni_icm",
+            ("stage3", "tasks", "segment"),
+            "folder",
+            "No segment task: folder has no masks.",
+        ),
+        (
+            "cresnet",
+            ("segment", "steps"),
+            "mask_folder",
+            "No classify task: mask_folder has no labels.",
+        ),
+    ],
+)
+def test_a_task_without_its_labels_is_named(name, field, data, note):
+    module = load(name)
     config = module.get_config()
-    config.data.name, config.stage3.tasks.segment = "folder", 5
-    module.runs(config)
-    assert capsys.readouterr().err == "omni_icm: no segment task: folder has no masks\n"
+    assert module.notes(config) == []
+    *path, last = field
+    functools.reduce(operator.getitem, path, config)[last] = 5
+    config.data.name = data
+    assert module.notes(config) == [note]
+
+
+def test_a_start_that_is_not_there_is_said_before_the_first_run(tmp_path, finished):
+    """Of the last run, in another work directory; and a codec that nobody wrote there."""
+    done = main(tmp_path, f"--config.codecs={tmp_path / 'none'}", cache=finished[0])
+    assert done.returncode == 2 and "[1/" not in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("error: seed0/omni/classify-1 starts from")
+    assert "where no run has finished" in done.stderr
+    runs = load().runs(load().get_config("tiny"))
+    check_starts(runs, tmp_path)  # each starts from one before
+    with pytest.raises(IcmError, match=r"seed0/contrast starts from .*seed0/filter"):
+        check_starts(runs[1:], tmp_path)
+    check_starts(runs[1:], finished[0])  # that has finished
+    standing = dataclasses.replace(runs[-1], name="new", start=(Start(runs[0].name, codec=True),))
+    with pytest.raises(IcmError, match=r"seed0/filter has no codec.icmc"):
+        check_starts([standing], finished[0])
 
 
 @pytest.mark.parametrize("name", SCALES)

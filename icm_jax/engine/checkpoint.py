@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from icm_jax.engine import sharding
+from icm_jax.engine.run import DONE
 from icm_jax.errors import IcmError, reason
 
 
@@ -113,10 +114,10 @@ def load_variables(folder: str | os.PathLike, step: int | None = None):
     Raises: IcmError if the run has not finished.
     """
     folder = pathlib.Path(folder)
-    if not (folder / "done.json").is_file():
+    if not (folder / DONE).is_file():
         raise IcmError(f"the run {folder} has not finished; run it first (same command resumes it)")
     if step is None:
-        step = int(json.loads((folder / "done.json").read_text())["step"])
+        step = int(json.loads((folder / DONE).read_text())["step"])
     return read_variables(folder, step)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -15,6 +15,8 @@ from icm_jax.files import write_json
 
 CODEC = "codec.icmc"
 """The file, in a run's folder, of the codec that it trained."""
+DONE = "done.json"
+"""The file, in a run's folder, that is written last."""
 SCHEDULE = ("plateau", "rate_scaling", "rate_batch")
 """Settings of the learning rate that not every experiment has; see `icm_jax.engine.optim`."""
 
@@ -173,6 +175,28 @@ def codec_path(run: Run, base: str | os.PathLike) -> pathlib.Path | None:
     if run.codec_file is not None:
         return pathlib.Path(base) / run.name / CODEC
     return next((start.folder(base) / CODEC for start in run.start if start.codec), None)
+
+
+def check_starts(runs: Iterable[Run], base: str | os.PathLike) -> None:
+    """That what every unfinished run starts from has finished, or comes before it.
+
+    Raises: IcmError that names the run, and what it lacks.
+    """
+    before = set()
+    for run in runs:
+        finished = (pathlib.Path(base) / run.name / DONE).is_file()
+        for start in () if finished else run.start:
+            folder = start.folder(base)
+            if not start.workdir and start.run in before:
+                continue
+            if not (folder / DONE).is_file():
+                raise IcmError(
+                    f"{run.name} starts from {folder}, where no run has finished; train it first, "
+                    "or give the work directory that holds it"
+                )
+            if start.codec and not (folder / CODEC).is_file():
+                raise IcmError(f"{run.name} stands on a codec, but {folder} has no {CODEC}")
+        before.add(run.name)
 
 
 def file_points(files: Mapping[str, tuple[float, ...]]) -> tuple[Point, ...]:

@@ -29,7 +29,7 @@ from icm_jax.codecs.codec import forward
 from icm_jax.data import geometry, open_source, pipeline
 from icm_jax.engine import checkpoint, frozen, optim, sharding
 from icm_jax.engine.log import Log
-from icm_jax.engine.run import Run, claim
+from icm_jax.engine.run import DONE, Run, claim
 from icm_jax.errors import IcmError
 from icm_jax.files import write_json
 from icm_jax.nets.layers import BLOCK
@@ -85,8 +85,8 @@ def train(run: Run, base: str | os.PathLike) -> dict:
     folder = pathlib.Path(base) / run.name
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, run, jax.process_index() == 0)
-    if sharding.as_first((folder / "done.json").is_file()):
-        return json.loads((folder / "done.json").read_text())["metrics"]
+    if sharding.as_first((folder / DONE).is_file()):
+        return json.loads((folder / DONE).read_text())["metrics"]
     source = open_source(run.data, "train")
     task = build_task(complete(run.task, source))
     training = prepare(run, task)
@@ -119,7 +119,7 @@ def train(run: Run, base: str | os.PathLike) -> dict:
         if run.codec_file is not None:
             trained = checkpoint.read_variables(folder, run.steps)
             frozen.write_codec(task.codec, trained, run, base)
-        write_json(folder / "done.json", {"step": run.steps, "metrics": metrics})
+        write_json(folder / DONE, {"step": run.steps, "metrics": metrics})
     sharding.as_first(True)  # nobody goes on before that is written
     return metrics
 

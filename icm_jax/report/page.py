@@ -12,9 +12,12 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
 
 import jax
+import ml_collections
 
+from icm_jax.engine.run import DONE, Run
 from icm_jax.files import write_whole
 from icm_jax.report import curves, detections, latents, pictures, speed, tables, training
 
@@ -27,12 +30,21 @@ ARMS_NOTE = (
 )
 
 
-def write_report(config, runs, workdir: str | os.PathLike) -> pathlib.Path:
-    """Writes report.html, report.md and their PNG files into `workdir`; returns the HTML's path."""
+def write_report(
+    config: ml_collections.ConfigDict,
+    runs: Sequence[Run],
+    workdir: str | os.PathLike,
+    notes: Sequence[str] = (),
+) -> pathlib.Path:
+    """Writes report.html, report.md and their PNG files into `workdir`; returns the HTML's path.
+
+    `notes` are sentences that stand first: what was asked for and is not there.
+    """
     workdir = pathlib.Path(workdir)
     records = [r for run in runs for r in _read_json(workdir / run.name / "records.json", [])]
-    missing = [run.name for run in runs if not (workdir / run.name / "done.json").is_file()]
+    missing = [run.name for run in runs if not (workdir / run.name / DONE).is_file()]
     parts: list[tuple[str, object]] = [("h1", f"{config.name} on {config.data.name}")]
+    parts += [("p", note) for note in notes]
     if missing:
         parts.append(("p", "Not finished yet: " + ", ".join(missing)))
     for measure in curves.MEASURES:
