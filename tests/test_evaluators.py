@@ -1,13 +1,26 @@
 """Every reported number against a hand-computed or independent answer."""
 
+import dataclasses
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
 import ml_collections
 import numpy as np
 import pytest
 import scipy.interpolate
+from strangers import second_data
 
 from icm_jax.engine.run import Point, Run
+from icm_jax.engine.train import train
 from icm_jax.errors import IcmError
 from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, evaluate, metrics
+
+HERE = pathlib.Path(__file__).parent
 
 
 def test_accuracy_counts_valid_rows_once_in_any_batching():
@@ -193,3 +206,64 @@ def test_points_that_a_run_cannot_have_are_refused(tmp_path, point, needs, messa
     asked = evaluate.Asked(point, run, tmp_path, None, run.task, None, {}, None)
     with pytest.raises(IcmError, match=message):
         evaluate.SCORERS[point.kind](asked)
+
+
+def scored_again(base, count):
+    """Records of all runs in a work directory, scored by so many processes; without times."""
+    for path in base.glob("*/records.json"):
+        path.unlink()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(HERE.parent))
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(base / "compiled")
+    command = [sys.executable, str(HERE / "evaluate_worker.py"), str(base), coordinator, str(count)]
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    workers = [subprocess.Popen([*command, str(index)], **options) for index in range(count)]
+    for worker in workers:
+        output, _ = worker.communicate(timeout=400)
+        assert worker.returncode == 0, output[-3000:]
+    found = {}
+    for path in sorted(base.glob("*/records.json")):
+        for record in json.loads(path.read_text()):
+            kept = {name: value for name, value in record.items() if not name.endswith("_ms")}
+            found[path.parent.name, record["kind"], record["quality"]] = kept
+    return found
+
+
+def test_records_do_not_depend_on_how_many_processes_score(tmp_path):
+    """Nine images, so shares are uneven, and one process of four has a batch less."""
+    codec = second_data.codec_run()
+    with codec.data.unlocked():
+        codec.data.validation = 9
+    codec = dataclasses.replace(codec, evaluate=(Point("picture"), Point("jpeg", 40)))
+    task = second_data.task_run(second_data.squares(tmp_path / "images"), tmp_path / "runs")
+    with jax.numpy_dtype_promotion("standard"):
+        for run in (codec, dataclasses.replace(task, batch_size=2)):
+            train(run, tmp_path / "runs")
+    alone = scored_again(tmp_path / "runs", 1)
+    assert sorted(record["images"] for record in alone.values())[1:] == [9, 9]
+    for count in (2, 4):
+        assert scored_again(tmp_path / "runs", count) == alone
+
+
+def test_what_was_scored_apart_adds_up():
+    """COCO's measure goes by the order of images where scores are equal."""
+    rng = np.random.default_rng(0)
+    logits = np.float32(rng.normal(size=(6, 8)))
+    masks = rng.integers(0, 3, (6, 4, 4))
+    boxes = np.float32(rng.random((6, 4, 4)).cumsum(-1))
+    given = {"boxes": boxes, "box_labels": rng.integers(0, 2, (6, 4)), "valid": np.ones(6, bool)}
+    given |= {"box_valid": np.ones((6, 4), bool), "box_ignored": np.zeros((6, 4), bool)}
+    given |= {"label": rng.integers(0, 8, 6), "mask": masks}
+    predicted = {"logits": logits, "segments": rng.integers(0, 3, (6, 4, 4)), "boxes": boxes}
+    predicted |= {"scores": np.full((6, 4), 0.5), "labels": rng.integers(0, 2, (6, 4))}
+    predicted |= {"valid": np.ones((6, 4), bool)}
+    for make in (Accuracy, lambda: MeanIoU(3), lambda: AveragePrecision(2)):
+        whole, joint = make(), make()
+        whole.update(predicted, given)
+        for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
+            part = make()
+            part.update(*({k: v[rows] for k, v in side.items()} for side in (predicted, given)))
+            joint.add(part)
+        assert joint.result() == whole.result()

@@ -178,19 +178,19 @@ def layout(keys: tuple[str, ...], spec: BatchSpec) -> dict[str, tuple[tuple[int,
 
 
 def evaluation_batches(
-    source: Source, spec: BatchSpec, *, limit: int | None = None
+    source: Source, spec: BatchSpec, *, limit: int | None = None, which: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of `in_order`; within each the "valid" rows come first."""
-    for batch in in_order(source, spec, limit=limit):
+    for batch in in_order(source, spec, limit=limit, which=which):
         order = np.argsort(~batch["valid"], kind="stable")
         yield {key: value[order] for key, value in batch.items()}
 
 
 def in_order(
-    source: Source, spec: BatchSpec, *, limit: int | None = None
+    source: Source, spec: BatchSpec, *, limit: int | None = None, which: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example (or the first `limit`) once, whole and in order; the last batch is padded with
-    rows that are not "valid".
+    rows that are not "valid". Of these batches it gives those that `which` selects.
 
     Every process gets as many batches with the same keys, though all rows of its last may be
     padding.
@@ -210,7 +210,13 @@ def in_order(
         blanks = {"mask": images.IGNORE}
         return {key: np.full_like(value, blanks.get(key, 0)) for key, value in example.items()}
 
-    return _parallel(load, spec, 0, -(-length // spec.batch_size))
+    numbers = range(-(-length // spec.batch_size))[which]
+
+    def selected(position):
+        number, row = divmod(position, spec.batch_size)
+        return load(numbers[number] * spec.batch_size + row)
+
+    return _parallel(selected, spec, 0, len(numbers))
 
 
 def _check(source: Source) -> None:

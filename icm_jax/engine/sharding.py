@@ -1,7 +1,8 @@
 """Mesh, placement of parameters, and host batches as global arrays: 1 device to N processes."""
 
 import math
-from typing import Any
+import pickle
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from icm_jax.errors import IcmError
 
+T = TypeVar("T")
 AXES = ("data", "fsdp")
 _SMALL = 2**12  # elements below which sharding a parameter costs more than it saves
 
@@ -70,6 +72,28 @@ def global_batch(mesh: Mesh, batch: dict) -> dict:
         name: jax.make_array_from_process_local_data(sharding, value)
         for name, value in batch.items()
     }
+
+
+def share(total: int) -> range:
+    """Which of so many pieces of work this process does: every so many-th."""
+    return range(total)[jax.process_index() :: jax.process_count()]
+
+
+def gathered(mine: dict[int, T]) -> list[T]:
+    """What all processes have made of pieces 0, 1, ..., in that order, on every process.
+
+    Args:
+      mine: number of a piece -> what this process made of it; no other has that number.
+    """
+    if jax.process_count() > 1:
+        data = np.frombuffer(pickle.dumps(mine), np.uint8)
+        sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int64))
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: len(data)] = data
+        rows = multihost_utils.process_allgather(padded)
+        for row, size in zip(rows, sizes, strict=True):  # bytes of this very program's processes
+            mine = mine | pickle.loads(row[: int(size)].tobytes())
+    return [mine[number] for number in sorted(mine)]
 
 
 def as_first(value: bool) -> bool:

@@ -64,6 +64,9 @@ from icm_jax.measure.coded import of_sizes, through_file, through_stream
 from icm_jax.tasks import build_task, views
 from icm_jax.tasks.task import Task
 
+SCORED_AT_ONCE = 128
+"""Rows of a batch at most; a run's own may be as large as many devices can take together."""
+
 
 class Asked(NamedTuple):
     """What a scorer is given: a point, and the run that it belongs to.
@@ -83,6 +86,9 @@ class Asked(NamedTuple):
     variables: Mapping[str, Any]
     frozen: FrozenCodec | None
 
+    def __str__(self) -> str:
+        return f"{self.run.name} {self.point}"
+
     def codec(self) -> FrozenCodec:
         """The codec file. Raises: IcmError if the run has none."""
         if self.frozen is None:
@@ -97,8 +103,8 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     """Records of a finished run; computed once, then read from its folder. Points that
     `run.evaluate` has gained since are added to them.
 
-    Every process scores the whole split, the first one writes: reading a checkpoint is collective,
-    the rest needs no word between processes.
+    Each process scores its share of the batches, of so many rows however many processes there are,
+    so records do not depend on that; the first one writes.
 
     Raises: IcmError as `check_points` does, or for a codec file that is not this run's.
     """
@@ -153,25 +159,54 @@ def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, 
     Args:
       through: (asked, batch, count of valid rows) -> (the task's inputs, sizes of each image).
     """
-    run, source = asked.run, asked.source
+    run = asked.run
     tally = _tally(asked)
     predict = jax.jit(asked.task.predict)
     on_device = jax.device_put(asked.variables, jax.local_devices()[0])
-    sizes = []
-    spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
-    batches = pipeline.evaluation_batches(source, spec)
-    total = -(-source.length // run.batch_size)
-    for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} {asked.point}", unit="batch"):
-        inputs, found = through(asked, batch, int(batch["valid"].sum()))
-        sizes += found
+
+    def score(batch: dict, tally: Score) -> list[dict]:
+        inputs, sizes = through(asked, batch, int(batch["valid"].sum()))
         if "mask" in batch:
             batch["mask"] = np.asarray(views.centre(batch["mask"], asked.config.size))
         tally.update(jax.device_get(predict(on_device, inputs)), batch)
-    return {**tally.result(), "images": source.length, **of_sizes(sizes)}
+        return sizes
+
+    rows = min(run.batch_size, SCORED_AT_ONCE)
+    spec = pipeline.batch_spec(run.data, rows, masks="mask" in run.needs)
+    return over_batches(str(asked), asked.source, spec, tally, score)
 
 
-def _tally(asked: Asked) -> Score:
-    """What counts the task's hits, by the labels that the run needs."""
+def over_batches(
+    title: str,
+    source: Any,
+    spec: pipeline.BatchSpec,
+    tally: Callable[[], Score],
+    score: Callable[[dict, Score], list[dict]],
+) -> dict:
+    """Scores and sizes over a split, each process at its share of the batches.
+
+    Args:
+      tally: () -> an empty score.
+      score: (batch, tally) -> sizes of its images; what is predicted of them goes into the tally.
+    """
+    numbers = sharding.share(-(-source.length // spec.batch_size))
+    which = slice(numbers.start, numbers.stop, numbers.step)
+    batches = pipeline.evaluation_batches(source, spec, which=which)
+    hidden = jax.process_index() > 0
+    bar = tqdm.tqdm(batches, title, len(numbers), unit="batch", disable=hidden)
+    mine = {}
+    for number, batch in zip(numbers, bar, strict=True):
+        part = tally()
+        mine[number] = score(batch, part), part
+    whole, sizes = tally(), []
+    for found, part in sharding.gathered(mine):  # in the order of the split, as COCO's ties ask
+        sizes += found
+        whole.add(part)
+    return {**whole.result(), "images": source.length, **of_sizes(sizes)}
+
+
+def _tally(asked: Asked) -> Callable[[], Score]:
+    """() -> what counts the task's hits, by the labels that the run needs."""
     tallies: dict[str, Callable[[], Score]] = {
         "mask": lambda: MeanIoU(asked.config.mask_classes),
         "objects": lambda: AveragePrecision(asked.config.classes),
@@ -179,7 +214,7 @@ def _tally(asked: Asked) -> Score:
     }
     for key, make in tallies.items():
         if key in asked.run.needs:
-            return make()
+            return make
     raise IcmError(
         f"{asked.run.name} is to be scored by {str(asked.point)!r}, but needs none of "
         f"{', '.join(tallies)}; there is nothing to compare its predictions with"
@@ -231,7 +266,7 @@ def _middle(asked: Asked, batch: dict) -> np.ndarray:
 
 
 def speed(asked: Asked) -> dict:
-    """What `throughput.measure` says of one batch of validation images."""
+    """What `throughput.measure` says of one batch of validation images, on the first process."""
     run, task = asked.run, asked.task
     count = int(asked.point.quality or 1)
     batch = next(pipeline.in_order(asked.source, pipeline.image_spec(run.data, count)))
@@ -244,7 +279,8 @@ def speed(asked: Asked) -> dict:
         form = run.data.get("coefficients", "")
         quality = int(form) if form.isdecimal() else run.data.get("quality", 95)
         path = throughput.jpeg_path(task.predict, asked.variables, images, quality, bool(form))
-    measured = throughput.measure({run.name: path})[run.name]
+    mine = {number: throughput.measure({run.name: path})[run.name] for number in sharding.share(1)}
+    (measured,) = sharding.gathered(mine)
     return {**measured, "curve": "speed", "images": count}
 
 
@@ -261,22 +297,21 @@ def detections(asked: Asked) -> dict:
     predict = jax.jit(build_task(config).predict)
     variables = jax.device_put(checkpoint.load_variables(folder), jax.local_devices()[0])
     output = "feature" if "feature" in frozen.codec.outputs else "image"
-    tally, sizes = AveragePrecision(config.classes), []
-    spec = pipeline.batch_spec(trained.data, run.batch_size)
-    total = -(-source.length // run.batch_size)
-    batches = pipeline.evaluation_batches(source, spec)
-    for batch in tqdm.tqdm(batches, total=total, desc=f"{run.name} detect", unit="batch"):
+    layers = 1 if output == "feature" else None
+
+    def score(batch: dict, tally: Score) -> list[dict]:
         count = int(batch["valid"].sum())
-        layers = 1 if output == "feature" else None
-        given, found = through_stream(frozen, batch["image"][:count], output, layers=layers)
-        for size, extent in zip(found, batch["extent"], strict=False):
+        given, sizes = through_stream(frozen, batch["image"][:count], output, layers=layers)
+        for size, extent in zip(sizes, batch["extent"], strict=False):
             size["pixels"] = int(extent.prod())
-        sizes += found
         given = given if output == "feature" else given.clip(0, 255)
         inputs = {output: _padded(given, len(batch["image"]))}
         tally.update(jax.device_get(predict(variables, inputs)), batch)
-    scored = {**tally.result(), "images": source.length, **of_sizes(sizes)}
-    return {"kind": "stream", "curve": "detect", **scored}
+        return sizes
+
+    spec = pipeline.batch_spec(trained.data, min(run.batch_size, SCORED_AT_ONCE))
+    found = over_batches(str(asked), source, spec, lambda: AveragePrecision(config.classes), score)
+    return {"kind": "stream", "curve": "detect", **found}
 
 
 def pictures(asked: Asked) -> dict:
@@ -330,10 +365,12 @@ def distortion(
                 scores[name] = metrics.decibels(similarity(image, given))
         return size, scores
 
+    numbers, hidden = sharding.share(source.length), jax.process_index() > 0
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        results = pool.map(code, range(source.length))
-        told = tqdm.tqdm(results, f"{run.name} {asked.point}", source.length, unit="image")
-        sizes, scores = map(list, zip(*told, strict=True))
+        results = pool.map(code, numbers)
+        bar = tqdm.tqdm(results, str(asked), len(numbers), unit="image", disable=hidden)
+        mine = dict(zip(numbers, bar, strict=True))
+    sizes, scores = map(list, zip(*sharding.gathered(mine), strict=True))
     record: dict = {"curve": "image", "images": source.length}
     for key in ("psnr", "ssim_db", "ms_ssim_db"):
         values = [found[key] for found in scores if key in found]

@@ -3,7 +3,7 @@
 import abc
 import contextlib
 import os
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,11 +13,16 @@ IGNORE = 255
 
 
 class Score(abc.ABC):
-    """Adds up batches. `update` takes predictions and the batch they belong to, both NumPy."""
+    """Adds up batches. `update` takes predictions and the batch they belong to, both NumPy; `add`
+    takes over what another of its kind has added up."""
 
     @abc.abstractmethod
     def update(self, predicted: dict, batch: dict) -> None:
         """Adds the rows of a batch that are valid (bool [N])."""
+
+    @abc.abstractmethod
+    def add(self, other: Self) -> None:
+        """Adds all that was added to the other, which goes on as it is."""
 
     @abc.abstractmethod
     def result(self) -> dict[str, float]:
@@ -43,6 +48,9 @@ class Accuracy(Score):
         rank = (logits >= right).sum(axis=1)  # 1 for the best
         whole = np.isfinite(logits).all(axis=1)  # comparisons with NaN would flatter the rank
         self._sums += [(whole & (rank <= 1)).sum(), (whole & (rank <= 5)).sum(), len(labels)]
+
+    def add(self, other):
+        self._sums += other._sums
 
     def result(self):
         first, fifth, count = self._sums
@@ -79,6 +87,10 @@ class MeanIoU(Score):
         pairs = masks[known] * classes + segments[known]
         self._confusion += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
         self._examples += len(masks)
+
+    def add(self, other):
+        self._confusion += other._confusion
+        self._examples += other._examples
 
     def result(self):
         confusion, examples = self._confusion, self._examples
@@ -121,6 +133,11 @@ class AveragePrecision(Score):
                 label, box = predicted["labels"][row, i], predicted["boxes"][row, i]
                 score = float(predicted["scores"][row, i])
                 self._found.append((self._images, int(label), box, score))
+
+    def add(self, other):
+        self._truth += [(self._images + row[0], *row[1:]) for row in other._truth]
+        self._found += [(self._images + row[0], *row[1:]) for row in other._found]
+        self._images += other._images
 
     def result(self):
         from pycocotools.coco import COCO
