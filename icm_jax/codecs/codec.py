@@ -148,12 +148,13 @@ def tupled(value):
 
 
 def method_of(module, part: str, collections: tuple[str, ...] = ("params",)) -> Callable:
-    """(variables, *arguments, method=name) -> what that method of a Flax module gives, with the
-    module's variables lying under `part` in each of `collections`."""
+    """(variables, *arguments, method=name) -> what that method of a Flax module gives, or the
+    module of that name within it, with its variables under `part` in each of `collections`."""
 
     def run(variables, *arguments, method):
         of_module = {name: variables[name][part] for name in collections}
-        return module.apply(of_module, *arguments, method=method)
+        named = lambda instance, *given: getattr(instance, method)(*given)  # noqa: E731
+        return module.apply(of_module, *arguments, method=named)
 
     return run
 

@@ -45,12 +45,6 @@ class InformationFilter(ops.Module):
         y = self.encoder(f)
         return self.prior(y), self.decode(y, f.shape[1:3])
 
-    def encode(self, f):
-        return self.encoder(f)
-
-    def bits(self, y):
-        return self.prior(y)
-
     def decode(self, y, shape):
         return ops.crop_to(self.decoder(y), *shape)
 
@@ -72,17 +66,11 @@ class FeatureCodec(ops.Module):
 
     def __call__(self, f):
         y, z = self.encode(f)
-        return self.prior(z), self.parameters(z), self.decode(y, f.shape[1:3])
+        return self.prior(z), self.hyper_synthesis(z), self.decode(y, f.shape[1:3])
 
     def encode(self, f):
         y = self.analysis(f)
         return y, self.hyper_analysis(y)
-
-    def hyper_bits(self, z):
-        return self.prior(z)
-
-    def parameters(self, z):
-        return self.hyper_synthesis(z)
 
     def decode(self, y, shape):
         return ops.crop_to(self.synthesis(y), *shape)
@@ -115,13 +103,13 @@ def filter_codec(
         parts=("head", "filter"),
         init=init,
         analyse=lambda variables, inputs: {
-            "y": run(variables, _feature(head, variables, inputs), method="encode")
+            "y": run(variables, _feature(head, variables, inputs), method="encoder")
         },
         segments=(
             priors.factorised(
                 "y",
                 priors.halvings(5, channels),
-                functools.partial(run, method="bits"),
+                functools.partial(run, method="prior"),
                 ("filter", "prior"),
             ),
         ),
@@ -163,25 +151,16 @@ def feature_codec(
 
     network = priors.Network(
         HYPER_SYNTHESIS,
-        lambda variables, inputs: run(variables, inputs["z"], method="parameters"),
+        lambda variables, inputs: run(variables, inputs["z"], method="hyper_synthesis"),
         lambda params: hyper_synthesis_weights(params, channels),
         ("feature_codec", "hyper_synthesis"),
     )
-    return Codec(
-        parts=("head", "filter", "feature_codec"),
-        init=init,
-        analyse=analyse,
-        segments=(
-            priors.factorised(
-                "z",
-                priors.halvings(6, hyper_channels),
-                functools.partial(run, method="hyper_bits"),
-                ("feature_codec", "prior"),
-            ),
-            priors.conditional("y", priors.halvings(4, channels), network),
-        ),
-        outputs=Outputs(feature=_feature_of(run)),
-    )
+    bits = functools.partial(run, method="prior")
+    path = ("feature_codec", "prior")
+    z = priors.factorised("z", priors.halvings(6, hyper_channels), bits, path)
+    y = priors.conditional("y", priors.halvings(4, channels), network)
+    parts = ("head", "filter", "feature_codec")
+    return Codec(parts, init, analyse, (z, y), Outputs(feature=_feature_of(run)))
 
 
 def _feature_of(run):

@@ -96,9 +96,9 @@ class ImageCodec(ops.Module):
 
     def __call__(self, x, quality):
         latents = self.latents(self.front(x, quality))
-        parts = [self.prior_bits(latents["z" if self.hyper else "y"])]
+        parts = [self.prior(latents["z" if self.hyper else "y"])]
         if self.hyper:
-            parts.append(self.parameters(latents["z"]))
+            parts.append(self.hyper_synthesis(latents["z"]))
         return self.decode(latents["y"], quality), parts
 
     def front(self, x, quality):
@@ -106,12 +106,6 @@ class ImageCodec(ops.Module):
 
     def latents(self, y):
         return {"z": self.hyper_analysis(y), "y": y} if self.hyper else {"y": y}
-
-    def prior_bits(self, latent):
-        return self.prior(latent)
-
-    def parameters(self, z):
-        return self.hyper_synthesis(z)
 
     def decode(self, y, quality):
         return self.synthesis(self.gain.undo(y, quality))
@@ -180,12 +174,12 @@ def image_codec(
 
 
 def _segments(run, side: int, channels: int, hyper: bool, mean: bool) -> tuple[Segment, ...]:
-    bits = functools.partial(run, method="prior_bits")
+    bits = functools.partial(run, method="prior")
     if not hyper:
         return (priors.factorised("y", priors.halvings(4, channels), bits, (PART, "prior")),)
     network = priors.Network(
         HYPER_SYNTHESIS,
-        lambda variables, inputs: run(variables, inputs["z"], method="parameters"),
+        lambda variables, inputs: run(variables, inputs["z"], method="hyper_synthesis"),
         lambda params: hyper_synthesis_weights(params, channels),
         (PART, "hyper_synthesis"),
     )

@@ -233,6 +233,16 @@ def _more(clean, bits, have, at):
 
 
 @compiled
+def _refine(out, place, low, clean, bits, have, at):
+    """Adds the next bit, of weight 2^low, to a coefficient that is not zero; the bits after it, as
+    of `_more`."""
+    bits, have, at = _more(clean, bits, have, at)
+    if bits >> _63 and not out[place] & (1 << low):
+        out[place] += (1 if out[place] > 0 else -1) << low
+    return bits << _1, have - 1, at
+
+
+@compiled
 def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, zigzag):
     """All blocks of one scan of a progressive file; returns a key of ERRORS, or 0."""
     start, end, refines, low = scan[0], scan[1], scan[2] > 0, scan[3]
@@ -318,11 +328,7 @@ def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, z
                                         break
                                     run -= 1
                                 else:
-                                    bits, have, at = _more(clean, bits, have, at)
-                                    if bits >> _63 and not out[place] & (1 << low):
-                                        out[place] += (1 if out[place] > 0 else -1) << low
-                                    bits <<= _1
-                                    have -= 1
+                                    bits, have, at = _refine(out, place, low, clean, bits, have, at)
                                 k += 1
                         if size:
                             if k > end:
@@ -335,11 +341,7 @@ def progressive(clean, ends, out, layout, rows, columns, restart, codes, scan, z
                         while refines and k <= end:
                             place = base + np.int64(zigzag[k])
                             if out[place] != 0:
-                                bits, have, at = _more(clean, bits, have, at)
-                                if bits >> _63 and not out[place] & (1 << low):
-                                    out[place] += (1 if out[place] > 0 else -1) << low
-                                bits <<= _1
-                                have -= 1
+                                bits, have, at = _refine(out, place, low, clean, bits, have, at)
                             k += 1
                         run_of_ends -= 1
     used = at - have // 8

@@ -1,5 +1,8 @@
 """Classification with the tail on pixels or on decoded features (Omni-ICM, stage 3)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +11,7 @@ import optax
 from icm_jax.errors import IcmError
 from icm_jax.nets.resnet import global_pool
 from icm_jax.tasks import views
-from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, mean_of, merge
+from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, Trunk, build_trunk, mean_of, merge
 
 
 def classification(config) -> Task:
@@ -20,7 +23,7 @@ def classification(config) -> Task:
     if config.mode not in ("finetune", "linear"):
         raise IcmError(f"unknown mode {config.mode!r}; choose finetune or linear")
     trunk = build_trunk(config)
-    classifier = nn.Dense(config.classes)
+    init, classify = classifier_on(trunk, config.classes, config.size)
     tuned = config.mode == "finetune"
 
     def logits_of(variables, batch, key):
@@ -30,22 +33,38 @@ def classification(config) -> Task:
         elif feature is None:
             images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
         train = tuned and key is not None
-        features, stats = trunk.features(variables, images, feature, train)
-        pooled = global_pool(features[-1])
-        return classifier.apply({"params": variables["params"]["classifier"]}, pooled), stats
-
-    def init(key, batch):
-        keys = jax.random.split(key)
-        images = views.centre(batch["image"][:1], config.size)
-        variables = trunk.init(keys[0], images)
-        features, _ = trunk.features(variables, images, None, False)
-        merge(variables, "classifier", classifier.init(keys[1], global_pool(features[-1])))
-        return variables
+        return classify(variables, images, feature, train)
 
     def groups(name):
         return TRAIN if name == "classifier" or (tuned and name in trunk.parts) else FROZEN
 
     return classifier_task(init, logits_of, groups, trunk.codec, trunk.reads)
+
+
+def classifier_on(trunk: Trunk, classes: int, size) -> tuple[Callable, Callable]:
+    """A dense layer on the mean over space of a trunk's last feature.
+
+    Args: size: of views, a number or (height, width).
+
+    Returns: (key, batch) -> variables; and (variables, images or None, feature or None, train) ->
+      (logits float32 [N, classes], the new batch_stats), as of `Trunk.features`.
+    """
+    classifier: Any = nn.Dense(classes)  # Flax types `apply` as all that it may return
+
+    def init(key, batch):
+        keys = jax.random.split(key)
+        images = views.centre(batch["image"][:1], size)
+        variables = trunk.init(keys[0], images)
+        features, _ = trunk.features(variables, images, None, False)
+        merge(variables, "classifier", classifier.init(keys[1], global_pool(features[-1])))
+        return variables
+
+    def classify(variables, images, feature, train):
+        features, stats = trunk.features(variables, images, feature, train)
+        weights = {"params": variables["params"]["classifier"]}
+        return classifier.apply(weights, global_pool(features[-1])), stats
+
+    return init, classify
 
 
 def classifier_task(init, logits_of, groups, codec=None, reads: str = "image") -> Task:

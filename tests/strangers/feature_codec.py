@@ -23,12 +23,6 @@ class Plain(nn.Module):
         y = self.down(f)
         return self.prior(y), self.up(y)
 
-    def encode(self, f):
-        return self.down(f)
-
-    def bits(self, y):
-        return self.prior(y)
-
     def decode(self, y, shape):
         return ops.crop_to(self.up(y), *shape)
 
@@ -47,13 +41,13 @@ def plain_codec(variant, width, filter_channels, filter_widths, channels) -> Cod
         return variables
 
     def analyse(variables, inputs):
-        return {"y": run(variables, filtered(inner, variables, inputs), method="encode")}
+        return {"y": run(variables, filtered(inner, variables, inputs), method="down")}
 
     def feature_of(variables, decoded, shape):
         return run(variables, decoded["y"], [ops.halved(s, 2) for s in shape], method="decode")
 
     def bits(variables, y):
-        return run(variables, y, method="bits")
+        return run(variables, y, method="prior")
 
     y = priors.factorised("y", priors.halvings(3, channels), bits, ("plain", "prior"))
     return Codec((*inner.parts, "plain"), init, analyse, (y,), Outputs(feature=feature_of))

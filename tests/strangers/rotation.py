@@ -3,21 +3,18 @@
 view, turned by 0, 90, 180 and 270 degrees -> ResNet -> dense layer -> four logits
 """
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from icm_jax.engine.run import Run, make_run
-from icm_jax.nets.resnet import global_pool
 from icm_jax.tasks import TASKS, Task, views
-from icm_jax.tasks.classification import classifier_task
-from icm_jax.tasks.task import TRAIN, build_trunk, merge
+from icm_jax.tasks.classification import classifier_on, classifier_task
+from icm_jax.tasks.task import TRAIN, build_trunk
 
 
 def rotation(config) -> Task:
     """The task; fields: the model's, size (a number). Every image is seen all four ways."""
-    trunk, classifier = build_trunk(config), nn.Dense(4)
+    init, classify = classifier_on(build_trunk(config), 4, config.size)
 
     def logits_of(variables, batch, key):
         if key is None:
@@ -25,17 +22,7 @@ def rotation(config) -> Task:
         else:
             images, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
         turned = jnp.concatenate([jnp.rot90(images, turn, axes=(1, 2)) for turn in range(4)])
-        features, stats = trunk.features(variables, turned, None, key is not None)
-        pooled = global_pool(features[-1])
-        return classifier.apply({"params": variables["params"]["classifier"]}, pooled), stats
-
-    def init(key, batch):
-        keys = jax.random.split(key)
-        images = views.centre(batch["image"][:1], config.size)
-        variables = trunk.init(keys[0], images)
-        features, _ = trunk.features(variables, images, None, False)
-        merge(variables, "classifier", classifier.init(keys[1], global_pool(features[-1])))
-        return variables
+        return classify(variables, turned, None, key is not None)
 
     task = classifier_task(init, logits_of, lambda name: TRAIN)
 
