@@ -22,4 +22,4 @@ def load(path=None):
     """
     from icm_jax.codecs import CODECS, model_file
 
-    return model_file.load(model_file.BOXED if path is None else path, CODECS)
+    return model_file.load(path, CODECS)

@@ -9,9 +9,10 @@
     icm completion bash                     a script that completes all this in the shell
 
 Without --model they use the model in the package, which is for photographs. Several files are taken
-at once; `-` is standard input or output. A file is written whole or not at all, and none is
-overwritten without --force. Exit codes: 0 all done, 1 some files failed (each with one line on
-standard error), 2 wrong usage.
+at once, folders with --recursive; `-` is standard input or output. A file is written whole or not
+at all, and none is overwritten without --force. Exit codes: 0 all done, 1 some files failed (each
+with one line on standard error), 2 wrong usage. Compiled programs are kept in the user's cache
+folder, or where ICM_CACHE_DIR says.
 """
 
 import argparse
@@ -22,8 +23,11 @@ import sys
 from typing import Any
 
 from icm_jax.errors import IcmError
-from icm_jax.files import write_whole
+from icm_jax.files import cores, in_threads, listed, names_folder, target_of, write_whole
 
+FILE: dict[Any, Any] = {}
+"""`shtab.FILE`, once a script is to be printed: only there the package is imported."""
+SHELLS = ("bash", "fish", "powershell", "tcsh", "zsh")
 QUALITIES = (0, 25, 50, 75, 100)
 
 
@@ -41,13 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    import shtab
-
     parser = argparse.ArgumentParser(
         "icm",
         description="Learned image compression whose files decode to the encoder's latents, or say "
         "why not.",
-        epilog="exit codes: 0 all done, 1 some files failed, 2 wrong usage",
+        epilog="exit codes: 0 all done, 1 some files failed, 2 wrong usage. Compiled programs are "
+        "kept in ICM_CACHE_DIR (~/.cache/icm_jax; up to 256 MiB); ICM_CACHE_DIR=off keeps none.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -100,26 +103,36 @@ def _parser() -> argparse.ArgumentParser:
     text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
     own.add_argument("--rivals", type=_listed, help=text)
     text = "files of other formats at once, on all cores; 1: nothing beside, for times to trust"
-    own.add_argument("--jobs", "-j", type=_count, default=os.cpu_count(), help=text)
+    own.add_argument("--jobs", "-j", type=_count, default=cores(), help=text)
     text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
     own.add_argument("--rates", type=_rate, nargs=2, default=(0.15, 1.0), help=text)
     text = "print a completion script: put it where your shell looks for such"
     own = commands.add_parser("completion", help=text, description=text)
-    own.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
-    own.set_defaults(run=lambda options: print(shtab.complete(parser, options.shell)) or 0)
+    own.add_argument("shell", choices=SHELLS)
+    own.set_defaults(run=lambda options: _completion(parser, options.shell))
     return parser
 
 
 def _names_files(argument: Any) -> None:
     """A shell completes the argument with names of files; `shtab` looks for it in an attribute."""
-    import shtab
-
-    argument.complete = shtab.FILE
+    argument.complete = FILE
 
 
 def _output_options(parser, text):
     _names_files(parser.add_argument("--out", "-o", help=text))
     parser.add_argument("--force", "-f", action="store_true", help="overwrite existing files")
+    text = "take the files in folders, too; below --out they keep their places"
+    parser.add_argument("--recursive", "-r", action="store_true", help=text)
+    text = f"files at the same time; default: the cores of this computer ({cores()})"
+    parser.add_argument("--jobs", "-j", type=_count, default=cores(), metavar="N", help=text)
+
+
+def _completion(parser, shell: str) -> int:
+    import shtab
+
+    FILE.update(shtab.FILE)
+    print(shtab.complete(parser, shell))
+    return 0
 
 
 def _layers_option(parser):
@@ -164,13 +177,14 @@ def _share(text: str) -> float:
 
 def _compress(options) -> int:
     from icm_jax.data.images import read_image
+    from icm_jax.data.sources import SUFFIXES
 
     codec = _load(options.model)
 
     def one(data, name):
         return codec.compress(read_image(data, name), options.quality)
 
-    return _each(options, one, ".icm")
+    return _each(options, one, SUFFIXES, ".icm")
 
 
 def _decompress(options) -> int:
@@ -178,12 +192,12 @@ def _decompress(options) -> int:
 
     codec = _load(options.model)
     out = options.out or ""
-    suffix = ".png" if _is_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
+    suffix = ".png" if names_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
 
     def one(data, name):
         return write_image(codec.decompress(data, layers=options.layers), suffix)
 
-    return _each(options, one, suffix)
+    return _each(options, one, (".icm",), suffix)
 
 
 def _info(options) -> int:
@@ -213,9 +227,9 @@ def _facts(name: str, data: bytes) -> dict:
     from icm_jax.coding import container
 
     if name.endswith(".icmc"):
-        from icm_jax.codecs import model_file
+        from icm_jax.coding import archive
 
-        return model_file.describe(name)
+        return archive.describe(name)
     stream = container.unpack(data)
     header, (height, width) = stream.header, stream.header.shape
     return {
@@ -231,12 +245,12 @@ def _facts(name: str, data: bytes) -> dict:
 
 
 def _detect(options) -> int:
-    from icm_jax.codecs import model_file
+    from icm_jax.coding import archive
     from icm_jax.data.images import write_image
     from icm_jax.measure import detect
 
     codec = _load(options.model)
-    about = {} if options.model is None else model_file.describe(options.model)
+    about = {} if options.model is None else archive.describe(options.model)
     find = detect.finder(codec, about.get("detector"), options.least)
     failed, results = 0, []
     for name in options.files:
@@ -272,6 +286,7 @@ def _verify(options) -> int:
 
 
 def _eval(options) -> int:
+    from icm_jax.data.sources import SUFFIXES
     from icm_jax.measure import rate_distortion
 
     if not options.rates[0] < options.rates[1]:
@@ -288,66 +303,46 @@ def _eval(options) -> int:
         left = ", ".join(rate_distortion.SLOW)
         print(f"without {left}, minutes a picture; --rivals names what to measure", file=sys.stderr)
     out = pathlib.Path(options.out) if options.out else None
+    paths = [file.name for file in listed(options.files, SUFFIXES, recursive=True)]
     return rate_distortion.compare(
-        subjects, _pictures(options.files), _failed, jobs=options.jobs, rates=options.rates, out=out
+        subjects, paths, _failed, jobs=options.jobs, rates=options.rates, out=out
     )
 
 
-def _pictures(given: list[str]) -> list[str]:
-    """Files as they are named, and the pictures in and below folders."""
-    from icm_jax.data.sources import SUFFIXES
-
-    paths = []
-    for name in given:
-        path = pathlib.Path(name)
-        below = sorted(path.rglob("*")) if path.is_dir() else [path]
-        paths += [str(p) for p in below if p == path or p.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise IcmError(f"no images in {', '.join(given)}; expected files {SUFFIXES}")
-    return paths
-
-
-def _each(options, convert, suffix: str) -> int:
-    """Converts every file; one line on standard error for each that fails."""
+def _each(options, convert, suffixes, suffix: str) -> int:
+    """Converts every file, several at a time; one line on standard error for each that fails."""
     import tqdm
 
-    names, out = options.files, options.out
-    many = len(names) > 1
-    if many and out is not None and not _is_folder(out) and pathlib.Path(out).suffix:
-        raise IcmError(f"{len(names)} files do not fit one output {out}; give -o a folder")
-    if many and (out == "-" or "-" in names):
+    files, out = listed(options.files, suffixes, options.recursive), options.out
+    many = len(files) > 1 or any(file.place.parent.name for file in files)
+    if many and out is not None and not names_folder(out) and pathlib.Path(out).suffix:
+        raise IcmError(f"{len(files)} files do not fit one output {out}; give -o a folder")
+    if many and (out == "-" or any(file.name == "-" for file in files)):
         raise IcmError("standard input and output take one file at a time")
+    targets = [target_of(file, out, suffix, many) for file in files]
+    first = {target: number for number, target in reversed(list(enumerate(targets)))}
+
+    def one(number: int) -> None:
+        file, target = files[number], targets[number]
+        if target is not None and target.exists() and not options.force:
+            raise IcmError(f"{target} exists; --force overwrites it")
+        if first[target] != number:
+            raise IcmError(f"{target} is what {files[first[target]].name} is written to")
+        content = convert(_read(file.name), file.name)
+        if target is None:
+            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.flush()
+        else:
+            write_whole(target, content)
+
     failed = 0
-    for name in tqdm.tqdm(names, unit="file", disable=not many or not sys.stderr.isatty()):
-        try:
-            target = _target(name, out, suffix, many)
-            if target is not None and target.exists() and not options.force:
-                raise IcmError(f"{target} exists; --force overwrites it")
-            content = convert(_read(name), name)
-            if target is None:
-                sys.stdout.buffer.write(content)
-                sys.stdout.buffer.flush()
-            else:
-                write_whole(target, content)
-        except IcmError as error:
-            failed += _failed(name, error)
+    with tqdm.tqdm(
+        total=len(files), unit="file", disable=not many or not sys.stderr.isatty()
+    ) as bar:
+        for number, error in in_threads(one, range(len(files)), min(options.jobs, len(files))):
+            bar.update()
+            failed += 0 if error is None else _failed(files[number].name, error)
     return int(failed > 0)
-
-
-def _target(name: str, out: str | None, suffix: str, many: bool) -> pathlib.Path | None:
-    """Where the result of a file goes; None is standard output."""
-    if out == "-" or (name == "-" and out is None):
-        return None
-    if out is None:
-        return pathlib.Path(name).with_suffix(suffix)
-    if many or _is_folder(out):
-        stem = "stdin" if name == "-" else pathlib.Path(name).stem
-        return pathlib.Path(out) / (stem + suffix)
-    return pathlib.Path(out)
-
-
-def _is_folder(out: str) -> bool:
-    return bool(out) and (out.endswith(("/", os.sep)) or pathlib.Path(out).is_dir())
 
 
 def _read(name: str, layers: int | None = None) -> bytes:

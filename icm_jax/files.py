@@ -1,10 +1,17 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; many files, several at a time."""
 
 import json
 import os
 import pathlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 from icm_jax.errors import IcmError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
@@ -13,7 +20,7 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     Raises: IcmError if it cannot be written (full disk, missing rights).
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -33,3 +40,75 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
 def write_json(path: str | os.PathLike, content) -> None:
     """Writes JSON, keys sorted, as `write_whole` does."""
     write_whole(path, json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+class Listed(NamedTuple):
+    """A file to be read, and its place: its name, or its path below the folder that was given."""
+
+    name: str
+    place: pathlib.PurePath
+
+
+def listed(names: Sequence[str], suffixes: Sequence[str], recursive: bool) -> list[Listed]:
+    """The files that are named, and those in named folders whose suffix is one of `suffixes`.
+
+    Raises: IcmError for a folder without `recursive`, or one without such files.
+    """
+    found = []
+    for name in names:
+        folder = pathlib.Path(name)
+        if not folder.is_dir():
+            found.append(Listed(name, pathlib.PurePath(folder.name)))
+            continue
+        if not recursive:
+            raise IcmError(f"{name} is a folder; --recursive takes all files in it")
+        within = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+        if not within:
+            raise IcmError(f"no files {', '.join(suffixes)} in {name}")
+        found += [Listed(str(path), path.relative_to(folder)) for path in within]
+    return found
+
+
+def target_of(file: Listed, out: str | None, suffix: str, many: bool) -> pathlib.Path | None:
+    """Where the result of one of `many` files or of the only one goes; None is standard output.
+
+    Args: out: as the user gave it: a file, a folder, "-" or nothing. suffix: of the result.
+    """
+    if out == "-" or (file.name == "-" and out is None):
+        return None
+    if out is None:
+        return pathlib.Path(file.name).with_suffix(suffix)
+    if many or names_folder(out):
+        place = pathlib.PurePath("stdin") if file.name == "-" else file.place
+        return pathlib.Path(out) / place.with_suffix(suffix)
+    return pathlib.Path(out)
+
+
+def names_folder(out: str) -> bool:
+    """Whether a path as the user gave it is that of a folder."""
+    return bool(out) and (out.endswith(("/", os.sep)) or pathlib.Path(out).is_dir())
+
+
+def in_threads(
+    function: Callable[[Item], Result], items: Iterable[Item], jobs: int
+) -> Iterator[tuple[Item, Result | IcmError]]:
+    """(item, function(item) or the IcmError that it raised) in order, `jobs` at the same time."""
+
+    def one(item):
+        try:
+            return item, function(item)
+        except IcmError as error:
+            return item, error
+
+    if jobs == 1:
+        yield from map(one, items)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(one, items)
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import icm_jax
-from icm_jax.codecs import bitstream, model_file
+from icm_jax.codecs import bitstream
+from icm_jax.coding import archive
 from icm_jax.measure import classical, metrics
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -83,9 +84,9 @@ def test_any_size(codec, shape):
 
 
 def test_its_file_is_small_and_says_where_it_comes_from(codec):
-    assert model_file.BOXED.stat().st_size <= 2 << 20
-    about = model_file.describe(model_file.BOXED)
+    assert archive.BOXED.stat().st_size <= 2 << 20
+    about = archive.describe(archive.BOXED)
     assert about["licence"] and "configs/hyperprior.py:boxed" in about["description"]
-    card = model_file.BOXED.with_suffix(".md").read_text()
+    card = archive.BOXED.with_suffix(".md").read_text()
     assert codec.fingerprint.hex() in card
-    assert hashlib.sha256(model_file.BOXED.read_bytes()).hexdigest() in card
+    assert hashlib.sha256(archive.BOXED.read_bytes()).hexdigest() in card

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import shtab
 from PIL import Image
 
 import icm_jax
@@ -107,6 +109,78 @@ def test_nothing_is_overwritten_unasked_and_failures_are_counted(model, photos, 
     assert not list(photos.glob("*.tmp")) and not (photos / "broken.icm").exists()
 
 
+def test_folders_keep_their_structure_and_threads_their_results(model, photos, capsys):
+    folder = photos / "album"
+    for name in ("x.png", "day 1/x.png", "day 1/two.PNG", "day 2/deep/x.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = RNG.integers(0, 256, (*RNG.integers(20, 90, 2), 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    (folder / "day 1" / "notes.txt").write_text("no picture")
+    (folder / "day 1" / "broken.png").write_bytes(b"no picture")
+    for jobs in (1, 4):
+        code, _, errors = icm(
+            "compress", folder, "-r", "-j", jobs, "-m", model, "-o", photos / f"out{jobs}",
+            capsys=capsys,
+        )  # fmt: skip
+        assert code == 1 and errors.count("\n") == 1 and "broken.png" in errors
+    files = [sorted(p.relative_to(out) for p in out.rglob("*.*")) for out in photos.glob("out?")]
+    kept = ["day 1/two.icm", "day 1/x.icm", "day 2/deep/x.icm", "x.icm"]
+    assert files == [[pathlib.Path(name) for name in kept]] * 2
+    for name in kept:
+        assert (photos / "out1" / name).read_bytes() == (photos / "out4" / name).read_bytes()
+    out = photos / "back"
+    assert icm("decompress", "-r", photos / "out4", "-m", model, "-o", out, capsys=capsys)[0] == 0
+    assert sorted(p.relative_to(out) for p in out.rglob("*.png")) == sorted(
+        pathlib.Path(name).with_suffix(".png") for name in kept
+    )
+    code, _, errors = icm("compress", folder, "-m", model, capsys=capsys)
+    assert code == 2 and "is a folder; --recursive" in errors
+    code, _, errors = icm("decompress", folder, "-r", "-m", model, capsys=capsys)
+    assert code == 2 and "no files .icm in" in errors
+
+
+def test_two_pictures_for_one_file_are_an_error(model, photos, capsys):
+    Image.fromarray(RNG.integers(0, 256, (20, 28, 3)).astype(np.uint8)).save(photos / "a.jpg")
+    code, _, errors = icm(
+        "compress", photos / "a.png", photos / "a.jpg", "-f", "-m", model, capsys=capsys
+    )
+    assert code == 1 and f"a.icm is what {photos / 'a.png'} is written to" in errors
+    assert (photos / "a.icm").exists()
+
+
+def test_completion_scripts_name_files(capsys):
+    assert set(cli.SHELLS) == set(shtab.SUPPORTED_SHELLS)
+    code, script, _ = icm("completion", "bash", capsys=capsys)
+    assert code == 0 and shtab.FILE["bash"].encode() in script
+
+
+@pytest.mark.parametrize(
+    "command, banned",
+    [
+        (["--help"], ("numpy", "shtab", "jax", "tqdm", "PIL")),
+        (["info", "a.icm"], ("numpy", "jax", "numba", "PIL")),
+        (["info", "model.icmc"], ("jax", "flax", "numba", "PIL")),
+        (["verify", "a.icm"], ("PIL", "simplejpeg", "tqdm", "matplotlib", "grain", "optax")),
+    ],
+)
+def test_commands_import_what_they_need(model, photos, capsys, command, banned):
+    assert icm("compress", photos / "a.png", "-m", model, capsys=capsys)[0] == 0
+    (photos / "model.icmc").write_bytes(pathlib.Path(model).read_bytes())
+    if command[0] == "verify":
+        command = [*command, "-m", "model.icmc"]
+    script = (
+        "import sys; from icm_jax import cli\n"
+        f"try: code = cli.main({command!r})\n"
+        "except SystemExit as stop: code = stop.code\n"
+        f"assert not code; print('found', [name for name in {banned!r} if name in sys.modules])"
+    )
+    given = dict(os.environ, PYTHONPATH=str(pathlib.Path(icm_jax.__file__).parent.parent))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=photos, env=given
+    )
+    assert done.returncode == 0 and "found []" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
@@ -115,7 +189,7 @@ def test_nothing_is_overwritten_unasked_and_failures_are_counted(model, photos, 
         (["compress", "{a}", "{b}", "-o", "one.icm"], 2, "give -o a folder"),
         (["compress", "{a}", "-", "-o", "-"], 2, "one file at a time"),
         (["decompress", "{a}", "-o", "{empty}/x.png"], 1, "not an .icm file"),
-        (["eval", "{empty}"], 2, "no images in"),
+        (["eval", "{empty}"], 2, "no files .jpg, .jpeg"),
         (
             ["eval", "{a}", "--rivals", "jpeg,gif"],
             2,

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from small import encoded, images
 from strangers.codec import checkerboard_codec
+from strangers.feature_codec import plain_codec
 
 import icm_jax
 from icm_jax.codecs import CODECS as OURS
 from icm_jax.codecs import bitstream, image_codec, model_file
+from icm_jax.coding import archive
 from icm_jax.errors import IcmError
 
-CODECS = OURS | {"checkerboard": checkerboard_codec}
+CODECS = OURS | {"checkerboard": checkerboard_codec, "plain_feature": plain_codec}
 
 
 def test_saving_and_loading_keeps_every_bit(frozen, tmp_path):
@@ -41,7 +43,7 @@ def test_an_altered_byte_is_named_or_changes_nothing(frozen, tmp_path):
     """Archives hold bits that nothing depends on, such as dates; all others are checked."""
     path = tmp_path / "codec.icmc"
     model_file.save(path, frozen, licence="CC0")
-    data, about = path.read_bytes(), model_file.describe(path)
+    data, about = path.read_bytes(), archive.describe(path)
 
     def refused(place):
         path.write_bytes(data[:place] + bytes([data[place] ^ 16]) + data[place + 1 :])
@@ -51,11 +53,11 @@ def test_an_altered_byte_is_named_or_changes_nothing(frozen, tmp_path):
             assert "codec.icmc" in str(error)
             return True
         assert loaded.fingerprint == frozen.fingerprint
-        assert model_file.describe(path) == about
+        assert archive.describe(path) == about
         return False
 
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entry = max(archive.infolist(), key=lambda entry: entry.compress_size)
+    with zipfile.ZipFile(io.BytesIO(data)) as stored:
+        entry = max(stored.infolist(), key=lambda entry: entry.compress_size)
     middle = entry.header_offset + entry.compress_size // 2
     assert sum(refused(middle + k) for k in range(8)) >= 7  # between blocks zlib leaves bits unused
     for place in range(0, len(data), len(data) // 40):
@@ -63,7 +65,7 @@ def test_an_altered_byte_is_named_or_changes_nothing(frozen, tmp_path):
 
 
 def test_a_package_without_a_model_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(model_file, "BOXED", tmp_path / "photo.icmc")
+    monkeypatch.setattr(archive, "BOXED", tmp_path / "photo.icmc")
     with pytest.raises(IcmError, match="no model in the package; train one"):
         icm_jax.load()
 
@@ -71,10 +73,10 @@ def test_a_package_without_a_model_says_so(monkeypatch, tmp_path):
 def test_a_codec_file_says_what_it_is(frozen, tmp_path, monkeypatch):
     path = tmp_path / "codec.icmc"
     model_file.save(path, frozen, licence="CC0", description="for tests")
-    about = model_file.describe(path)
+    about = archive.describe(path)
     assert (about["licence"], about["description"]) == ("CC0", "for tests")
     assert about["fingerprint"] == frozen.fingerprint.hex()
-    monkeypatch.setattr(model_file, "VERSION", 2)
+    monkeypatch.setattr(archive, "VERSION", 2)
     with pytest.raises(IcmError, match="of version 1, this icm_jax reads version 2"):
         model_file.load(path, CODECS)
 

@@ -16,7 +16,7 @@ from small import SCALABLE, images, initial, small_codec
 
 from icm_jax import cli
 from icm_jax.codecs import CODECS, bitstream, codec, model_file, scalable_codec
-from icm_jax.coding import container
+from icm_jax.coding import archive, container
 from icm_jax.errors import IcmError
 from icm_jax.measure import detect
 from icm_jax.nets.detector import Detector, Layer
@@ -94,7 +94,7 @@ def test_a_loaded_model_reads_the_same(disentangled):
     loaded = model_file.load(folder / "codec.icmc", {"scalable": scalable_codec})
     whole = (folder / "whole.icm").read_bytes()
     np.testing.assert_array_equal(loaded.decompress(whole), own.decompress(whole))
-    assert model_file.describe(folder / "codec.icmc")["detector"] == DETECTOR
+    assert archive.describe(folder / "codec.icmc")["detector"] == DETECTOR
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_files_of_before_detectors_were_data_are_read(disentangled, tmp_path):
     picture = images(40, 70, 3)
     data = old.compress(picture)
     np.testing.assert_array_equal(loaded.decompress(data), own.decompress(own.compress(picture)))
-    facts = model_file.describe(tmp_path / "old.icmc")["detector"]
+    facts = archive.describe(tmp_path / "old.icmc")["detector"]
     found, expected = (detect.finder(c, facts, 0.05) for c in (loaded, own))
     assert found(data)["boxes"] == expected(own.compress(picture))["boxes"] != []
 

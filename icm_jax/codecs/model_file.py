@@ -8,7 +8,6 @@ half precision holds exactly are stored in it, and come back as float32.
 import io
 import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,15 +17,10 @@ import numpy as np
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.codecs.codec import tupled
 from icm_jax.codecs.scalable import upgraded
+from icm_jax.coding import archive
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
-
-BOXED = pathlib.Path(__file__).parent.parent / "models" / "photo.icmc"
-"""The model in the package; models/photo.md is its card."""
-VERSION = 1
-MAGIC = b"PK"
-"""How an .icmc file begins; an .icm file begins otherwise."""
 
 
 def save(
@@ -52,78 +46,41 @@ def save(
     for name, tables in frozen.tables.items():
         arrays[f"tables/{name}/cdf"], arrays[f"tables/{name}/offsets"] = tables.cdf, tables.offsets
     about = {
-        "version": VERSION,
+        "version": archive.VERSION,
         "codec": frozen.codec.config,
         "fingerprint": frozen.fingerprint.hex(),
         "licence": licence,
         "description": description,
     } | ({"detector": dict(detector)} if detector else {})
     arrays["model.json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    archive = io.BytesIO()
-    np.savez_compressed(archive, **arrays)
-    write_whole(path, archive.getvalue())
+    stored = io.BytesIO()
+    np.savez_compressed(stored, **arrays)
+    write_whole(path, stored.getvalue())
 
 
-def describe(path: str | os.PathLike) -> dict:
-    """What `model.json` of a codec file says: version, codec, fingerprint, licence, description,
-    and detector if it has one.
-
-    Raises: IcmError if the file is missing, damaged, not a codec, or of another version.
-    """
-    return _read(path, lambda file: None)[0]
-
-
-def load(path: str | os.PathLike, builders: Mapping[str, Callable]) -> FrozenCodec:
+def load(path: str | os.PathLike | None, builders: Mapping[str, Callable]) -> FrozenCodec:
     """Reads what `save` wrote; `builders` is `icm_jax.codecs.CODECS`.
 
-    Raises: IcmError as `describe`, for a codec without a builder, or if the weights do not match.
-      Nothing in it is executed.
+    Args: path: None is the model in the package.
+
+    Raises: IcmError as `archive.describe`, for a codec without a builder, or if the weights do not
+      match. Nothing in it is executed.
     """
-    name = _read(path, lambda file: _about(file)["codec"][0])[1]
+    path = archive.BOXED if path is None else path
+    name = archive.read(path, lambda file: archive.about(file)["codec"][0])[1]
     if name not in builders:
         raise IcmError(
             f"{path} holds a codec {name!r}, here are {', '.join(builders)}; put its builder among "
             "them first: icm_jax.codecs.CODECS"
         )
-    about, frozen = _read(path, lambda file: _build(file, builders))
+    about, frozen = archive.read(path, lambda file: _build(file, builders))
     if frozen.fingerprint.hex() != about["fingerprint"]:
         raise IcmError(f"{path} is damaged: its content does not match its fingerprint")
     return frozen
 
 
-def _read(path, take: Callable):
-    """(model.json, what `take` makes of the open archive)."""
-    if path == BOXED and not BOXED.exists():
-        raise IcmError(
-            "this copy of icm_jax has no model in the package; train one with "
-            "configs/hyperprior.py and give its codec.icmc"
-        )
-    try:
-        with open(path, "rb") as stored:
-            if stored.read(len(MAGIC)) != MAGIC:  # NumPy would speak of pickles
-                raise ValueError("no archive")
-            stored.seek(0)
-            with np.load(stored, allow_pickle=False) as file:
-                about = _about(file)
-                if about["version"] == VERSION:
-                    return about, take(file)
-    except OSError as error:
-        raise IcmError(f"cannot read the codec {path}: {error.strerror or error}") from error
-    except Exception as error:  # the errors of zipfile, zlib, JSON and NumPy have no common base
-        reason = f"{path} is not a readable codec file: truncated, damaged or of other origin"
-        raise IcmError(f"{reason} ({error})") from error
-    raise IcmError(
-        f"{path} is a codec file of version {about['version']}, this icm_jax reads version "
-        f"{VERSION}; use the release that wrote it, or freeze the trained model again"
-    )
-
-
-def _about(file) -> dict:
-    return json.loads(file["model.json"].tobytes())
-
-
 def _build(file, builders) -> FrozenCodec:
-    name, items = _about(file)["codec"]
+    name, items = archive.about(file)["codec"]
     fields = dict(items)
     if name == "scalable":
         fields = upgraded(fields)

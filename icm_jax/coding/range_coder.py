@@ -23,7 +23,7 @@ from icm_jax.errors import IcmError
 
 _GAMMA_LIMIT = 1 << 30  # from here on the official ops never return
 
-_OK, _NO_ESCAPE, _TOO_FAR, _BAD_STREAM = range(4)
+_OK, _NO_ESCAPE, _TOO_FAR, _BAD_STREAM, _NO_ROOM = range(5)
 _REASONS = {
     _NO_ESCAPE: "a value lies outside its table row, and that row has no escape symbol",
     _TOO_FAR: "a value lies 2^30 or more outside its table row",
@@ -73,10 +73,15 @@ def decode(data: bytes, indexes: np.ndarray, tables: Tables, coder: str = "nativ
 
 
 def _encode_native(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
-    status, data = _encode_loop(symbols, indexes, tables.cdf, tables.rows)
-    if status != _OK:
-        raise IcmError(f"cannot encode: {_REASONS[status]}")
-    return data.tobytes()
+    room, stop = 2 * len(symbols) + 2, np.empty(1, np.int64)
+    while True:
+        out = np.empty(room, np.uint8)
+        status, end = _encode_loop(symbols, indexes, tables.cdf, tables.rows, out, stop)
+        if status == _OK:
+            return out[:end].tobytes()
+        if status != _NO_ROOM:
+            raise IcmError(f"cannot encode: {_REASONS[status]}")
+        room = 4 * room + 256  # many escapes, of up to 126 bytes each: from the start again
 
 
 def _decode_native(data: bytes, indexes: np.ndarray, tables: Tables) -> np.ndarray:
@@ -170,11 +175,10 @@ def _narrow(base, last, low, high, precision):
 
 
 @compiled
-def _encode_loop(symbols, indexes, cdf, rows):
-    # Each act of coding sends at most two bytes out; escapes make room for their own acts.
-    out = np.empty(2 * len(symbols) + 2, np.uint8)
+def _encode_loop(symbols, indexes, cdf, rows, out, stop):
+    """(status, how many bytes of `out` are written)."""
+    # Nothing is allocated here, and no part of an array taken: it takes seconds to compile that.
     base, last, end, n = _0, _FULL, 0, 0
-    stop = np.empty(1, np.int64)
     # Numbers without a sign spare instructions; differences go modulo 2^32.
     bare = symbols.view(np.uint32), indexes.view(np.uint32), cdf.view(np.uint32)
     plain = rows.view(np.uint32)
@@ -182,15 +186,17 @@ def _encode_loop(symbols, indexes, cdf, rows):
         base, last, end = _encode_plain(*bare, plain, base, last, out, end, n, stop)
         n = stop[0]
         if n == len(symbols):
-            return _OK, out[: _finish(base, last, out, end)]
+            return _OK, _finish(base, last, out, end)
         row = rows[indexes[n]]
         value = np.int64(symbols[n]) - row[3]
         gamma = -value if value < 0 else value - row[1] + 1
         if not row[4]:
-            return _NO_ESCAPE, out[:0]
+            return _NO_ESCAPE, end
         if gamma >= _GAMMA_LIMIT:
-            return _TOO_FAR, out[:0]
-        out = _with_room(out, end, 2 * (len(symbols) - n) + 4 * _digits(gamma) + 2)
+            return _TOO_FAR, end
+        # Each act of coding sends at most two bytes out; an escape has two for every digit.
+        if end + 2 * (len(symbols) - n) + 4 * _digits(gamma) + 2 > len(out):
+            return _NO_ROOM, end
         base, last, end = _put_escape(base, last, out, end, gamma, value < 0, cdf, row)
         n += 1
 
@@ -232,16 +238,6 @@ def _put_shift(base, last, out, end):
     out[end] = base >> _24
     out[end + 1] = base >> _16
     return (base << _16) & _FULL, (last << _16) | _LOW, end + 2
-
-
-@compiled
-def _with_room(out, end, needed):
-    """`out`, or a longer copy, with space for `needed` more bytes."""
-    if end + needed <= len(out):
-        return out
-    longer = np.empty(2 * (end + needed), np.uint8)
-    longer[:end] = out[:end]
-    return longer
 
 
 @compiled

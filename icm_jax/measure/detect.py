@@ -1,7 +1,7 @@
 """From an .icm file to boxes, and boxes drawn on its picture; what `icm detect` does, from Python.
 
     frozen = icm_jax.load("codec.icmc")
-    find = detect.finder(frozen, model_file.describe("codec.icmc").get("detector"))
+    find = detect.finder(frozen, archive.describe("codec.icmc").get("detector"))
     boxes = find(data)["boxes"]
     picture = detect.drawn(detect.picture(frozen, data), boxes)
 
@@ -34,7 +34,7 @@ def finder(
     and "bbox" (left, top, width, height in pixels, as in COCO).
 
     Args:
-      facts: what `model_file.describe` says of the codec's "detector": "classes" (names),
+      facts: what `archive.describe` says of the codec's "detector": "classes" (names),
         "anchor_scale", "overlap", "limit".
       least: least score of a box.
 
