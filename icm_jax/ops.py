@@ -193,15 +193,26 @@ def pad_to(image: Array, factor: int) -> Array:
     return jnp.pad(image, ((0, 0), *pads, (0, 0)), mode="edge")
 
 
-def depth_to_space(x: jax.Array) -> jax.Array:
-    """[N, h, w, 4F] -> [N, 2h, 2w, F]; channels are (row, column, feature).
+def depth_to_space(x: jax.Array, side: int = 2) -> jax.Array:
+    """[N, h, w, side²·F] -> [N, side·h, side·w, F]; channels are (row, column, feature).
 
     >>> depth_to_space(jnp.arange(4).reshape(1, 1, 1, 4))[0, ..., 0].tolist()
     [[0, 1], [2, 3]]
     """
     n, h, w, c = x.shape
-    x = x.reshape(n, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(n, 2 * h, 2 * w, c // 4)
+    x = x.reshape(n, h, w, side, side, c // side**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, side * h, side * w, c // side**2)
+
+
+def space_to_depth(x: jax.Array, side: int = 2) -> jax.Array:
+    """What `depth_to_space` takes back: [N, H, W, F] -> [N, H/side, W/side, side²·F].
+
+    >>> space_to_depth(jnp.arange(8).reshape(1, 2, 4, 1))[0, 0].tolist()
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // side, side, w // side, side, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h // side, w // side, side**2 * c)
 
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5

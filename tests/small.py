@@ -15,6 +15,7 @@ from icm_jax.codecs import (
     filter_codec,
     image_codec,
     scalable_codec,
+    space_channel_codec,
 )
 from icm_jax.nets.yolo import yolov3
 
@@ -47,6 +48,9 @@ BUILT = {
     "mean_scale_hyperprior": lambda: image_codec(
         "mean_scale_hyperprior", (4, 6, 8, 5), 8, levels=3, last=3
     ),
+    "space_channel": lambda: space_channel_codec(
+        (8, 6), (2, 3, 3), 2, (1, 1, 1), (1, 1, 1), 4, 5, 4, levels=3
+    ),
 }
 STRANGERS = {
     "checkerboard": lambda: checkerboard_codec(4, 5, levels=3),
@@ -75,6 +79,10 @@ def initial(built, batch):
     shapes = jax.eval_shape(built.init, key, batch)
     if "detector" not in shapes["params"]:
         variables = jax.jit(built.init)(key, batch)
+        if (
+            "space_channel" in variables["params"]
+        ):  # where blocks are the identity none looks around
+            variables = jax.tree.map(lambda x: x if x.any() else x + 0.05, variables)
         if "checkerboard" in variables["params"]:  # as if trained: means and scales that differ
             variables["params"]["checkerboard"]["last_kernel"] *= 40
         return variables

@@ -169,7 +169,7 @@ def image_codec(
         qualities=levels > 1,
         # Four layers with windows of 5 look 2 + 4 + 8 + 16 pixels far, and back 1 + 1/2 + ... < 2;
         # from y to z it is 1 + 2 + 4.
-        tiling=Tiling("y", front, 16, halo=32, back_halo=2, rest=4 if hyper else 1, rest_halo=8),
+        tiling=Tiling(("y",), front, 16, halo=32, back_halo=2, rest=4 if hyper else 1, rest_halo=8),
     )
 
 

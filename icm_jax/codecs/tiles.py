@@ -35,7 +35,7 @@ class Tiling(NamedTuple):
     Their convolutions take what `ops.inside` gives.
 
     Attributes:
-      segment: name of the latent y, which "image" needs alone.
+      segments: names of the latents that "image" needs; side by side they are y.
       front: (variables, inputs) -> y float [N, H/factor, W/factor, C]: the part of `analyse` that
         looks no further than `halo` pixels; `analyse` then takes {"latent": y} for the rest.
       factor: pixels per element of y; sides are padded to multiples of it.
@@ -44,7 +44,7 @@ class Tiling(NamedTuple):
         there are none but y. rest_halo: in elements of y, a multiple of it.
     """
 
-    segment: str
+    segments: tuple[str, ...]
     front: Callable[[Any, dict], Any]
     factor: int
     halo: int

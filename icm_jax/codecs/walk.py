@@ -83,10 +83,21 @@ def analyse(
 
     y = tiles.in_windows(front, {"image": (image, 1)}, sides, tiling.factor, tiling.halo, sizes)
     if tiling.rest == 1:
-        return {tiling.segment: y}
+        return _slices(codec, y)
     step, halo = tiling.factor * tiling.rest, tiling.factor * tiling.rest_halo
     latents = tiles.in_windows(rest, {"latent": (y, tiling.factor)}, sides, step, halo, sizes)
-    return latents | {tiling.segment: y}
+    return latents | _slices(codec, y)
+
+
+def _slices(codec: Codec, y) -> dict[str, Any]:
+    """y as the latents that it consists of, by name."""
+    assert codec.tiling
+    channels = {segment.name: segment.shape(1, 1)[2] for segment in codec.segments}
+    names, slices, end = codec.tiling.segments, {}, 0
+    for name in names:
+        begin, end = end, end + channels[name]
+        slices[name] = y[..., begin:end]
+    return slices
 
 
 def output(
@@ -104,16 +115,15 @@ def output(
     tiling = codec.tiling
     if name != "image" or tiling is None:
         return np.asarray(programs.run(_output, (codec, name, shape), variables, dict(decoded)))
-    y, step = decoded[tiling.segment], tiling.factor
+    y = np.concatenate([decoded[name] for name in tiling.segments], axis=-1)
+    step = tiling.factor
     condition = {name: value for name, value in decoded.items() if name == "quality"}
 
     def image(part: Part):
         return programs.run(_image, (codec,), variables, (part, condition))
 
     sides = y.shape[1] * step, y.shape[2] * step
-    found = tiles.in_windows(
-        image, {tiling.segment: (y, step)}, sides, 1, step * tiling.back_halo, sizes
-    )
+    found = tiles.in_windows(image, {"latent": (y, step)}, sides, 1, step * tiling.back_halo, sizes)
     return found[:, : shape[0], : shape[1]]
 
 
@@ -160,15 +170,15 @@ def _rest(codec, variables, inputs):
     part, condition = inputs
     with tiles.within(part, "latent"):
         latents = codec.analyse(variables, part.arrays | condition)
-    return {name: latent for name, latent in latents.items() if name != codec.tiling.segment}
+    return {name: latent for name, latent in latents.items() if name not in codec.tiling.segments}
 
 
 def _image(codec, variables, inputs):
     part, condition = inputs
-    name, factor = codec.tiling.segment, codec.tiling.factor
-    shape = tuple(factor * side for side in part.arrays[name].shape[1:3])
-    with tiles.within(part, name):
-        return codec.outputs["image"](variables, part.arrays | condition, shape)
+    y, factor = part.arrays["latent"], codec.tiling.factor
+    shape = tuple(factor * side for side in y.shape[1:3])
+    with tiles.within(part, "latent"):
+        return codec.outputs["image"](variables, _slices(codec, y) | condition, shape)
 
 
 def _whole_prior(codec, number, shape, variables, decoded):

@@ -1,0 +1,217 @@
+"""An image codec with contexts across space and channels, decoded in a fixed number of passes.
+
+    x -> analysis -> y · gain -> slices y0, y1, ... -> y_hat / gain -> synthesis -> x_hat
+                        |             ^
+                        +-> z_hat ----+ z, the slices before, and of this one the black squares
+
+ELIC (He et al. 2022) made small: uneven slices of y's channels, each a segment with an integer
+network of its own; the first, which have most of the bits, in two passes of a checkerboard (He et
+al. 2021, "Checkerboard context model for efficient learned image compression"), whose second pass
+sees the first. So there are a few passes, whatever the size of an image. Rates by gain units, as in
+`icm_jax.codecs.hyperprior`. Parameters lie under `space_channel`.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from icm_jax import entropy, ops
+from icm_jax.codecs import priors
+from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
+from icm_jax.codecs.hyperprior import Gain
+from icm_jax.codecs.tiles import Tiling
+from icm_jax.errors import IcmError
+from icm_jax.nets.bottleneck import BlockAnalysis, BlockSynthesis, SignedHyperAnalysis
+from icm_jax.nets.integer import Node
+from icm_jax.nets.transforms import EntropyParameters
+
+PART = "space_channel"
+_HYPER_WIDTH = 64
+
+
+def checkerboard(shape: tuple[int, ...]) -> np.ndarray:
+    """The black squares first, then the white ones, whose neighbours are known by then."""
+    rows, columns, _ = np.indices(shape)
+    return (rows + columns) % 2
+
+
+def slice_names(slices: tuple[int, ...]) -> list[str]:
+    """Of the segments: y0, y1, ..."""
+    return [f"y{number}" for number in range(len(slices))]
+
+
+def nodes_of(slices: tuple[int, ...], checkered: int, number: int, side: int) -> tuple[Node, ...]:
+    """The network that gives the scale indexes and means of one slice.
+
+    Args: slices: channels of each. checkered: of them, see `space_channel_codec`. number: of the
+      slice. side: channels of what it makes of z.
+    """
+    names, size = slice_names(slices), slices[number]
+    nodes = [
+        Node("hyper_0", ("z",), "leaky_relu", up=True, features=4 * side),
+        Node("hyper_1", ("hyper_0",), "leaky_relu", up=True, features=4 * side),
+    ]
+    seen = ["hyper_1"]
+    if number:
+        nodes.append(Node("channels", tuple(names[:number]), "leaky_relu", features=64))
+        seen.append("channels")
+    if number < checkered:
+        nodes.append(Node("space", (names[number],), "leaky_relu", features=48, side=5))
+        seen += ["space", "known"]
+    joint = max(96, min(size + 64, 160))
+    nodes.append(Node("joint", tuple(seen), "leaky_relu", features=joint, side=1))
+    nodes.append(Node("last", ("joint",), features=2 * size, side=1))
+    return tuple(nodes)
+
+
+class SpaceChannelCodec(ops.Module):
+    """All networks of a codec; fields are those of `space_channel_codec`."""
+
+    widths: tuple[int, int]
+    slices: tuple[int, ...]
+    checkered: int
+    blocks: tuple[int, int, int]
+    back_blocks: tuple[int, int, int]
+    inner: int
+    hyper_channels: int
+    side: int
+    levels: int
+    dtype: str
+
+    def setup(self):
+        channels = sum(self.slices)
+        widths, dtype = (*self.widths, channels), jnp.dtype(self.dtype)
+        self.analysis = BlockAnalysis(widths, self.blocks, self.inner, dtype)
+        self.synthesis = BlockSynthesis(widths, self.back_blocks, self.inner, dtype)
+        self.gain = Gain(self.levels, channels)
+        self.hyper_analysis = SignedHyperAnalysis(_HYPER_WIDTH, self.hyper_channels)
+        self.prior = entropy.Factorised()
+        self.parameters = [
+            EntropyParameters(
+                nodes_of(self.slices, self.checkered, number, self.side), size, mean=True
+            )
+            for number, size in enumerate(self.slices)
+        ]
+
+    def __call__(self, x, quality):
+        latents = self.latents(self.front(x, quality))
+        parts = [self.prior_bits(latents["z"])]
+        for number, name in enumerate(slice_names(self.slices)):
+            known = {"known": jnp.ones_like(latents[name])}
+            parts.append(self.of_slice(number, latents | known))
+        return self.decode(latents, quality), parts
+
+    def front(self, x, quality):
+        return self.gain(self.analysis(x), quality)
+
+    def latents(self, y):
+        parts = jnp.split(y, np.cumsum(self.slices)[:-1], axis=-1)
+        named = dict(zip(slice_names(self.slices), parts, strict=True))
+        return {"z": self.hyper_analysis(y)} | named
+
+    def prior_bits(self, latent):
+        return self.prior(latent)
+
+    def of_slice(self, number, inputs):
+        return self.parameters[number](inputs)
+
+    def decode(self, latents, quality):
+        y = jnp.concatenate([latents[name] for name in slice_names(self.slices)], axis=-1)
+        return self.synthesis(self.gain.undo(y, quality))
+
+
+@builder("space_channel")
+def space_channel_codec(
+    widths: tuple[int, int],
+    slices: tuple[int, ...],
+    checkered: int = 2,
+    blocks: tuple[int, int, int] = (5, 3, 3),
+    back_blocks: tuple[int, int, int] = (3, 3, 3),
+    inner: int = 64,
+    hyper_channels: int = 32,
+    side: int = 24,
+    levels: int = 1,
+    dtype: str = "float32",
+) -> Codec:
+    """The codec; output "image", float32 on 0...255.
+
+    Args:
+      widths: channels at 1/4 and 1/8 of the image's sides. slices: of the channels of y, at 1/16,
+        in the order of decoding. checkered: how many of them, from the first on, take two passes.
+      blocks, back_blocks: bottlenecks at 1/4, 1/8, 1/16 of analysis and of synthesis. inner: width
+        of their middle.
+      hyper_channels: of z. side: channels of what the integer networks make of z.
+      levels: of quality; with more than one the rate is chosen when encoding.
+      dtype: of analysis and synthesis.
+
+    Raises: IcmError for other counts of numbers, or numbers below 1.
+    """
+    numbers = (*widths, *slices, inner, hyper_channels, side, levels)
+    counts = len(widths), len(blocks), len(back_blocks)
+    if counts != (2, 3, 3) or not slices or min(*numbers, *blocks, *back_blocks) < 1:
+        raise IcmError(
+            f"no codec with widths {widths}, slices {slices}, blocks {blocks} and {back_blocks}, "
+            f"inner {inner}, hyper_channels {hyper_channels}, side {side}, levels {levels}: two "
+            "widths, one slice or more, twice three numbers of blocks, all at least 1"
+        )
+    module = SpaceChannelCodec(
+        widths, slices, checkered, blocks, back_blocks, inner, hyper_channels, side, levels, dtype
+    )
+    run = method_of(module, PART)
+
+    def front(variables, inputs):
+        x = ops.pad_to(inputs["image"], 16).astype(jnp.float32)
+        return run(variables, x, inputs.get("quality"), method="front")
+
+    def analyse(variables, inputs):
+        y = inputs["latent"] if "latent" in inputs else front(variables, inputs)
+        return run(variables, y, method="latents")
+
+    def image_of(variables, decoded, shape):
+        image = run(variables, decoded, decoded.get("quality"), method="decode")
+        return ops.crop_to(image, *shape)
+
+    def init(key, image):
+        quality = None if levels == 1 else jnp.zeros((1,))
+        return {"params": {PART: module.init(key, jnp.zeros((1, 64, 64, 3)), quality)["params"]}}
+
+    # How far the bottlenecks look together, in elements of y.
+    halo, back_halo = (-(-(a + 2 * b + 4 * c) // 4) for a, b, c in (blocks, back_blocks))
+    return Codec(
+        parts=(PART,),
+        init=init,
+        analyse=analyse,
+        segments=_segments(run, slices, checkered, hyper_channels, side),
+        outputs=Outputs(image=image_of),
+        qualities=levels > 1,
+        tiling=Tiling(
+            tuple(slice_names(slices)), front, 16, 16 * halo, back_halo, rest=4, rest_halo=4
+        ),
+    )
+
+
+def _segments(run, slices, checkered: int, hyper_channels: int, side: int) -> tuple[Segment, ...]:
+    def bits(variables, latent):
+        return run(variables, latent, method="prior_bits")
+
+    shape = priors.halvings(6, hyper_channels)
+    return (
+        priors.factorised("z", shape, bits, (PART, "prior")),
+        *(_slice(run, slices, checkered, number, side) for number in range(len(slices))),
+    )
+
+
+def _slice(run, slices, checkered: int, number: int, side: int) -> Segment:
+    nodes = nodes_of(slices, checkered, number, side)
+
+    def real(variables, inputs):
+        return run(variables, number, inputs, method="of_slice")
+
+    network = priors.Network(
+        nodes,
+        real,
+        EntropyParameters(nodes, slices[number], mean=True).weights,
+        (PART, f"parameters_{number}"),
+    )
+    passes = checkerboard if number < checkered else None
+    name, shape = slice_names(slices)[number], priors.halvings(4, slices[number])
+    return priors.conditional(name, shape, network, mean=True, passes=passes)
