@@ -145,17 +145,10 @@ def space_channel_codec(
 
     Raises: IcmError for other counts of numbers, or numbers below 1.
     """
-    numbers = (*widths, *slices, inner, hyper_channels, side, levels)
-    counts = len(widths), len(blocks), len(back_blocks)
-    if counts != (2, 3, 3) or not slices or min(*numbers, *blocks, *back_blocks) < 1:
-        raise IcmError(
-            f"no codec with widths {widths}, slices {slices}, blocks {blocks} and {back_blocks}, "
-            f"inner {inner}, hyper_channels {hyper_channels}, side {side}, levels {levels}: two "
-            "widths, one slice or more, twice three numbers of blocks, all at least 1"
-        )
     module = SpaceChannelCodec(
         widths, slices, checkered, blocks, back_blocks, inner, hyper_channels, side, levels, dtype
     )
+    _check(module)
     run = method_of(module, PART)
 
     def front(variables, inputs):
@@ -174,8 +167,6 @@ def space_channel_codec(
         quality = None if levels == 1 else jnp.zeros((1,))
         return {"params": {PART: module.init(key, jnp.zeros((1, 64, 64, 3)), quality)["params"]}}
 
-    # How far the bottlenecks look together, in elements of y.
-    halo, back_halo = (-(-(a + 2 * b + 4 * c) // 4) for a, b, c in (blocks, back_blocks))
     return Codec(
         parts=(PART,),
         init=init,
@@ -184,9 +175,34 @@ def space_channel_codec(
         outputs=Outputs(image=image_of),
         qualities=levels > 1,
         tiling=Tiling(
-            tuple(slice_names(slices)), front, 16, 16 * halo, back_halo, rest=4, rest_halo=4
+            tuple(slice_names(slices)),
+            front,
+            16,
+            halo=16 * _reach(blocks),
+            back_halo=_reach(back_blocks),
+            rest=4,
+            rest_halo=4,
         ),
     )
+
+
+def _check(module: SpaceChannelCodec) -> None:
+    """Raises IcmError for fields that no codec has."""
+    widths, slices, blocks, back = module.widths, module.slices, module.blocks, module.back_blocks
+    numbers = (*widths, *slices, *blocks, *back, module.inner, module.hyper_channels, module.side)
+    counts = len(widths), len(blocks), len(back)
+    if counts != (2, 3, 3) or not slices or min(*numbers, module.levels) < 1:
+        raise IcmError(
+            f"no codec with widths {widths}, slices {slices}, blocks {blocks} and {back}, inner "
+            f"{module.inner}, hyper_channels {module.hyper_channels}, side {module.side}, levels "
+            f"{module.levels}: two widths, one slice or more, twice three numbers of blocks, all "
+            "at least 1"
+        )
+
+
+def _reach(blocks: tuple[int, int, int]) -> int:
+    """How far bottlenecks at 1/4, 1/8 and 1/16 look together, in elements of y."""
+    return -(-(blocks[0] + 2 * blocks[1] + 4 * blocks[2]) // 4)
 
 
 def _segments(run, slices, checkered: int, hyper_channels: int, side: int) -> tuple[Segment, ...]:
