@@ -29,6 +29,8 @@ exact crops and flips of coefficients; `data.crop=(0.35,1.0)` with `model.size` 
 `data.canvas` augments pixels instead, by random windows, before they are written.
 """
 
+from typing import Any
+
 import ml_collections
 
 from configs import common
@@ -49,7 +51,7 @@ COEFFICIENTS = tuple(f"jpeg-{wiring}" for wiring in WIRINGS)
 LEARNED = tuple(f"{start}-upsampling" for start in ("dct", "dct_kept", "random", "random_kept"))
 MARKERS = dict(rgb="s", ycbcr="s", jpeg="o")
 """How points of the report tell what a network reads; learned transforms: a triangle."""
-READING = dict(coefficients="95", crop=(1.0, 1.0))
+READING: dict[str, Any] = dict(coefficients="95", crop=(1.0, 1.0))
 """Fields of the data: how canvases become coefficients."""
 
 

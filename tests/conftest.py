@@ -22,7 +22,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LONGEST = ("test_train.py", "test_main.py", "test_colabs.py", "test_launch.py")
+LONGEST = ("test_resume.py", "test_main.py", "test_colabs.py", "test_launch.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""One process of tests/test_train.py: trains a small stage 1 with the real loop.
+"""One process of tests/test_resume.py: trains a small stage 1 with the real loop.
 
 python train_worker.py BASE OVERRIDES_JSON [COORDINATOR COUNT INDEX]
 """

@@ -7,6 +7,8 @@ from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
+from ml_collections import config_dict as config_dict
+
 class ConfigDict(Mapping[str, Any]):
     def __init__(
         self, initial_dictionary: Mapping[str, Any] | None = ..., *, type_safe: bool = ...
@@ -30,3 +32,6 @@ class ConfigDict(Mapping[str, Any]):
     def to_json_best_effort(self) -> str: ...
 
 class FrozenConfigDict(ConfigDict): ...
+
+class FieldReference:
+    def __init__(self, default: Any, field_type: type | None = ...) -> None: ...

@@ -1,0 +1,3 @@
+from ml_collections import FieldReference
+
+def placeholder(field_type: type, required: bool = ...) -> FieldReference: ...
