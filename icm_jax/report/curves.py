@@ -1,5 +1,6 @@
 """Curves of quality over rate: which there are, their points, and their figure."""
 
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ def curves_of(records: list[dict], key: str, rate: str = "bpp") -> dict[str, np.
     return {name: np.array(sorted(rows)) for name, rows in curves.items()}
 
 
-def draw_curves(records, path, measure: Measure):
+def draw_curves(records: list[dict], path: pathlib.Path, measure: Measure) -> str:
     figure = Figure(figsize=(7.5, 5), dpi=120)
     axes, looks = figure.subplots(), looks_of(records)
     for name, rows in curves_of(records, measure.key).items():

@@ -1,5 +1,8 @@
 """Images with the boxes that a detector finds on pixels, and behind codecs."""
 
+import pathlib
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,6 +12,7 @@ from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.coding import container
 from icm_jax.data import open_source, pipeline
 from icm_jax.engine import checkpoint
+from icm_jax.engine.run import Run
 from icm_jax.engine.train import complete
 from icm_jax.report.looks import save
 from icm_jax.tasks import build_task
@@ -17,7 +21,7 @@ DRAWN = 0.4
 """Least score of a box that is drawn."""
 
 
-def detections(run, codecs, workdir) -> list[tuple[str, object]]:
+def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, object]]:
     """Validation images with the boxes that are there (dashed) and those that are found.
 
     Under them, for the middle λ of each arm of `codecs`, what it decodes to and what the detector
@@ -47,10 +51,10 @@ def detections(run, codecs, workdir) -> list[tuple[str, object]]:
         rows.append((title, pictures.astype(np.uint8), found, captions))
     figure = Figure(figsize=(2.1 * count, 2.2 * len(rows)), dpi=110)
     axes = figure.subplots(len(rows), count, squeeze=False)
-    for own, (title, pictures, found, captions) in zip(axes, rows, strict=True):
+    for cells, (title, pictures, found, captions) in zip(axes, rows, strict=True):
         found = jax.device_get(found)
-        own[0].set_ylabel(title, fontsize=8)
-        for row, axis in enumerate(own):
+        cells[0].set_ylabel(title, fontsize=8)
+        for row, axis in enumerate(cells):
             axis.set_xticks([])
             axis.set_yticks([])
             if not batch["valid"][row]:
@@ -80,7 +84,7 @@ def _middles(runs) -> list:
     for run in runs:
         if run.seed == runs[0].seed:
             arms.setdefault(run.labels.arm, []).append(run)
-    return [own[len(own) // 2] for own in arms.values()]
+    return [several[len(several) // 2] for several in arms.values()]
 
 
 def _draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: str = "") -> None:

@@ -1,6 +1,9 @@
 """Of codecs with two layers: what the latent of one tells of the other's, and the channels that
 cost most."""
 
+import pathlib
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from icm_jax.codecs import CODECS, model_file
 from icm_jax.codecs.codec import Codec, forward
 from icm_jax.data import open_source, pipeline
 from icm_jax.engine import checkpoint
+from icm_jax.engine.run import Labels, Run
 from icm_jax.engine.train import complete
 from icm_jax.measure.redundancy import CLUSTERS, fibres, uncertainty_coefficient
 from icm_jax.report.looks import save
@@ -19,7 +23,7 @@ from icm_jax.tasks import build_task
 REDUNDANCY_IMAGES = 256
 
 
-def codec_of(run) -> Codec:
+def codec_of(run: Run) -> Codec:
     """The codec that a run trains or stands on."""
     codec = build_task(complete(run.task, open_source(run.data, "validation"))).codec
     assert codec
@@ -31,7 +35,7 @@ def layer_latents(codec: Codec) -> list[str]:
     return list({segment.layer: segment.name for segment in codec.segments}.values())
 
 
-def latents(runs, workdir) -> list[tuple[str, object]]:
+def latents(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, object]]:
     """The part on the codecs of two layers among those that the runs trained."""
     pairs = {run.name: layer_latents(codec_of(run)) for run in runs}
     runs = [run for run in runs if len(pairs[run.name]) == 2]
@@ -49,7 +53,7 @@ def latents(runs, workdir) -> list[tuple[str, object]]:
         (latents, costs), pair = _costs(frozen, images), pairs[run.name]
         told = _told(*(latents[name] for name in pair))
         known = ["–" if np.isnan(value) else f"{value:.2f}" for value in told]
-        labels = run.labels
+        labels = run.labels or Labels("", run.name)
         table.append([labels.title or labels.arm, labels.point, str(run.seed), *known])
         if labels.arm not in [arm for arm, *_ in rows] and run.seed == runs[0].seed:
             rows += [(labels.arm, name, latents[name][0], costs[name]) for name in pair]
@@ -72,16 +76,16 @@ def _draw_channels(rows, path) -> str:
     """A row a latent: (arm, name, latent [h, w, C], bits of each channel [C])."""
     figure = Figure(figsize=(12, 1.6 * len(rows)), dpi=110)
     axes = figure.subplots(len(rows), 8, squeeze=False)
-    for own, (arm, name, latent, bits) in zip(axes, rows, strict=True):
+    for cells, (arm, name, latent, bits) in zip(axes, rows, strict=True):
         order = np.argsort(-bits)[:8]
-        for axis in own[len(order) :]:
+        for axis in cells[len(order) :]:
             axis.set_visible(False)
-        for axis, channel in zip(own, order, strict=False):
+        for axis, channel in zip(cells, order, strict=False):
             axis.set_xticks([])
             axis.set_yticks([])
             axis.imshow(latent[..., channel], cmap="gray")
             axis.set_xlabel(f"{100 * bits[channel] / bits.sum():.0f} % of bits", fontsize=7)
-        own[0].set_ylabel(f"{arm}\n{name}", fontsize=8)
+        cells[0].set_ylabel(f"{arm}\n{name}", fontsize=8)
     figure.tight_layout()
     return save(figure, path)
 
@@ -138,9 +142,9 @@ def _costs(frozen, images: np.ndarray) -> tuple[dict, dict]:
         latents = forward(frozen.codec, variables, inputs, shape).latents
         costs = {}
         for segment in frozen.codec.segments:
-            own = latents[segment.name]
-            prior = segment.prior(variables, latents, own.shape)
-            costs[segment.name] = prior.bits(own)[0].sum(axis=(0, 1))
+            latent = latents[segment.name]
+            prior = segment.prior(variables, latents, latent.shape)
+            costs[segment.name] = prior.bits(latent)[0].sum(axis=(0, 1))
         return latents, costs
 
     return jax.device_get(run(frozen.on_device, images))

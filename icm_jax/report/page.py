@@ -69,19 +69,19 @@ def write_report(
 
 def _of_curves(records, measure: curves.Measure, workdir) -> list[tuple[str, object]]:
     """Figure and tables of one measure over the rate, if any record has it."""
-    own = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
-    if not own:
+    scored = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
+    if not scored:
         return []
     several = [m.curve for m in curves.MEASURES].count(measure.curve) > 1
     name = f"rate_{measure.key if several else measure.curve}.png"
-    seeds = len({record["seed"] for record in own})
+    seeds = len({record["seed"] for record in scored})
     spread = "mean and population standard deviation over the seeds"
-    compared = tables.bd_table(own, measure)
+    compared = tables.bd_table(scored, measure)
     return [
         ("h2", measure.title),
-        ("image", curves.draw_curves(own, workdir / name, measure)),
+        ("image", curves.draw_curves(scored, workdir / name, measure)),
         ("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}."),
-        ("table", tables.curve_table(own, measure)),
+        ("table", tables.curve_table(scored, measure)),
         *([("table", compared)] if len(compared) > 1 else []),
     ]
 

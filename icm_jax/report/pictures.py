@@ -4,17 +4,20 @@ A function that draws a part of a report returns a list of (kind, content), as
 `icm_jax.report.page` writes them, with the PNG file in the experiment's folder.
 """
 
+import pathlib
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.data import open_source, pipeline
-from icm_jax.engine.run import codec_path
+from icm_jax.engine.run import Labels, Run, codec_path
 from icm_jax.report.looks import save, title_of
 from icm_jax.tasks import views
 
 
-def decoded(runs, workdir) -> list[tuple[str, object]]:
+def decoded(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, object]]:
     """Images beside what is decoded: images, or features (principal components as colours)."""
     columns: dict[str, tuple] = {}
     bare = [run for run in runs if not run.needs and any(p.kind == "picture" for p in run.evaluate)]
@@ -23,9 +26,9 @@ def decoded(runs, workdir) -> list[tuple[str, object]]:
         for point in run.evaluate:
             streamed = point.kind in ("stream", "picture")
             if streamed and run.seed == runs[0].seed and path and path.is_file():
-                one = point.quality is None
-                text = title_of(run.labels.point) if one else f"quality {point.quality:g}"
-                columns.setdefault(f"{run.labels.arm}\n{text}", (path, point.quality))
+                labels, one = run.labels or Labels("", run.name), point.quality is None
+                text = title_of(labels.point) if one else f"quality {point.quality:g}"
+                columns.setdefault(f"{labels.arm}\n{text}", (path, point.quality))
     if not columns:
         return [("p", "No frozen codec yet.")]
     source = open_source(runs[0].data, "validation")

@@ -1,5 +1,7 @@
 """The figure of accuracy over images per second."""
 
+import pathlib
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -9,17 +11,17 @@ from icm_jax.report.looks import save
 from icm_jax.report.tables import by_arm
 
 
-def draw_speed(arms, speeds, path):
+def draw_speed(arms: list[dict], speeds: list[dict], path: pathlib.Path) -> str:
     """Accuracy over images per second, of the network alone and from files."""
     figure = Figure(figsize=(11, 4.8), dpi=110)
     titles = {"network_images_per_second": "network alone", "images_per_second": "from files"}
-    speeds, points = by_arm(speeds), []
+    timed, points = by_arm(speeds), []
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for arm, own in by_arm(arms).items():
-            if arm in speeds:
-                values = 100 * np.array([r["top1"] for r in own])
-                at = float(np.median([r[key] for r in speeds[arm]]))
-                marker = own[0].get("marker") or "o"
+        for arm, of_arm in by_arm(arms).items():
+            if arm in timed:
+                values = 100 * np.array([r["top1"] for r in of_arm])
+                at = float(np.median([r[key] for r in timed[arm]]))
+                marker = of_arm[0].get("marker") or "o"
                 axes.errorbar(at, values.mean(), values.std(), marker=marker, capsize=2, label=arm)
                 points.append((axes, arm, (at, values.mean())))
         axes.set_title(title)

@@ -7,7 +7,7 @@ from icm_jax.report.curves import Measure, curves_of
 from icm_jax.report.looks import looks_of, name_and_point, title_of
 
 
-def curve_table(records, measure: Measure) -> list[list[str]]:
+def curve_table(records: list[dict], measure: Measure) -> list[list[str]]:
     top5, looks = any("top5" in record for record in records), looks_of(records)
     head = ["curve", "point", "seed", "bpp measured", "bpp without tables", measure.axis]
     rows = [[*head, *(["top-5 [%]"] if top5 else []), "images"]]
@@ -26,7 +26,7 @@ def curve_table(records, measure: Measure) -> list[list[str]]:
     return rows
 
 
-def bd_table(records, measure: Measure) -> list[list[str]]:
+def bd_table(records: list[dict], measure: Measure) -> list[list[str]]:
     """BD-rate of the reference, or the first learned codec, against every other, seed by seed.
 
     A curve that does not depend on the seed (one file format on one network) stands against all.
@@ -42,7 +42,7 @@ def bd_table(records, measure: Measure) -> list[list[str]]:
     for name in curves_of(records, measure.key):
         if name == ours:
             continue
-        pairs = [(own[name], own[ours]) for own in each if name in own and ours in own]
+        pairs = [(curve[name], curve[ours]) for curve in each if name in curve and ours in curve]
         values = np.array([bd_rate(anchor[:, :2], curve[:, :2]) for anchor, curve in pairs])
         if not len(values) or np.isnan(values).any():
             few = any(min(map(len, pair)) < 2 for pair in pairs)
@@ -56,7 +56,7 @@ def bd_table(records, measure: Measure) -> list[list[str]]:
     return rows
 
 
-def stream_table(records) -> list[list[str]]:
+def stream_table(records: list[dict]) -> list[list[str]]:
     """Each codec once: where its bits go, how near they are to the estimate, how long it takes."""
     segments = list(dict.fromkeys(key for r in records for key in r if key.startswith("bpp_")))
     segments = [key for key in segments if key not in ("bpp_estimated", "bpp_header")]
@@ -91,30 +91,30 @@ def stream_table(records) -> list[list[str]]:
     return rows
 
 
-def arms_table(arms, speeds) -> list[list[str]]:
+def arms_table(arms: list[dict], speeds: list[dict]) -> list[list[str]]:
     """One row an arm, as in the tables of Gueguen et al. 2018; factors are to the first arm."""
     head = ["arm", "top-1 [%]", "top-5 [%]", "seeds", "network [images/s]", "from files [images/s]"]
     rows = [[*head, "G multiply-accumulates", "M parameters"]]
-    speeds, first = by_arm(speeds), {}
-    for arm, own in by_arm(arms).items():
+    timed, first = by_arm(speeds), {}
+    for arm, of_arm in by_arm(arms).items():
         scores = []
         for key in ("top1", "top5"):
-            values = 100 * np.array([r[key] for r in own])
+            values = 100 * np.array([r[key] for r in of_arm])
             spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
             scores.append(f"{values.mean():.1f}{spread}")
         cells = ["–"] * 4
-        if arm in speeds:
+        if arm in timed:
             for place, key in enumerate(("network_images_per_second", "images_per_second")):
-                value = float(np.median([r[key] for r in speeds[arm]]))
+                value = float(np.median([r[key] for r in timed[arm]]))
                 first.setdefault(key, value)
                 cells[place] = f"{value:.0f} ({value / first[key]:.2f} ×)"
-            cells[2] = f"{speeds[arm][0]['multiply_accumulates'] / 1e9:.3f}"
-            cells[3] = f"{speeds[arm][0]['parameters'] / 1e6:.2f}"
-        rows.append([arm, *scores, str(len(own)), *cells])
+            cells[2] = f"{timed[arm][0]['multiply_accumulates'] / 1e9:.3f}"
+            cells[3] = f"{timed[arm][0]['parameters'] / 1e6:.2f}"
+        rows.append([arm, *scores, str(len(of_arm)), *cells])
     return rows if speeds else [row[:4] for row in rows]  # with speed=0 nothing is measured
 
 
-def by_arm(records) -> dict[str, list[dict]]:
+def by_arm(records: list[dict]) -> dict[str, list[dict]]:
     """Records of each arm, in order of appearance."""
     found: dict[str, list] = {}
     for record in records:

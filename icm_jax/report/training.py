@@ -3,10 +3,12 @@
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 
 from matplotlib import colormaps, ticker
 from matplotlib.figure import Figure
 
+from icm_jax.engine.run import Run
 from icm_jax.report.looks import save
 
 TAB20 = [colormaps["tab20"](i) for i in range(20)]
@@ -14,7 +16,7 @@ DASHES = ("-", "--", ":", "-.")
 WIDE = 10  # largest over smallest loss of a panel from which on its axis is logarithmic
 
 
-def draw_training(runs, workdir):
+def draw_training(runs: Sequence[Run], workdir: pathlib.Path) -> str:
     """Loss over steps, a panel per task with names beneath; seeds share a name and a colour."""
     logs = {run.name: _read_lines(workdir / run.name / "metrics.jsonl") for run in runs}
     kinds = sorted({run.task.name for run in runs})
@@ -30,9 +32,9 @@ def draw_training(runs, workdir):
             label = name if name not in looks else None
             dashes, colour = divmod(looks.setdefault(name, len(looks)), len(TAB20))
             look = dict(color=TAB20[colour], linestyle=DASHES[dashes % len(DASHES)], linewidth=1)
-            own = [line["loss"] for line in logs[run.name]]
-            axis.plot([line["step"] for line in logs[run.name]], own, label=label, **look)
-            losses += own
+            values = [line["loss"] for line in logs[run.name]]
+            axis.plot([line["step"] for line in logs[run.name]], values, label=label, **look)
+            losses += values
         if losses:
             if min(losses) > 0 and max(losses) > WIDE * min(losses):
                 axis.set_yscale("log")

@@ -1,5 +1,7 @@
 """What is optimised: losses, predictions, parameter groups."""
 
+from ml_collections import ConfigDict
+
 from icm_jax.errors import IcmError
 from icm_jax.tasks.autoencoder import autoencoder_compression, joint_classification
 from icm_jax.tasks.classification import classification
@@ -28,7 +30,7 @@ TASKS = {
 }
 
 
-def build_task(config) -> Task:
+def build_task(config: ConfigDict) -> Task:
     """The task that `config.name` names. Raises IcmError for an unknown name."""
     if config.name not in TASKS:
         raise IcmError(f"unknown task {config.name!r}; choose one of {', '.join(TASKS)}")

@@ -8,12 +8,14 @@ channel, as the range coder has tables per channel), and H_t what a target in bi
 to each.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from icm_jax.codecs.autoencoder import PART, relaxed
 from icm_jax.codecs.codec import Codec, forward
@@ -26,7 +28,7 @@ _CENTRES_WEIGHT = 0.1
 """Of the mean square of learned centres (Mentzer et al. 2018)."""
 
 
-def autoencoder_compression(config) -> Task:
+def autoencoder_compression(config: ConfigDict) -> Task:
     """The codec alone.
 
     Fields: codec, an autoencoder (see `build_codec`); target_bpp; beta (β); size (sides of the
@@ -50,7 +52,7 @@ def autoencoder_compression(config) -> Task:
     return Task(init, loss, predict, lambda name: TRAIN, codec, codec_constants(config))
 
 
-def joint_classification(config) -> Task:
+def joint_classification(config: ConfigDict) -> Task:
     """The codec and a cResNet on its code.
 
     Fields: those of `autoencoder_compression`; variant and width of the cResNet; dtype; classes;
@@ -62,8 +64,8 @@ def joint_classification(config) -> Task:
 
     def logits_of(variables, q, train):
         outputs, stats = apply(tail, variables, "tail", q, train)
-        own = {"params": variables["params"]["classifier"]}
-        return classifier.apply(own, resnet.global_pool(outputs[-1])), stats
+        weights = {"params": variables["params"]["classifier"]}
+        return classifier.apply(weights, resnet.global_pool(outputs[-1])), stats
 
     def init(key, batch):
         keys = jax.random.split(key, 3)
@@ -71,8 +73,8 @@ def joint_classification(config) -> Task:
         height, width = views.sides(config.size)
         channels = dict(codec.config[1])["channels"]
         q = jnp.zeros((1, height // 8, width // 8, channels))
-        outputs, own = tail.init_with_output(keys[1], q, train=False)
-        merge(variables, "tail", own)
+        outputs, drawn = tail.init_with_output(keys[1], q, train=False)
+        merge(variables, "tail", drawn)
         pooled = resnet.global_pool(outputs[-1])
         merge(variables, "classifier", classifier.init(keys[2], pooled))
         return variables
@@ -80,12 +82,12 @@ def joint_classification(config) -> Task:
     def loss(variables, batch, key, step):
         del step
         x, _ = views.mild(batch["image"], config.size, crop=config.crop, key=key)
-        own, q, metrics, coded = codec_loss(codec, variables, x)
+        of_codec, q, metrics, coded = codec_loss(codec, variables, x)
         logits, stats = logits_of(variables, q, True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         right = (jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32)
         metrics["top1"] = mean_of(right, batch["valid"])
-        total = variables["constants"]["gamma"] * own + mean_of(losses, batch["valid"])
+        total = variables["constants"]["gamma"] * of_codec + mean_of(losses, batch["valid"])
         return total, Aux(metrics, {"batch_stats": {PART: coded, "tail": stats}})
 
     def predict(variables, batch):
@@ -99,7 +101,7 @@ def joint_classification(config) -> Task:
     return Task(init, loss, predict, lambda name: TRAIN, codec, constants, "feature")
 
 
-def build_autoencoder(config) -> Codec:
+def build_autoencoder(config: ConfigDict) -> Codec:
     """The codec of a task's field `codec`. Raises: IcmError for one that is no autoencoder."""
     codec = build_codec(config.codec)
     if codec.config[0] != PART:
@@ -110,7 +112,7 @@ def build_autoencoder(config) -> Codec:
     return codec
 
 
-def codec_constants(config) -> dict:
+def codec_constants(config: ConfigDict) -> dict:
     """H_t and β for the collection `constants`. Raises: IcmError if they make no sense."""
     if any(side % 8 for side in views.sides(config.size)) or config.target_bpp <= 0:
         raise IcmError(
@@ -121,7 +123,9 @@ def codec_constants(config) -> dict:
     return {"target": jnp.float32(bits), "beta": jnp.float32(config.beta)}
 
 
-def codec_loss(codec: Codec, variables, x):
+def codec_loss(
+    codec: Codec, variables: Mapping[str, Any], x: jax.Array
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], dict[str, Any]]:
     """(L_codec, q, metrics, new statistics) of x, float32 [N, H, W, 3] on 0...255."""
     constants = variables["constants"]
     x_hat, q, bits, stats = relaxed(codec, variables, x)

@@ -4,6 +4,7 @@ A box is (ymin, xmin, ymax, xmax) as fractions of the image's sides, as in TFDS.
 a fixed number of rows; a mask says which of them count.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,7 +72,14 @@ def place(raw: jax.Array, anchors: jax.Array) -> jax.Array:
     return jnp.stack([y - half_h, x - half_w, y + half_h, x + half_w], axis=-1)
 
 
-def targets(boxes, labels, valid, anchors, grids, classes: int) -> list[Targets]:
+def targets(
+    boxes: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    anchors: Sequence[jax.Array],
+    grids: Sequence[tuple[int, ...]],
+    classes: int,
+) -> list[Targets]:
     """Each object belongs to the anchor, of all outputs, whose shape overlaps its own best.
 
     Args:
@@ -129,7 +137,12 @@ def _placed(centre, size, ratio, labels, here, number, shape) -> Targets:
 
 
 def suppress(
-    boxes, scores, limit: int, overlap: float, least: float, candidates: int
+    boxes: jax.Array,
+    scores: jax.Array,
+    limit: int,
+    overlap: float,
+    least: float,
+    candidates: int,
 ) -> Detections:
     """Greedy non-maximum suppression per class, for a batch.
 

@@ -7,14 +7,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
+from icm_jax.codecs.codec import Codec
 from icm_jax.errors import IcmError
 from icm_jax.nets.resnet import global_pool
 from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, Trunk, build_trunk, mean_of, merge
 
 
-def classification(config) -> Task:
+def classification(config: ConfigDict) -> Task:
     """The task; fields: the model's, classes, frontend (see `build_trunk`), mode.
 
     mode "finetune" trains the tail and the classifier (from pixels the head, too); "linear" trains
@@ -41,7 +43,7 @@ def classification(config) -> Task:
     return classifier_task(init, logits_of, groups, trunk.codec, trunk.reads)
 
 
-def classifier_on(trunk: Trunk, classes: int, size) -> tuple[Callable, Callable]:
+def classifier_on(trunk: Trunk, classes: int, size: views.Size) -> tuple[Callable, Callable]:
     """A dense layer on the mean over space of a trunk's last feature.
 
     Args: size: of views, a number or (height, width).
@@ -67,7 +69,13 @@ def classifier_on(trunk: Trunk, classes: int, size) -> tuple[Callable, Callable]
     return init, classify
 
 
-def classifier_task(init, logits_of, groups, codec=None, reads: str = "image") -> Task:
+def classifier_task(
+    init: Callable,
+    logits_of: Callable,
+    groups: Callable[[str], str],
+    codec: Codec | None = None,
+    reads: str = "image",
+) -> Task:
     """A task of cross-entropy.
 
     Args:

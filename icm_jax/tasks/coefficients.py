@@ -7,9 +7,12 @@ beside ResNets on RGB or YCbCr pixels. All see the same views: crops at multiple
 mirrored or not, of the same canvas.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from icm_jax import ops
 from icm_jax.errors import IcmError
@@ -22,7 +25,7 @@ PLANES = ("luma", "blue", "red")
 INPUTS = ("jpeg", "dct", "dct_kept", "random", "random_kept", "rgb", "ycbcr")
 
 
-def coefficient_classification(config) -> Task:
+def coefficient_classification(config: ConfigDict) -> Task:
     """The task.
 
     Fields: input: "jpeg", the file's coefficients; "dct" or "random", where learned transforms
@@ -41,8 +44,8 @@ def coefficient_classification(config) -> Task:
 
     def logits_of(variables, batch, key):
         x, stats = features(variables, batch, key)
-        own = {"params": variables["params"]["classifier"]}
-        return classifier.apply(own, resnet.global_pool(x)), stats
+        weights = {"params": variables["params"]["classifier"]}
+        return classifier.apply(weights, resnet.global_pool(x)), stats
 
     def init(key, batch):
         del batch  # it holds an image, and some inputs are coefficients
@@ -54,7 +57,7 @@ def coefficient_classification(config) -> Task:
     return classifier_task(init, logits_of, lambda name: TRAIN)
 
 
-def pixel_trunk(config, dtype):
+def pixel_trunk(config: ConfigDict, dtype: jnp.dtype) -> tuple[Callable, Callable]:
     """(key -> (variables, channels), (variables, batch, key) -> (last feature, new statistics))."""
     width = max(1, round(64 * config.width))
     head = resnet.Head(config.network, width, dtype)
@@ -64,10 +67,10 @@ def pixel_trunk(config, dtype):
         keys = jax.random.split(key)
         variables: dict = {}
         shape = (1, *views.sides(config.size), 3)
-        f, own = head.init_with_output(keys[0], jnp.zeros(shape), train=False)
-        merge(variables, "head", own)
-        outputs, own = tail.init_with_output(keys[1], f, train=False)
-        merge(variables, "tail", own)
+        f, drawn = head.init_with_output(keys[0], jnp.zeros(shape), train=False)
+        merge(variables, "head", drawn)
+        outputs, drawn = tail.init_with_output(keys[1], f, train=False)
+        merge(variables, "tail", drawn)
         return variables, outputs[-1].shape[-1]
 
     def features(variables, batch, key):
@@ -84,7 +87,7 @@ def pixel_trunk(config, dtype):
     return init, features
 
 
-def coefficient_trunk(config, dtype):
+def coefficient_trunk(config: ConfigDict, dtype: jnp.dtype) -> tuple[Callable, Callable]:
     """As `pixel_trunk`."""
     trunk = dct.CoefficientTrunk(config.network, config.width, dtype)
     basis, _, kept = config.input.partition("_")
@@ -95,11 +98,11 @@ def coefficient_trunk(config, dtype):
         height, width = views.sides(config.size)
         planes = [jnp.zeros((1, height // s, width // s, 64)) for s in (8, 16, 16)]
         variables: dict = {}
-        x, own = trunk.init_with_output(keys[0], *planes, train=False)
-        merge(variables, "trunk", own)
-        for name, own in zip(PLANES, keys[1:], strict=True):
+        x, drawn = trunk.init_with_output(keys[0], *planes, train=False)
+        merge(variables, "trunk", drawn)
+        for name, of_plane in zip(PLANES, keys[1:], strict=True):
             if transform is not None:
-                merge(variables, name, transform.init(own, jnp.zeros((1, 8, 8))))
+                merge(variables, name, transform.init(of_plane, jnp.zeros((1, 8, 8))))
         return variables, x.shape[-1]
 
     def planes_of(variables, batch, key):
@@ -118,10 +121,10 @@ def coefficient_trunk(config, dtype):
 
     def features(variables, batch, key):
         planes = planes_of(variables, batch, key)
-        own = {name: variables[name]["trunk"] for name in ("params", "batch_stats")}
+        of_trunk = {name: variables[name]["trunk"] for name in ("params", "batch_stats")}
         if key is None:
-            return trunk.apply(own, *planes, train=False), {"trunk": own["batch_stats"]}
-        x, updated = trunk.apply(own, *planes, train=True, mutable=["batch_stats"])
+            return trunk.apply(of_trunk, *planes, train=False), {"trunk": of_trunk["batch_stats"]}
+        x, updated = trunk.apply(of_trunk, *planes, train=True, mutable=["batch_stats"])
         return x, {"trunk": updated["batch_stats"]}
 
     return init, features

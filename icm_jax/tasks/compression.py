@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from icm_jax.codecs.codec import Codec, forward
 from icm_jax.errors import IcmError
@@ -28,7 +29,7 @@ from icm_jax.tasks.task import (
 )
 
 
-def compression(config) -> Task:
+def compression(config: ConfigDict) -> Task:
     """The task, for any codec that takes "feature" in place of the image and gives it back.
 
     Fields: variant, width, dtype (of the tail); size, crop; filter, the codec whose output
@@ -88,7 +89,7 @@ def compression(config) -> Task:
     return Task(init, loss, predict, groups, codec, {"lambda": jnp.float32(config.lmbda)})
 
 
-def filter_and_codec(config) -> tuple[Codec, Codec]:
+def filter_and_codec(config: ConfigDict) -> tuple[Codec, Codec]:
     """The codecs of the fields filter and codec, found to fit."""
     inner, codec = build_codec(config.filter), build_codec(config.codec)
     for built in (inner, codec):

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from icm_jax import ops
 from icm_jax.codecs.codec import Codec, forward
@@ -31,8 +32,10 @@ from icm_jax.tasks.task import TRAIN, Aux, Task, apply, build_codec, merge, requ
 NEGATIVES = ("queue", "batch", "both")
 
 
-def info_nce(query, keys, queue, temperature: float, negatives: str):
-    """InfoNCE (Feng et al. 2022, stage 1): mean cross-entropy and top-1 of finding the own key.
+def info_nce(
+    query: jax.Array, keys: jax.Array, queue: jax.Array, temperature: float, negatives: str
+) -> tuple[jax.Array, jax.Array]:
+    """InfoNCE (Feng et al. 2022, stage 1): mean cross-entropy and top-1 of finding the right key.
 
     Negatives are of all devices, but each multiplies the queries with its own part of the keys and
     of the queue alone: it holds [N, (N + K) / devices] similarities, and sends [N, D] and [N].
@@ -46,8 +49,8 @@ def info_nce(query, keys, queue, temperature: float, negatives: str):
     positive = (query * keys).sum(axis=1) / temperature  # [N]
     everyone, others = ops.on_each_device(query / temperature), []
     if negatives != "queue":
-        own = jnp.eye(len(query), dtype=bool)
-        others.append(jnp.where(own, jnp.finfo(query.dtype).min, everyone @ keys.T))  # [N, N]
+        same = jnp.eye(len(query), dtype=bool)
+        others.append(jnp.where(same, jnp.finfo(query.dtype).min, everyone @ keys.T))  # [N, N]
     if negatives != "batch":
         others.append(jnp.einsum("nd,sbd->nsb", everyone, queue))
     # One sum and one maximum for each kind: arrays that are split differently cannot be joined
@@ -60,7 +63,7 @@ def info_nce(query, keys, queue, temperature: float, negatives: str):
     return (total - positive).mean(), (positive >= best).astype(jnp.float32).mean()
 
 
-def momentum_at(step, momentum: float) -> jax.Array:
+def momentum_at(step: jax.typing.ArrayLike, momentum: float) -> jax.Array:
     """min(momentum, t / (t + 10)): the key encoder begins as a copy of the query encoder.
 
     Without the warm-up a filter taken from pre-training would meet keys from an untrained one, and
@@ -70,7 +73,7 @@ def momentum_at(step, momentum: float) -> jax.Array:
     return jnp.minimum(jnp.float32(momentum), step / (step + 10.0))
 
 
-def contrastive(config) -> Task:
+def contrastive(config: ConfigDict) -> Task:
     """The task; fields of `config`: variant, width, size, dtype, bn_groups, codec (the filter; see
     `build_codec`), projector_hidden, embedding, alpha, l1, negatives, queue, momentum, temperature.
     `l1` weighs L1(f, f'), which keeps the filter from forgetting what instances do not need to be
@@ -125,7 +128,7 @@ def contrastive(config) -> Task:
     return Task(init, loss, predict, lambda name: TRAIN, codec, constants)
 
 
-def embedding(config, codec: Codec) -> tuple[Callable, Callable]:
+def embedding(config: ConfigDict, codec: Codec) -> tuple[Callable, Callable]:
     """The networks, through the filter `codec`.
 
     Returns:

@@ -8,10 +8,13 @@ anchors but those that overlap some object by more than half without being respo
 over anchors, means over images.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from icm_jax.errors import IcmError
 from icm_jax.nets.detector import Detector, Part
@@ -23,7 +26,7 @@ IGNORED = 0.5
 """Overlap with an object above which an anchor that is not responsible is not asked."""
 
 
-def anchors(detector: Detector, grids, scale: float) -> list[jax.Array]:
+def anchors(detector: Detector, grids: Sequence[tuple[int, int]], scale: float) -> list[jax.Array]:
     """Per output float32 [A, 2]: (width, height) as fractions of the image.
 
     Args:
@@ -39,7 +42,7 @@ def anchors(detector: Detector, grids, scale: float) -> list[jax.Array]:
     ]
 
 
-def detection(config) -> Task:
+def detection(config: ConfigDict) -> Task:
     """The task.
 
     Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`); classes; dtype;
@@ -67,8 +70,8 @@ def detection(config) -> Task:
         return anchors(detector, [raw.shape[1:3] for raw in outputs], config.anchor_scale)
 
     def init(key, batch):
-        own = whole.init(key, scaled(batch["image"][:1]), train=False)
-        return {name: {"detector": tree} for name, tree in own.items()}
+        drawn = whole.init(key, scaled(batch["image"][:1]), train=False)
+        return {name: {"detector": tree} for name, tree in drawn.items()}
 
     def loss(variables, batch, key, step):
         del step
@@ -95,12 +98,18 @@ def detection(config) -> Task:
     return Task(init, loss, predict, groups=lambda name: TRAIN)
 
 
-def scaled(image):
+def scaled(image: jax.Array) -> jax.Array:
     """uint8 or float on 0...255 -> float32 on 0...1."""
     return image.astype(jnp.float32) / 255.0
 
 
-def losses(outputs, truth, labels, valid, shapes) -> dict[str, jax.Array]:
+def losses(
+    outputs: Sequence[jax.Array],
+    truth: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    shapes: Sequence[jax.Array],
+) -> dict[str, jax.Array]:
     """{"place", "objectness", "class"}: float32 scalars; see the head of this file.
 
     Args:
@@ -113,10 +122,10 @@ def losses(outputs, truth, labels, valid, shapes) -> dict[str, jax.Array]:
     wanted = boxes.targets(truth, labels, valid, shapes, grids, classes)
     place = objectness = kind = jnp.float32(0.0)
     cross = optax.sigmoid_binary_cross_entropy
-    for raw, target, own in zip(outputs, wanted, shapes, strict=True):
+    for raw, target, anchor in zip(outputs, wanted, shapes, strict=True):
         n = raw.shape[0]
         there = target.weight > 0
-        given = boxes.place(jax.lax.stop_gradient(raw), own).reshape(n, -1, 4)
+        given = boxes.place(jax.lax.stop_gradient(raw), anchor).reshape(n, -1, 4)
         overlap = jnp.where(valid[:, None, :], boxes.iou(given, truth), 0.0).max(-1)
         asked = there | (overlap.reshape(there.shape) <= IGNORED)
         offsets = cross(raw[..., :2], target.boxes[..., 1::-1]).sum(-1)
@@ -128,13 +137,19 @@ def losses(outputs, truth, labels, valid, shapes) -> dict[str, jax.Array]:
     return {"place": place, "objectness": objectness, "class": kind}
 
 
-def detections(outputs, shapes, limit: int, overlap: float, least: float) -> boxes.Detections:
+def detections(
+    outputs: Sequence[jax.Array],
+    shapes: Sequence[jax.Array],
+    limit: int,
+    overlap: float,
+    least: float,
+) -> boxes.Detections:
     """Boxes of raw outputs; a class's score is objectness times its own probability. `shapes` is
     what `anchors` gives, the rest is of `boxes.suppress`."""
     n = outputs[0].shape[0]
     found, scores = [], []
-    for raw, own in zip(outputs, shapes, strict=True):
-        found.append(boxes.place(raw, own).reshape(n, -1, 4))
+    for raw, anchor in zip(outputs, shapes, strict=True):
+        found.append(boxes.place(raw, anchor).reshape(n, -1, 4))
         probability = jax.nn.sigmoid(raw[..., 4:5]) * jax.nn.sigmoid(raw[..., 5:])
         scores.append(probability.reshape(n, -1, raw.shape[-1] - 5))
     placed, scored = jnp.concatenate(found, axis=1), jnp.concatenate(scores, axis=1)

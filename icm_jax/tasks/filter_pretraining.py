@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from icm_jax import ops
 from icm_jax.codecs.codec import Codec, forward
@@ -23,7 +24,7 @@ from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, build_codec, req
 L1_WEIGHT = 128.0
 
 
-def filter_pretraining(config) -> Task:
+def filter_pretraining(config: ConfigDict) -> Task:
     """The task, for any codec of a head's features.
 
     Fields: variant, width, dtype, bn_groups (of the head); size, crop; codec, the filter (see
@@ -71,7 +72,7 @@ class Passed(NamedTuple):
     head_stats: dict
 
 
-def filtering(config, codec: Codec) -> Callable[..., Passed]:
+def filtering(config: ConfigDict, codec: Codec) -> Callable[..., Passed]:
     """(variables, images float32 [N, H, W, 3] on 0...255, train, key) -> `Passed`.
 
     With a key the prior sees noisy latents, the decoder straight-through rounded ones; without one

@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from icm_jax import ops
 from icm_jax.codecs.codec import Codec, forward
@@ -23,7 +24,7 @@ from icm_jax.tasks import views
 from icm_jax.tasks.task import TRAIN, Aux, Task, build_codec, require_output
 
 
-def image_compression(config) -> Task:
+def image_compression(config: ConfigDict) -> Task:
     """The task, for any codec with the output "image".
 
     Fields: codec (see `build_codec`); lambdas (λ, or its ends); metric (mse, ms_ssim or both) and
@@ -77,7 +78,7 @@ def image_compression(config) -> Task:
     )
 
 
-def _checked_weights(config, codec: Codec, lambdas: list[float]) -> tuple[float, float]:
+def _checked_weights(config: ConfigDict, codec: Codec, lambdas: list[float]) -> tuple[float, float]:
     """Of the mean squared error and of MS-SSIM, once all fields are found to fit the codec."""
     require_output(codec, "image", "image_compression")
     weights = {"mse": (1.0, 0.0), "ms_ssim": (0.0, 1.0), "both": (1.0, config.ms_ssim_weight)}

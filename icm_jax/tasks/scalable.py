@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.scalable import DETECTOR
@@ -19,7 +20,7 @@ from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, apply, build_codec
 
 
-def scalable_compression(config) -> Task:
+def scalable_compression(config: ConfigDict) -> Task:
     """The task.
 
     Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`), classes; codec (see

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from icm_jax.nets.deeplab import ASPP
 from icm_jax.tasks import views
@@ -11,7 +12,7 @@ from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, merge
 IGNORE = 255
 
 
-def segmentation(config) -> Task:
+def segmentation(config: ConfigDict) -> Task:
     """The task; fields: the model's, mask_classes, frontend, aspp_rates, output_stride.
 
     Pixels with the id 255 are ignored.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from icm_jax import ops
 from icm_jax.codecs import CODECS
@@ -54,7 +55,7 @@ class Task(NamedTuple):
     reads: str = "image"
 
 
-def build_codec(config) -> Codec:
+def build_codec(config: Mapping[str, Any]) -> Codec:
     """The codec that a task's field `codec` tells: {"name": one of `CODECS`, arguments of it}.
 
     Raises: IcmError for a name that is not there, or as the codec's builder does.
@@ -97,7 +98,7 @@ FRONTENDS = {"pixels": "image", "feature": "feature", "code": "feature", "decode
 """Frontend -> what its trunk reads: an image, or the feature of a codec."""
 
 
-def build_trunk(config, output_stride: int = 32) -> Trunk:
+def build_trunk(config: ConfigDict, output_stride: int = 32) -> Trunk:
     """Head and tail with the frontend `config.frontend`.
 
     "pixels": the image; "feature": f_hat of the codec `config.codec` (see `build_codec`); "code":
@@ -125,8 +126,8 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
         keys = jax.random.split(key)
         variables = codec.init(keys[0], images[:1]) if codec else {}
         if sees_pixels:
-            f, own = head.init_with_output(keys[0], ops.normalise(images[:1]), train=False)
-            merge(variables, "head", own)
+            f, drawn = head.init_with_output(keys[0], ops.normalise(images[:1]), train=False)
+            merge(variables, "head", drawn)
         else:
             f = jax.eval_shape(lambda v: decoded(v, images[:1]), variables)
             f = jnp.zeros(f.shape, f.dtype)
@@ -152,18 +153,20 @@ def build_trunk(config, output_stride: int = 32) -> Trunk:
     return Trunk(init, features, codec, parts, reads)
 
 
-def apply(module, variables, name: str, x, train: bool):
+def apply(
+    module: Any, variables: Mapping[str, Any], name: str, x: jax.Array, train: bool
+) -> tuple[Any, Any]:
     """Runs a module with BatchNorm on its part of the variables: (output, its new statistics)."""
-    own = {"params": variables["params"][name], "batch_stats": variables["batch_stats"][name]}
+    part = {"params": variables["params"][name], "batch_stats": variables["batch_stats"][name]}
     if not train:
-        return module.apply(own, x, train=False), own["batch_stats"]
-    output, updated = module.apply(own, x, train=True, mutable=["batch_stats"])
+        return module.apply(part, x, train=False), part["batch_stats"]
+    output, updated = module.apply(part, x, train=True, mutable=["batch_stats"])
     return output, updated["batch_stats"]
 
 
-def merge(variables: dict, name: str, own: Mapping) -> None:
+def merge(variables: dict, name: str, collections: Mapping[str, Any]) -> None:
     """Puts a module's collections into the flat dict under `name`."""
-    for collection, tree in own.items():
+    for collection, tree in collections.items():
         variables.setdefault(collection, {})[name] = tree
 
 

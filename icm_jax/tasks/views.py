@@ -153,14 +153,14 @@ def boxed(
     """
     pixels = jnp.array(images.shape[1:3], jnp.float32)
 
-    def one(image, own, key):
+    def one(image, corners, key):
         keys = jax.random.split(key)
         window = _random_window(keys[0], image.shape[:2], crop, image.shape[:2])
         top, left, height, width, flip = window
         view = _resample(image.astype(jnp.float32) / 255.0, window, image.shape[:2])
         view = 255.0 * _jitter(view, keys[1])
         start, extent = jnp.tile(jnp.stack([top, left]), 2), jnp.tile(jnp.stack([height, width]), 2)
-        placed = (own * jnp.tile(pixels, 2)[None] - start[None]) / extent[None]
+        placed = (corners * jnp.tile(pixels, 2)[None] - start[None]) / extent[None]
         mirrored = jnp.stack(
             [placed[:, 0], 1.0 - placed[:, 3], placed[:, 2], 1.0 - placed[:, 1]], axis=1
         )
