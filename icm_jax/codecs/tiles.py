@@ -29,6 +29,15 @@ SIZES: tuple[Size, ...] = (
 _EACH = 1 << 13  # pixels whose time a window costs whatever its size
 
 
+def squares(sizes: Sequence[Size]) -> list[Size]:
+    """The squares around some sizes: fewer, for what takes less time to compute than to compile.
+
+    >>> squares(SIZES)
+    [(64, 64), (128, 128), (256, 256), (640, 640), (1024, 1024)]
+    """
+    return [(side, side) for side in sorted({max(size) for size in sizes})]
+
+
 class Tiling(NamedTuple):
     """What a codec has to tell for its transforms to be run in windows.
 

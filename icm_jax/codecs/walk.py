@@ -85,7 +85,8 @@ def analyse(
     if tiling.rest == 1:
         return _slices(codec, y)
     step, halo = tiling.factor * tiling.rest, tiling.factor * tiling.rest_halo
-    latents = tiles.in_windows(rest, {"latent": (y, tiling.factor)}, sides, step, halo, sizes)
+    given = {"latent": (y, tiling.factor)}
+    latents = tiles.in_windows(rest, given, sides, step, halo, tiles.squares(sizes))
     return latents | _slices(codec, y)
 
 
@@ -150,7 +151,8 @@ def prior(
         return programs.run(_prior_of_window, (codec, number), variables, part)
 
     sides = _ELEMENT * shape[1], _ELEMENT * shape[2]
-    return tiles.in_windows(of_window, given, sides, _ELEMENT, _ELEMENT * reach.halo, sizes)
+    halo = _ELEMENT * reach.halo
+    return tiles.in_windows(of_window, given, sides, _ELEMENT, halo, tiles.squares(sizes))
 
 
 # What is compiled: the codec and what else is fixed, variables, inputs.
