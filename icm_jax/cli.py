@@ -23,11 +23,13 @@ import sys
 from typing import Any
 
 from icm_jax.errors import IcmError
-from icm_jax.files import cores, in_threads, listed, names_folder, target_of, write_whole
+from icm_jax.files import Room, cores, in_threads, listed, names_folder, target_of, write_whole
 
 FILE: dict[Any, Any] = {}
 """`shtab.FILE`, once a script is to be printed: only there the package is imported."""
 SHELLS = ("bash", "fish", "powershell", "tcsh", "zsh")
+AT_ONCE = 1 << 26
+"""Pixels that are coded at the same time: two pictures of 8K, at about 40 bytes a pixel."""
 QUALITIES = (0, 25, 50, 75, 100)
 
 
@@ -179,23 +181,29 @@ def _compress(options) -> int:
     from icm_jax.data.images import read_image
     from icm_jax.data.sources import SUFFIXES
 
-    codec = _load(options.model)
+    codec, room = _load(options.model), Room(AT_ONCE)
 
     def one(data, name):
-        return codec.compress(read_image(data, name), options.quality)
+        image = read_image(data, name)
+        with room.taken(image.shape[0] * image.shape[1]):
+            return codec.compress(image, options.quality)
 
     return _each(options, one, SUFFIXES, ".icm")
 
 
 def _decompress(options) -> int:
+    from icm_jax.coding import container
     from icm_jax.data.images import write_image
 
-    codec = _load(options.model)
+    codec, room = _load(options.model), Room(AT_ONCE)
     out = options.out or ""
     suffix = ".png" if names_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
 
     def one(data, name):
-        return write_image(codec.decompress(data, layers=options.layers), suffix)
+        height, width = container.unpack(data, options.layers).header.shape
+        with room.taken(height * width):
+            image = codec.decompress(data, layers=options.layers)
+        return write_image(image, suffix)
 
     return _each(options, one, (".icm",), suffix)
 

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all; many files, several at a time."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -87,6 +88,26 @@ def target_of(file: Listed, out: str | None, suffix: str, many: bool) -> pathlib
 def names_folder(out: str) -> bool:
     """Whether a path as the user gave it is that of a folder."""
     return bool(out) and (out.endswith(("/", os.sep)) or pathlib.Path(out).is_dir())
+
+
+class Room:
+    """A limit on what threads work on at the same time."""
+
+    def __init__(self, limit: int):
+        self._limit, self._taken, self._changed = limit, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """Waits until there is room for so much, or nothing else; within, it is taken."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + amount <= self._limit)
+            self._taken += amount
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= amount
+                self._changed.notify_all()
 
 
 def in_threads(

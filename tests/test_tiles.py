@@ -1,5 +1,6 @@
 """Windows: what they give is what the whole image gives, whatever its size."""
 
+import concurrent.futures
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from small import BUILT, encoded, images, quality_of, small_codec
 
-from icm_jax.codecs import bitstream, codec, tiles, walk
+from icm_jax.codecs import ahead, bitstream, codec, programs, tiles, walk
 from icm_jax.coding import container, range_coder
 
 SMALL = ((64, 64), (128, 128), (192, 128))
@@ -115,6 +116,39 @@ def test_many_sizes_take_few_programs():
         windows = [list(tiles.spans(*pair, 32)) for pair in zip(large, (512, 640), strict=True)]
         area = len(windows[0]) * len(windows[1]) * 512 * 640
         assert area < 1.5 * large[0] * large[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_compiled_ahead_is_what_is_needed(kind, monkeypatch):
+    """Nothing else is compiled, nothing twice, and files and pixels stay."""
+    frozen, image = small_codec(kind), images(70, 90, 3)
+    quality, _ = quality_of(frozen.codec)
+    (data,) = bitstream.encode(frozen, image[None], quality=quality)
+    pixels = bitstream.decode(frozen, [data], "image")[0]
+
+    def programs_of(*steps):
+        pool = concurrent.futures.ThreadPoolExecutor(3)
+        monkeypatch.setattr(programs, "_made", {})
+        monkeypatch.setattr(ahead, "_begun", set())
+        monkeypatch.setattr(ahead, "_pool", lambda: pool)
+        submitted, submit = [], pool.submit
+        monkeypatch.setattr(pool, "submit", lambda task: submitted.append(submit(task)))
+        for step in steps:
+            step()
+        pool.shutdown()
+        assert all(future.exception() is None for future in submitted)
+        return {(key[0].__name__, *key[1][1:], key[2]) for key in programs._made}, len(submitted)
+
+    def there():
+        assert frozen.compress(image, quality) == data
+
+    def back():
+        np.testing.assert_array_equal(frozen.decompress(data), np.rint(pixels.clip(0, 255)))
+
+    plainly, _ = programs_of(lambda: bitstream.encode(frozen, image[None], quality=quality))
+    assert programs_of(there, there) == (plainly, 2 + len(frozen.codec.segments))
+    plainly, _ = programs_of(lambda: bitstream.decode(frozen, [data], "image"))
+    assert programs_of(back, back) == (plainly, 1)
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 100, 257])

@@ -19,7 +19,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from icm_jax.codecs import tiles, walk
+from icm_jax.codecs import ahead, tiles, walk
 from icm_jax.codecs.codec import Codec
 from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
@@ -75,6 +75,7 @@ class FrozenCodec:
             raise IcmError(f"an image is uint8 [H, W, 3] or [H, W], not {image.shape}")
         if quality is None and self.codec.qualities:
             quality = DEFAULT_QUALITY
+        self._begin(image.shape[:2], _quality_steps(self.codec, quality), back=False)
         return encode(self, image[None], quality=quality)[0]
 
     def decompress(self, data: bytes, layers: int | None = None) -> np.ndarray:
@@ -86,11 +87,18 @@ class FrozenCodec:
         Raises: IcmError if the file is damaged, from another model, or holds no image.
         """
         _require_output(self.codec, "image")
+        header = container.unpack(data, layers).header
+        if header.fingerprint == self.fingerprint:
+            self._begin(header.shape, header.quality, back=True)
         decoded = decode_latents(self, data, layers=layers)
         image = _synthesised(self, decoded, "image", layers, tiles.SIZES)[0]
         if decoded.header.grey:
             image = image.mean(axis=-1)
         return np.rint(image.clip(0, 255)).astype(np.uint8)
+
+    def _begin(self, shape: tuple[int, int], steps: int | None, *, back: bool) -> None:
+        condition = _condition(steps)
+        ahead.begin(self.codec, self.on_device, self.tables, shape, condition, back=back)
 
 
 def frozen_priors(codec: Codec) -> Codec:

@@ -78,16 +78,30 @@ def analyse(
     def front(part: Part):
         return programs.run(_front, (codec,), variables, (part, condition))
 
+    y = tiles.in_windows(front, {"image": (image, 1)}, sides, tiling.factor, tiling.halo, sizes)
+    return _slices(codec, y) | rest_of(codec, variables, y, condition, sizes)
+
+
+def rest_of(
+    codec: Codec,
+    variables,
+    y: np.ndarray,
+    condition: Mapping[str, np.ndarray],
+    sizes: Sequence[tiles.Size] = tiles.SIZES,
+) -> dict[str, np.ndarray]:
+    """The latents that `analyse` makes of y [1, h, w, C], of a codec with a tiling."""
+    tiling = codec.tiling
+    assert tiling
+    if tiling.rest == 1:
+        return {}
+
     def rest(part: Part):
         return programs.run(_rest, (codec,), variables, (part, condition))
 
-    y = tiles.in_windows(front, {"image": (image, 1)}, sides, tiling.factor, tiling.halo, sizes)
-    if tiling.rest == 1:
-        return _slices(codec, y)
+    sides = tiling.factor * y.shape[1], tiling.factor * y.shape[2]
     step, halo = tiling.factor * tiling.rest, tiling.factor * tiling.rest_halo
     given = {"latent": (y, tiling.factor)}
-    latents = tiles.in_windows(rest, given, sides, step, halo, tiles.squares(sizes))
-    return latents | _slices(codec, y)
+    return tiles.in_windows(rest, given, sides, step, halo, tiles.squares(sizes))
 
 
 def _slices(codec: Codec, y) -> dict[str, Any]:

@@ -1,0 +1,66 @@
+"""Compiling ahead: what an image needs later, while it is waited for what it needs first."""
+
+import concurrent.futures
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from icm_jax.codecs import tiles, walk
+from icm_jax.codecs.codec import Codec, seen
+from icm_jax.coding import range_coder
+from icm_jax.coding.tables import Tables
+from icm_jax.files import cores
+
+_begun: set = set()
+
+
+def begin(
+    codec: Codec,
+    variables,
+    tables: Mapping[str, Tables],
+    shape: tiles.Size,
+    condition: Mapping[str, np.ndarray],
+    *,
+    back: bool,
+) -> None:
+    """Starts compiling what images of `shape` need after their first program, once for each size of
+    windows: to be coded, all but the analysis, and to come `back` the picture.
+
+    Args: tables: by segment. condition: "quality", where the codec has qualities.
+    """
+    tiling = codec.tiling
+    if tiling is None:
+        return
+    sides = shape[0] + -shape[0] % tiling.factor, shape[1] + -shape[1] % tiling.factor
+    size = tiles.best_size(sides, tiling.halo)
+    if (codec, size, back) in _begun:
+        return
+    _begun.add((codec, size, back))
+    shapes = {segment.name: (1, *segment.shape(*size)) for segment in codec.segments}
+    given = {name: np.zeros(of, np.float32) for name, of in shapes.items()} | dict(condition)
+
+    def prior(number: int) -> None:
+        segment = codec.segments[number]
+        known = np.zeros(shapes[segment.name][1:], bool)
+        decoded = seen(segment, given, given[segment.name], known)
+        walk.prior(codec, number, shapes[segment.name], variables, decoded)
+
+    def rest() -> None:
+        y = np.concatenate([given[name] for name in tiling.segments], axis=-1)
+        walk.rest_of(codec, variables, y, condition)
+
+    def coder() -> None:
+        nothing = np.zeros(0, np.int32)
+        range_coder.encode(nothing, nothing, next(iter(tables.values())))
+
+    later: list[Callable] = [lambda: walk.output(codec, "image", size, variables, given)]
+    if not back:
+        later = [coder, rest, *(functools.partial(prior, n) for n in range(len(shapes)))]
+    for task in later:
+        _pool().submit(task)
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(min(cores(), 4))
