@@ -16,6 +16,7 @@ folder, or where ICM_CACHE_DIR says.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -195,14 +196,14 @@ def _decompress(options) -> int:
     from icm_jax.coding import container
     from icm_jax.data.images import write_image
 
-    codec, room = _load(options.model), Room(AT_ONCE)
+    codec_of, room = _reader(options.model), Room(AT_ONCE)
     out = options.out or ""
     suffix = ".png" if names_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
 
     def one(data, name):
         height, width = container.unpack(data, options.layers).header.shape
         with room.taken(height * width):
-            image = codec.decompress(data, layers=options.layers)
+            image = codec_of(data).decompress(data, layers=options.layers)
         return write_image(image, suffix)
 
     return _each(options, one, (".icm",), suffix)
@@ -282,11 +283,12 @@ def _detect(options) -> int:
 def _verify(options) -> int:
     from icm_jax.codecs.bitstream import decode_latents
 
-    codec = _load(options.model)
+    codec_of = _reader(options.model)
     failed = 0
     for name in options.files:
         try:
-            decode_latents(codec, _read(name), layers=options.layers)
+            data = _read(name)
+            decode_latents(codec_of(data), data, layers=options.layers)
             print(f"{name}: decodes to the latents that were encoded")
         except IcmError as error:
             failed += _failed(name, error)
@@ -369,7 +371,7 @@ def _read(name: str, layers: int | None = None) -> bytes:
         raise IcmError(f"cannot read {name}: {error.strerror or error}") from error
 
 
-def _load(path: str | None):
+def _load(path: str | os.PathLike | None):
     import icm_jax
 
     codec = icm_jax.load(path)
@@ -377,6 +379,16 @@ def _load(path: str | None):
         outputs = ", ".join(codec.codec.outputs)
         raise IcmError(f"{path} codes no images: it gives {outputs}")
     return codec
+
+
+def _reader(path: str | None):
+    """An .icm file's bytes -> the codec to decode them with: that of the file at `path`, or of the
+    models in the package the one that wrote them."""
+    from icm_jax.coding import archive, container
+
+    load = functools.cache(_load)
+    named = path and load(path)
+    return lambda data: named or load(archive.packaged(container.unpack(data, 1).header))
 
 
 def _failed(name: str, error: Exception) -> int:

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 import icm_jax
+from icm_jax import cli
 from icm_jax.codecs import bitstream
-from icm_jax.coding import archive
+from icm_jax.coding import archive, container
 from icm_jax.measure import classical, metrics
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -24,6 +25,7 @@ IN_ANOTHER_PROCESS = """
 import pathlib, sys
 import numpy as np
 import icm_jax
+from icm_jax import cli
 from icm_jax.codecs import bitstream
 latents = bitstream.decode_latents(icm_jax.load(), pathlib.Path(sys.argv[1]).read_bytes()).latents
 np.savez(sys.argv[2], y=latents["y"], z=latents["z"])
@@ -90,3 +92,14 @@ def test_its_file_is_small_and_says_where_it_comes_from(codec):
     card = archive.BOXED.with_suffix(".md").read_text()
     assert codec.fingerprint.hex() in card
     assert hashlib.sha256(archive.BOXED.read_bytes()).hexdigest() in card
+
+
+def test_a_file_of_an_earlier_model_is_decoded_by_that_model(tmp_path):
+    """By the command, which takes the fingerprint from the file; the library is told the model."""
+    data = (GOLDEN / "scene.icm").read_bytes()
+    written = tmp_path / "scene.icm"
+    written.write_bytes(data)
+    assert cli.main(["decompress", str(written)]) == cli.main(["verify", str(written)]) == 0
+    given = np.asarray(Image.open(tmp_path / "scene.png")).astype(int)
+    assert np.abs(given - np.load(GOLDEN / "scene.npz")["image"]).max() <= 1
+    assert archive.packaged(container.Header(b"none", (1, 1))) == archive.BOXED

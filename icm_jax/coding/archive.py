@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from icm_jax.coding.container import Header
 from icm_jax.errors import IcmError
 
 BOXED = pathlib.Path(__file__).parent.parent / "models" / "photo.icmc"
@@ -15,6 +16,13 @@ BOXED = pathlib.Path(__file__).parent.parent / "models" / "photo.icmc"
 VERSION = 1
 MAGIC = b"PK"
 """How an .icmc file begins; an .icm file begins otherwise."""
+
+
+def packaged(header: Header) -> pathlib.Path:
+    """Of the models in the package the one that wrote a file with this header, or else the newest.
+    Earlier ones lie beside it, with their fingerprints in their names."""
+    earlier = BOXED.with_name(f"{BOXED.stem}-{header.fingerprint.hex()}{BOXED.suffix}")
+    return earlier if earlier.is_file() else BOXED
 
 
 def describe(path: str | os.PathLike) -> dict:
