@@ -141,17 +141,18 @@ def rows_of(
         first = beside if jobs == 1 else concurrent.futures.ThreadPoolExecutor(1)
         for pool in {first, beside}:  # what has not begun when the caller stops never does
             stack.callback(pool.shutdown, cancel_futures=True)
-        pending = set()
+        pending: list[concurrent.futures.Future] = []
         for name, image in images:
-            pending |= {
+            pending += [
                 (beside if subject.codec is None else first).submit(attempt, subject, image, name)
                 for subject in subjects
-            }
+            ]
             while len(pending) > len(subjects):  # at most two images are in memory
-                done, pending = concurrent.futures.wait(
+                done, _ = concurrent.futures.wait(
                     pending, return_when=concurrent.futures.FIRST_COMPLETED
                 )
-                yield from (future.result() for future in done)
+                yield from (future.result() for future in pending if future in done)
+                pending = [future for future in pending if future not in done]
         yield from (future.result() for future in concurrent.futures.as_completed(pending))
 
 
