@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 
 Build = Callable[[], list[Case]]
-"""Makes and compiles cases that belong together; in any thread."""
+"""Makes and compiles cases that belong together."""
 
 
 def ours(part: str, sizes: Sizes, options) -> list[Build]:

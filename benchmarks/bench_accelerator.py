@@ -19,8 +19,9 @@ for coding, weights are random. PyTorch computes through torch.compile (where a 
 found), channels-last, cuDNN's autotuner, fused optimisers, and autocast around just those networks
 that compute in bfloat16 in ours: ResNet, filter and projector, analysis and synthesis, YOLOv3. All
 else is float32, of which matrix units see TF32 in both: XLA's default, and PyTorch's once it is
-allowed for matrix products. A line is printed as soon as a case is measured. With `--threads` our
-cases are compiled side by side, and measured once all are, or `--ahead` seconds are over.
+allowed for matrix products. A line is printed as soon as a case is measured. No other program is
+compiled meanwhile: XLA tries kernels on the device, and beside that equal work once took four times
+as long (docs/gpu.md).
 
 Our side is in accelerator_cases.py and accelerator_coding.py, PyTorch's, with what differs, in
 accelerator_torch.py and accelerator_torch_detector.py.
@@ -33,8 +34,6 @@ as its mirror, the analysis transform: the form in which we compute it would add
 
 import argparse
 import collections
-import concurrent.futures
-import functools
 import gzip
 import json
 import pathlib
@@ -45,10 +44,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
-from accelerator_cases import TINY, Build, Case, Sizes, ours
+from accelerator_cases import TINY, Case, Sizes, ours
 
 TRAINING = ("stage1", "hyperprior", "detection")
 PARTS = (*TRAINING, "evaluation", "coding", "coefficients")
@@ -131,12 +130,13 @@ def child(library: str, sizes: Sizes, options) -> None:
         about = {"compiled": accelerator_torch.compiles(options)}
     builds = [(part, build) for part in options.parts for build in cases(part, sizes, options)]
     kept = []
-    for part, make, unfinished in in_turn(builds, options):
+    for part, build in builds:
         try:
-            found, seconds = make()
+            began = time.perf_counter()
+            found = build()
+            about |= {"library": library, "build_seconds": time.perf_counter() - began}
             for case in found:
-                record = about | {"library": library, "build_seconds": seconds}
-                record |= {"unfinished": unfinished} | measured(case, wait, options)
+                record = about | measured(case, wait, options)
                 print(json.dumps(record), flush=True)
                 if options.profile and library == "icm_jax" and part in TRAINING:
                     kept.append((case, record))
@@ -145,27 +145,6 @@ def child(library: str, sizes: Sizes, options) -> None:
             print(f"{part}: {traceback.format_exc(limit=-3)}", file=sys.stderr, flush=True)
     for case, record in kept:  # last: tracing may leave something behind
         print(json.dumps(record | {"profile": profile(case.call, wait)}), flush=True)
-
-
-def in_turn(builds: list[tuple[str, Build]], options) -> Iterator[tuple[str, Callable, int]]:
-    """(part, what gives its cases and the seconds to make them, how many are still being made)."""
-    if not options.threads:
-        yield from ((part, functools.partial(built, build), 0) for part, build in builds)
-        return
-    with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
-        waiting = {pool.submit(built, build): part for part, build in builds}
-        concurrent.futures.wait(waiting, options.ahead)
-        while waiting:
-            concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-            future = next(own for own in waiting if own.done())
-            part = waiting.pop(future)
-            yield part, future.result, sum(not own.done() for own in waiting)
-
-
-def built(build: Build) -> tuple[list[Case], float]:
-    """(the cases, the seconds that it took to make them)."""
-    began = time.perf_counter()
-    return build(), time.perf_counter() - began
 
 
 def measured(case: Case, wait, options) -> dict:
@@ -236,8 +215,6 @@ def describe(record: dict) -> str:
     line += f"; batch {record['batch']}, {record['parameters']:,} parameters,"
     line += f" value {record['value']:.5g}, made in {record['build_seconds']:.1f} s,"
     line += f" first call {record['first_call_seconds']:.1f} s"
-    if record["unfinished"]:
-        line += f"\n  MEASURED WHILE {record['unfinished']} others were compiled"
     if "phases" in record:
         parts = (f"{part} {1e3 * own:,.2f} ms" for part, own in record["phases"].items())
         line += "\n  " + ", ".join(parts)
@@ -298,8 +275,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="in a round")
     parser.add_argument("--budget", type=float, default=60, help="seconds for a case's rounds")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for each library")
-    parser.add_argument("--threads", type=int, default=0, help="make so many of our cases at once")
-    parser.add_argument("--ahead", type=float, help="seconds after which those made are measured")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--profile", action="store_true", help="what our training steps consist of")
     parser.add_argument("--tiny", action="store_true", help="small networks, batches of 4")
