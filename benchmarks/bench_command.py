@@ -7,8 +7,9 @@ Every time is that of a fresh process, from start to end, as the shell sees it: 
 one, compressed and decompressed, with an empty folder of kept programs and with a full one, then
 copies of one photograph, whose rate is (copies - 1) / (time - time of one). The older commit stands
 in a worktree in a temporary folder and has been run once before, so that what Numba keeps is there
-for both. Rounds alternate between the two; medians count. The computer's load is printed, for on a
-busy one only ratios say much.
+for both. Rounds alternate between the two; medians count. Seconds of all cores together are given
+beside those of the clock, with the computer's load: what else runs on it stretches the clock, most
+of all where both cores would be used.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import collections
 import contextlib
 import os
 import pathlib
+import resource
 import shutil
 import statistics
 import subprocess
@@ -93,8 +95,9 @@ class Bench:
         self.work, self.trees = work, trees
         (work / "programs").mkdir(mode=0o700)
 
-    def run(self, tree: str, command: str, files, warm: bool) -> float:
-        """Seconds of one process; its output lies in work/TREE-COMMAND."""
+    def run(self, tree: str, command: str, files, warm: bool) -> tuple[float, float]:
+        """Seconds of one process, by the clock and of its cores; its output lies in
+        work/TREE-COMMAND."""
         kept = self.work / "programs" / tree
         if not warm:
             shutil.rmtree(kept, ignore_errors=True)
@@ -102,11 +105,13 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         environment = dict(os.environ, PYTHONPATH=str(self.trees[tree]), ICM_CACHE_DIR=str(kept))
         call = [sys.executable, "-m", "icm_jax.cli", command, *map(str, files), "-o", f"{out}/"]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(call, check=True, env=environment, cwd=self.trees[tree])
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return time.perf_counter() - start, cores
 
-    def both(self, tree: str, files, warm: bool) -> tuple[float, float]:
+    def both(self, tree: str, files, warm: bool) -> tuple[tuple, tuple]:
         """Seconds to compress files and to decompress what came out."""
         there = self.run(tree, "compress", files, warm)
         coded = sorted((self.work / f"{tree}-compress").iterdir())
@@ -121,24 +126,32 @@ class Bench:
                 times[tree, warm].append(self.both(tree, files, warm))
         print(f"\n{title}: seconds, and how many times as fast as the older commit")
         for at, command in enumerate(("compress", "decompress")):
-            median = {key: statistics.median(t[at] for t in ts) for key, ts in times.items()}
-            before, empty, full = (median[key] for key in RUNS)
-            print(
-                f"  {command:10} before {before:6.2f}   empty {empty:6.2f} ({before / empty:.1f} ×)"
-                f"   full {full:6.2f} ({before / full:.1f} ×)",
-                flush=True,
-            )
+            for which, unit in enumerate(("clock", "cores")):
+                before, empty, full = (
+                    statistics.median(pair[at][which] for pair in times[key]) for key in RUNS
+                )
+                print(
+                    f"  {command:10} {unit}  before {before:6.2f}   "
+                    f"empty {empty:6.2f} ({before / empty:.1f} ×)   "
+                    f"full {full:6.2f} ({before / full:.1f} ×)",
+                    flush=True,
+                )
 
     def rate(self, files, single) -> None:
         """Images per second of one size, starting left out."""
-        times = {}
+        rates = {}
         for tree in self.trees:
             one, many = self.both(tree, [single], True), self.both(tree, files, True)
-            times[tree] = [(len(files) - 1) / (b - a) for a, b in zip(one, many, strict=True)]
-        print(f"\n{len(files)} photographs of one size: images per second")
+            rates[tree] = [
+                [(len(files) - 1) / (b - a) for a, b in zip(*pair, strict=True)]
+                for pair in zip(one, many, strict=True)
+            ]
+        print(f"\n{len(files)} photographs of one size: a second")
         for at, command in enumerate(("compress", "decompress")):
-            before, now = times["old"][at], times["new"][at]
-            print(f"  {command:10}  before {before:6.1f}   now {now:6.1f} ({now / before:.2f} ×)")
+            for which, unit in enumerate(("clock", "cores")):
+                before, now = (rates[tree][at][which] for tree in ("old", "new"))
+                times = f"before {before:6.1f}   now {now:6.1f} ({now / before:.2f} ×)"
+                print(f"  {command:10} {unit}  {times}")
 
 
 def rivals(files) -> None:

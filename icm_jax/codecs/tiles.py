@@ -8,6 +8,7 @@ in every layer (`ops.inside`). So there are no seams to hide, a file does not te
 it was written, and memory is bounded.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -106,39 +107,54 @@ def in_windows(
     step: int,
     halo: int,
     sizes: Sequence[Size] = SIZES,
+    together: int = 1,
 ) -> Any:
     """What `run` gives of whole arrays, computed in windows.
 
     Args:
-      run: a `Part` -> arrays [1, h, w, C] or a tree of such, all on one grid.
+      run: a `Part` of N windows -> arrays [N, h, w, C] or a tree of such, all on one grid.
       given: by name, an array [1, h, w, C] and the pixels that an element of it stands for.
       sides: of the image in pixels, multiples of the least of these.
       step: pixels per element of the result.
       halo: how far `run` looks, in pixels; a multiple of `step` and of those of `given`.
       sizes: to choose from, in pixels.
+      together: N, where there are several windows; the last ones are joined by empty ones.
 
-    Returns: the same tree with arrays of the image's whole sides, rounded up.
+    Returns: the same tree with arrays [1, ...] of the image's whole sides, rounded up.
     """
     unit = max(step, *(pixels for _, pixels in given.values()))
     size = best_size(sides, halo, unit, sizes)
+    places = list(itertools.product(*(spans(*o, halo) for o in zip(sides, size, strict=True))))
+    count = 1 if len(places) == 1 else together
     whole: list[np.ndarray] = []
     form: Any = None
-    for top, first, last in spans(sides[0], size[0], halo):
-        for left, begin, end in spans(sides[1], size[1], halo):
-            cuts = {name: _cut(*one, (top, left), size) for name, one in given.items()}
-            arrays = {name: array for name, (array, _) in cuts.items()}
-            found, form = jax.tree.flatten(run(Part(arrays, {n: b for n, (_, b) in cuts.items()})))
-            found = [np.asarray(array) for array in found]
-            if not whole:
-                whole = [np.empty((1, *_up(sides, step), a.shape[-1]), a.dtype) for a in found]
-            kept = [
-                (slice(a // step, -(-b // step)), slice((a - at) // step, -(-(b - at) // step)))
-                for a, b, at in ((first, last, top), (begin, end, left))
-            ]
-            (rows, rows_of), (columns, columns_of) = kept
+    for number in range(0, len(places), count):
+        group = places[number : number + count]
+        corners = [(rows[0], columns[0]) for rows, columns in group]
+        corners += [(-(-sides[0] // unit) * unit, 0)] * (count - len(group))  # beyond the border
+        found, form = jax.tree.flatten(run(_part(given, corners, size)))
+        found = [np.asarray(array) for array in found]
+        if not whole:
+            whole = [np.empty((1, *_up(sides, step), a.shape[-1]), a.dtype) for a in found]
+        for row, place in enumerate(group):
+            kept = [(slice(a // step, -(-b // step)), a - at, b - at) for at, a, b in place]
+            inner = [slice(a // step, -(-b // step)) for _, a, b in kept]
             for result, array in zip(whole, found, strict=True):
-                result[:, rows, columns] = array[:, rows_of, columns_of]
+                result[0, kept[0][0], kept[1][0]] = array[row, inner[0], inner[1]]
     return jax.tree.unflatten(form, whole)
+
+
+def _part(given, corners: list[Size], size: Size) -> Part:
+    """Windows of `size` pixels at some corners."""
+    cuts = {
+        name: [_cut(array, pixels, corner, size) for corner in corners]
+        for name, (array, pixels) in given.items()
+    }
+    arrays, bounds = (
+        {name: np.concatenate([cut[at] for cut in of]) for name, of in cuts.items()}
+        for at in (0, 1)
+    )
+    return Part(arrays, bounds)
 
 
 def _up(sides: Size, step: int) -> Size:

@@ -15,6 +15,8 @@ from icm_jax.codecs import programs, tiles
 from icm_jax.codecs.codec import Codec, Segment, forward, pass_masks, seen
 from icm_jax.codecs.tiles import Part
 
+TOGETHER = 8
+"""Windows of one image in a batch on accelerators, which are idle with one."""
 _ELEMENT = 16
 """Pixels that an element of a latent counts for where windows of priors are chosen."""
 
@@ -52,6 +54,12 @@ def in_passes(
     return values
 
 
+def together(variables) -> int:
+    """How many windows of an image are computed at a time where `variables` are."""
+    device = jax.tree.leaves(variables)[0].device
+    return 1 if device.platform == "cpu" else TOGETHER
+
+
 def strings_of(segment: Segment, shape: tuple[int, ...]) -> int:
     """How many strings a segment of `shape` [N, h, w, C] takes in its layer: one per pass."""
     return 1 if segment.passes is None else len(pass_masks(segment, shape))
@@ -78,7 +86,15 @@ def analyse(
     def front(part: Part):
         return programs.run(_front, (codec,), variables, (part, condition))
 
-    y = tiles.in_windows(front, {"image": (image, 1)}, sides, tiling.factor, tiling.halo, sizes)
+    y = tiles.in_windows(
+        front,
+        {"image": (image, 1)},
+        sides,
+        tiling.factor,
+        tiling.halo,
+        sizes,
+        together(variables),
+    )
     return _slices(codec, y) | rest_of(codec, variables, y, condition, sizes)
 
 
@@ -101,7 +117,8 @@ def rest_of(
     sides = tiling.factor * y.shape[1], tiling.factor * y.shape[2]
     step, halo = tiling.factor * tiling.rest, tiling.factor * tiling.rest_halo
     given = {"latent": (y, tiling.factor)}
-    return tiles.in_windows(rest, given, sides, step, halo, tiles.squares(sizes))
+    squares = tiles.squares(sizes)
+    return tiles.in_windows(rest, given, sides, step, halo, squares, together(variables))
 
 
 def _slices(codec: Codec, y) -> dict[str, Any]:
@@ -138,7 +155,8 @@ def output(
         return programs.run(_image, (codec,), variables, (part, condition))
 
     sides = y.shape[1] * step, y.shape[2] * step
-    found = tiles.in_windows(image, {"latent": (y, step)}, sides, 1, step * tiling.back_halo, sizes)
+    given, halo = {"latent": (y, step)}, step * tiling.back_halo
+    found = tiles.in_windows(image, given, sides, 1, halo, sizes, together(variables))
     return found[:, : shape[0], : shape[1]]
 
 
@@ -165,8 +183,8 @@ def prior(
         return programs.run(_prior_of_window, (codec, number), variables, part)
 
     sides = _ELEMENT * shape[1], _ELEMENT * shape[2]
-    halo = _ELEMENT * reach.halo
-    return tiles.in_windows(of_window, given, sides, _ELEMENT, halo, tiles.squares(sizes))
+    halo, squares = _ELEMENT * reach.halo, tiles.squares(sizes)
+    return tiles.in_windows(of_window, given, sides, _ELEMENT, halo, squares, together(variables))
 
 
 # What is compiled: the codec and what else is fixed, variables, inputs.
@@ -205,10 +223,11 @@ def _whole_prior(codec, number, shape, variables, decoded):
 def _prior_of_window(codec, number, variables, part):
     segment = codec.segments[number]
     name, factor = segment.reach.factors[0]
-    height, width = (factor * side for side in part.arrays[name].shape[1:3])
+    count, *sides = part.arrays[name].shape[:3]
+    height, width = (factor * side for side in sides)
     channels = segment.shape(1, 1)[2]
     decoded = part.arrays | {"bounds": part.bounds}
-    prior = segment.prior(variables, decoded, (1, height, width, channels))
+    prior = segment.prior(variables, decoded, (count, height, width, channels))
     return prior.index, prior.mean
 
 
