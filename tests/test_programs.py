@@ -96,6 +96,11 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path, monkeypatch, ca
     inner.mkdir()
     (tmp_path / "open").chmod(0o777)
     assert "others may write" in doubted(inner)
+    (tmp_path / "open").chmod(0o775)  # by a group of this user alone, or of others
+    monkeypatch.setattr(programs, "_of_one", lambda group: True)
+    assert not doubted(inner) and "others may write" in doubted(tmp_path / "group", 0o770)
+    monkeypatch.setattr(programs, "_of_one", lambda group: False)
+    assert "others may write" in doubted(inner)
     (tmp_path / "open").chmod(0o1777)  # as /tmp: what is mine there stays mine
     assert not doubted(inner)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)

@@ -146,13 +146,27 @@ def _doubt(folder: pathlib.Path) -> str:
         return "this system does not say who may write to a folder"
     for place in (folder, *folder.parents):
         about = place.stat()
-        open_to_all = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        sticky = place != folder and about.st_mode & stat.S_ISVTX
-        if about.st_uid not in ({os.geteuid()} if place == folder else {0, os.geteuid()}):
+        above = place != folder
+        group = 0 if above and _of_one(about.st_gid) else stat.S_IWGRP
+        sticky = above and about.st_mode & stat.S_ISVTX
+        others = about.st_mode & (group | stat.S_IWOTH) and not sticky
+        if about.st_uid not in ({0, os.geteuid()} if above else {os.geteuid()}):
             return f"{place} belongs to another user"
-        if open_to_all and not sticky:
+        if others:
             return f"others may write to {place}"
     return ""
+
+
+def _of_one(group: int) -> bool:
+    """Whether a group is this user's alone, of the same name, as most systems make it."""
+    import grp
+    import pwd
+
+    try:
+        user, found = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == user and set(found.gr_mem) <= {user}
 
 
 def _read(path: pathlib.Path, device):
