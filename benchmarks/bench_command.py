@@ -98,7 +98,7 @@ class Bench:
     def run(self, tree: str, command: str, files, warm: bool) -> tuple[float, float]:
         """Seconds of one process, by the clock and of its cores; its output lies in
         work/TREE-COMMAND."""
-        kept = self.work / "programs" / tree
+        kept = self.work / "programs" / f"{tree}-{command}"
         if not warm:
             shutil.rmtree(kept, ignore_errors=True)
         out = self.work / f"{tree}-{command}"
