@@ -376,8 +376,7 @@ def _load(path: str | os.PathLike | None):
 
     codec = icm_jax.load(path)
     if "image" not in codec.codec.outputs:
-        outputs = ", ".join(codec.codec.outputs)
-        raise IcmError(f"{path} codes no images: it gives {outputs}")
+        raise IcmError(f"{path} codes no images: it gives {', '.join(codec.codec.outputs)}")
     return codec
 
 

@@ -38,7 +38,7 @@ def in_python(nodes, arrays, inputs):
     """The definition in NumPy's 64-bit integers: nothing can overflow or be reordered here."""
     values = {}
     for name, value in inputs.items():
-        shift = int(arrays[name]["shift"][0]) if name in arrays else 4
+        shift = arrays[name]["shift"].astype(np.int64) if name in arrays else 4
         sixteenths = np.rint(np.asarray(value, np.float64) * 16).astype(np.int64)
         values[name] = np.clip((sixteenths + 2**shift // 2) // 2**shift, -127, 127)
     for node in nodes:
@@ -94,7 +94,7 @@ def test_a_context_model_equals_its_definition_and_follows_its_floats():
     params = jax.device_get(module.init(jax.random.key(0), inputs)["params"])
     params["last_kernel"] = params["last_kernel"] * 3
     arrays = integer.quantise(CONTEXT, module.weights(params), inputs, RANGES)
-    assert arrays["y"]["shift"][0] < 4 and "z" not in arrays and "negative" in arrays["joint"]
+    assert (arrays["y"]["shift"] < 4).all() and "z" not in arrays and "negative" in arrays["joint"]
     run = jax.jit(lambda arrays, inputs: integer.run(CONTEXT, arrays, inputs))
     for scale in (1, 64, 2**20):  # the last beyond all that inputs can say
         scaled = {name: value * np.float32(scale) for name, value in inputs.items()}

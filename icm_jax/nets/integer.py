@@ -118,8 +118,8 @@ def quantise(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Post-training conversion of a float network.
 
-    Inputs and activations get one scale each, chosen among a few as the one of least squared error
-    on what is seen; weights one scale per output channel.
+    Each channel of an input, and each activation, gets one scale, chosen among a few as the one of
+    least squared error on what is seen; weights one per output channel.
 
     Args:
       inputs: samples by name, float [N, h, w, C].
@@ -133,12 +133,13 @@ def quantise(
     arrays, steps, kept = {}, {}, {}
     for name in input_names(nodes):
         value = np.asarray(inputs[name], np.float32)
-        shift = _input_shift(value)
-        if shift != _WHOLE:
-            arrays[name] = {"shift": np.array([shift], np.int32)}
+        channels = np.moveaxis(value, -1, 0)
+        shift = np.array([_input_shift(channel) for channel in channels], np.int32)
+        if (shift != _WHOLE).any():
+            arrays[name] = {"shift": shift}
         step = 2.0**shift / FRACTIONS
         kept[name] = jnp.asarray(np.clip(np.rint(value / step), -LEVELS, LEVELS) * step, np.float32)
-        steps[name] = np.full(value.shape[-1], step)
+        steps[name] = step
     outputs = run_float(nodes, weights, kept)
     for node in nodes:
         features = len(weights[node.name].bias)
@@ -289,7 +290,7 @@ def _held(x: jax.Array, of_input: Mapping | None) -> jax.Array:
         return jnp.clip(x, -LEVELS, LEVELS).astype(jnp.int8)
     limited = jnp.clip(jnp.asarray(x, jnp.float32), -_FARTHEST, _FARTHEST)
     sixteenths = (limited * FRACTIONS).astype(jnp.int32)
-    shift = of_input["shift"].reshape(1, 1, 1, 1)
+    shift = of_input["shift"].reshape(1, 1, 1, -1)  # one for all, in older files
     return jnp.clip(_shifted(sixteenths, shift), -LEVELS, LEVELS).astype(jnp.int8)
 
 
