@@ -1,8 +1,8 @@
-"""Writes scene.png, scene.icm and scene.npz anew, after the model in the package was replaced.
+"""Writes FINGERPRINT.icm and FINGERPRINT.npz, after the model in the package was replaced.
 
     python tests/golden/write_scene.py
 
-scene.npz holds what the file must decode to: latents z and y, and pixels, within one level.
+FINGERPRINT.npz holds what the file must decode to: latents, and pixels, within one level.
 """
 
 import pathlib
@@ -12,20 +12,19 @@ from PIL import Image
 
 import icm_jax
 from icm_jax.codecs import bitstream
-from icm_jax.data import scenes
 
 GOLDEN = pathlib.Path(__file__).parent
 
 
 def main():
-    scene = scenes.draw(0, "validation", 3, 96)["image"]
-    Image.fromarray(scene).save(GOLDEN / "scene.png")
+    scene = np.asarray(Image.open(GOLDEN / "scene.png").convert("RGB"))
     codec = icm_jax.load()
     data = codec.compress(scene, quality=60)
-    (GOLDEN / "scene.icm").write_bytes(data)
+    path = GOLDEN / f"{codec.fingerprint.hex()}.icm"
+    path.write_bytes(data)
     latents = bitstream.decode_latents(codec, data).latents
-    whole = {name: latents[name].astype(np.float32) for name in ("z", "y")}
-    np.savez_compressed(GOLDEN / "scene.npz", image=codec.decompress(data), **whole)
+    whole = {name: latents[name].astype(np.float32) for name in latents if name != "quality"}
+    np.savez_compressed(path.with_suffix(".npz"), image=codec.decompress(data), **whole)
 
 
 if __name__ == "__main__":
