@@ -97,18 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "FOLDER",
         model=False,
     )
-    text = (
-        "codec file (.icmc), or several: those of one rate make one curve; default: the model in "
-    )
-    _names_files(own.add_argument("--model", "-m", action="append", help=text + "the package"))
-    own.add_argument("--quality", "-q", type=_quality, nargs="+", help=f"default: {QUALITIES}")
-    own.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
-    text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
-    own.add_argument("--rivals", type=_listed, help=text)
-    text = "files of other formats at once, on all cores; 1: nothing beside, for times to trust"
-    own.add_argument("--jobs", "-j", type=_count, default=cores(), help=text)
-    text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
-    own.add_argument("--rates", type=_rate, nargs=2, default=(0.15, 1.0), help=text)
+    _eval_options(own)
     text = "print a completion script: put it where your shell looks for such"
     own = commands.add_parser("completion", help=text, description=text)
     own.add_argument("shell", choices=SHELLS)
@@ -128,6 +117,21 @@ def _output_options(parser, text):
     parser.add_argument("--recursive", "-r", action="store_true", help=text)
     text = f"files at the same time; default: the cores of this computer ({cores()})"
     parser.add_argument("--jobs", "-j", type=_count, default=cores(), metavar="N", help=text)
+
+
+def _eval_options(parser):
+    text = (
+        "codec file (.icmc), or several: those of one rate make one curve; default: the package's"
+    )
+    _names_files(parser.add_argument("--model", "-m", action="append", help=text))
+    parser.add_argument("--quality", "-q", type=_quality, nargs="+", help=f"default: {QUALITIES}")
+    parser.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
+    text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
+    parser.add_argument("--rivals", type=_listed, help=text)
+    text = "files of other formats at once, on all cores; 1: nothing beside, for times to trust"
+    parser.add_argument("--jobs", "-j", type=_count, default=cores(), help=text)
+    text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
+    parser.add_argument("--rates", type=_rate, nargs=2, default=(0.15, 1.0), help=text)
 
 
 def _completion(parser, shell: str) -> int:
@@ -309,14 +313,9 @@ def _eval(options) -> int:
         raise IcmError("models of one rate take no --quality; leave it out")
     subjects = rate_distortion.ours(models, options.quality or QUALITIES)
     subjects += rate_distortion.rivals(options.rivals)
-    if options.rivals is None:
-        left = ", ".join(rate_distortion.SLOW)
-        print(f"without {left}, minutes a picture; --rivals names what to measure", file=sys.stderr)
-    out = pathlib.Path(options.out) if options.out else None
     paths = [file.name for file in listed(options.files, SUFFIXES, recursive=True)]
-    return rate_distortion.compare(
-        subjects, paths, _failed, jobs=options.jobs, rates=options.rates, out=out
-    )
+    more: Any = dict(rates=options.rates, out=options.out and pathlib.Path(options.out))
+    return rate_distortion.compare(subjects, paths, _failed, jobs=options.jobs, **more)
 
 
 def _each(options, convert, suffixes, suffix: str) -> int:
@@ -346,9 +345,8 @@ def _each(options, convert, suffixes, suffix: str) -> int:
             write_whole(target, content)
 
     failed = 0
-    with tqdm.tqdm(
-        total=len(files), unit="file", disable=not many or not sys.stderr.isatty()
-    ) as bar:
+    quiet = not many or not sys.stderr.isatty()
+    with tqdm.tqdm(total=len(files), unit="file", disable=quiet) as bar:
         for number, error in in_threads(one, range(len(files)), min(options.jobs, len(files))):
             bar.update()
             failed += 0 if error is None else _failed(files[number].name, error)

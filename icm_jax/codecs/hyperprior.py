@@ -13,6 +13,8 @@ Parameters lie under `image_codec`.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -99,7 +101,7 @@ class ImageCodec(ops.Module):
         parts = [self.prior(latents["z" if self.hyper else "y"])]
         if self.hyper:
             parts.append(self.hyper_synthesis(latents["z"]))
-        return self.decode(latents["y"], quality), parts
+        return self.decode(latents, quality), parts
 
     def front(self, x, quality):
         return self.gain(self.analysis(x), quality)
@@ -107,8 +109,8 @@ class ImageCodec(ops.Module):
     def latents(self, y):
         return {"z": self.hyper_analysis(y), "y": y} if self.hyper else {"y": y}
 
-    def decode(self, y, quality):
-        return self.synthesis(self.gain.undo(y, quality))
+    def decode(self, latents, quality):
+        return self.synthesis(self.gain.undo(latents["y"], quality))
 
 
 @builder("image")
@@ -141,7 +143,36 @@ def image_codec(
         raise IcmError(f"the kernels of an image codec's last layer have sides 3 or 5, not {last}")
     hyper, mean = kind != "factorised", kind == "mean_scale_hyperprior"
     module = ImageCodec(widths, channels, levels, hyper, mean, last, dtype)
-    run = method_of(module, PART)
+
+    def segments(run):
+        return _segments(run, widths[-1], channels, hyper, mean)
+
+    def tiling(front):
+        # Four layers with windows of 5 look 2 + 4 + 8 + 16 pixels far, and back 1 + 1/2 + ... < 2;
+        # from y to z it is 1 + 2 + 4.
+        rest = 4 if hyper else 1
+        return Tiling(("y",), front, 16, halo=32, back_halo=2, rest=rest, rest_halo=8)
+
+    return of_module(module, PART, segments, tiling)
+
+
+def of_module(
+    module: Any,
+    part: str,
+    segments: Callable[[Callable], tuple[Segment, ...]],
+    tiling: Callable[[Callable], Tiling],
+) -> Codec:
+    """The image codec of a module with a `Gain`, output "image".
+
+    Args:
+      module: with the field levels, and methods front: (float32 [N, H, W, 3], its sides multiples
+        of 16, quality) -> y with its gain; latents: y -> latents by name; decode: (latents by name,
+        quality) -> the image.
+      part: top-level name of its parameters.
+      segments: (variables, ..., method=name) of `method_of` -> the codec's segments.
+      tiling: (variables, inputs) -> y, that of `Tiling` -> the codec's tiling.
+    """
+    run = method_of(module, part)
 
     def front(variables, inputs):
         x = ops.pad_to(inputs["image"], 16).astype(jnp.float32)
@@ -152,24 +183,21 @@ def image_codec(
         return run(variables, y, method="latents")
 
     def image_of(variables, decoded, shape):
-        y, quality = decoded["y"], decoded.get("quality")
-        return ops.crop_to(run(variables, y, quality, method="decode"), *shape)
+        image = run(variables, decoded, decoded.get("quality"), method="decode")
+        return ops.crop_to(image, *shape)
 
     def init(key, image):
-        quality = None if levels == 1 else jnp.zeros((1,))
-        x = jnp.zeros((1, 64, 64, 3))
-        return {"params": {PART: module.init(key, x, quality)["params"]}}
+        quality = None if module.levels == 1 else jnp.zeros((1,))
+        return {"params": {part: module.init(key, jnp.zeros((1, 64, 64, 3)), quality)["params"]}}
 
     return Codec(
-        parts=(PART,),
+        parts=(part,),
         init=init,
         analyse=analyse,
-        segments=_segments(run, widths[-1], channels, hyper, mean),
+        segments=segments(run),
         outputs=Outputs(image=image_of),
-        qualities=levels > 1,
-        # Four layers with windows of 5 look 2 + 4 + 8 + 16 pixels far, and back 1 + 1/2 + ... < 2;
-        # from y to z it is 1 + 2 + 4.
-        tiling=Tiling(("y",), front, 16, halo=32, back_halo=2, rest=4 if hyper else 1, rest_halo=8),
+        qualities=module.levels > 1,
+        tiling=tiling(front),
     )
 
 

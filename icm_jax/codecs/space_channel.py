@@ -16,8 +16,8 @@ import numpy as np
 
 from icm_jax import entropy, ops
 from icm_jax.codecs import priors
-from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
-from icm_jax.codecs.hyperprior import Gain
+from icm_jax.codecs.codec import Codec, Segment, builder
+from icm_jax.codecs.hyperprior import Gain, of_module
 from icm_jax.codecs.tiles import Tiling
 from icm_jax.errors import IcmError
 from icm_jax.nets.bottleneck import BlockAnalysis, BlockSynthesis, SignedHyperAnalysis
@@ -149,41 +149,19 @@ def space_channel_codec(
         widths, slices, checkered, blocks, back_blocks, inner, hyper_channels, side, levels, dtype
     )
     _check(module)
-    run = method_of(module, PART)
 
-    def front(variables, inputs):
-        x = ops.pad_to(inputs["image"], 16).astype(jnp.float32)
-        return run(variables, x, inputs.get("quality"), method="front")
+    def segments(run):
+        return _segments(run, slices, checkered, hyper_channels, side)
 
-    def analyse(variables, inputs):
-        y = inputs["latent"] if "latent" in inputs else front(variables, inputs)
-        return run(variables, y, method="latents")
-
-    def image_of(variables, decoded, shape):
-        image = run(variables, decoded, decoded.get("quality"), method="decode")
-        return ops.crop_to(image, *shape)
-
-    def init(key, image):
-        quality = None if levels == 1 else jnp.zeros((1,))
-        return {"params": {PART: module.init(key, jnp.zeros((1, 64, 64, 3)), quality)["params"]}}
-
-    return Codec(
-        parts=(PART,),
-        init=init,
-        analyse=analyse,
-        segments=_segments(run, slices, checkered, hyper_channels, side),
-        outputs=Outputs(image=image_of),
-        qualities=levels > 1,
-        tiling=Tiling(
+    def tiling(front):
+        names, halo, back_halo = (
             tuple(slice_names(slices)),
-            front,
-            16,
-            halo=16 * _reach(blocks),
-            back_halo=_reach(back_blocks),
-            rest=4,
-            rest_halo=4,
-        ),
-    )
+            16 * _reach(blocks),
+            _reach(back_blocks),
+        )
+        return Tiling(names, front, 16, halo=halo, back_halo=back_halo, rest=4, rest_halo=4)
+
+    return of_module(module, PART, segments, tiling)
 
 
 def _check(module: SpaceChannelCodec) -> None:

@@ -98,13 +98,7 @@ def analyse(
     return _slices(codec, y) | rest_of(codec, variables, y, condition, sizes)
 
 
-def rest_of(
-    codec: Codec,
-    variables,
-    y: np.ndarray,
-    condition: Mapping[str, np.ndarray],
-    sizes: Sequence[tiles.Size] = tiles.SIZES,
-) -> dict[str, np.ndarray]:
+def rest_of(codec: Codec, variables, y, condition: Mapping, sizes=tiles.SIZES) -> dict[str, Any]:
     """The latents that `analyse` makes of y [1, h, w, C], of a codec with a tiling."""
     tiling = codec.tiling
     assert tiling

@@ -66,12 +66,15 @@ def ours(models: dict[str, FrozenCodec], qualities: Sequence[float]) -> list[Sub
 
 
 def rivals(names: Sequence[str] | None = None) -> list[Subject]:
-    """The points of classical formats: those named, or all that are installed but the `SLOW` ones.
+    """The points of classical formats: those named, or all that are installed but the `SLOW` ones,
+    which are then told.
 
     Raises: IcmError for a name that is unknown or not installed.
     """
     if names is None:
         names = [name for name in RIVALS if classical.available(name) and name not in SLOW]
+        left = ", ".join(SLOW)
+        print(f"without {left}, minutes a picture; --rivals names what to measure", file=sys.stderr)
     for name in names:
         if name not in RIVALS or not classical.available(name):
             here = ", ".join(filter(classical.available, RIVALS))

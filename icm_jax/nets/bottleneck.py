@@ -17,27 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import ops
-from icm_jax.nets.layers import Down, around, end_of_block, haar_cascade
+from icm_jax.nets.layers import Down, ResidualBlock, around, end_of_block, haar_cascade
 
 PIXELS = 4
 """Sides of the blocks of pixels."""
 _COLOURS = 3
 
 
-class Bottleneck(ops.Module):
-    """x + dense(ReLU(conv3×3(ReLU(dense(x))))), the middle `inner` channels wide.
-
-    The last layer begins at zero and the block as the identity (Zhang et al. 2019, Fixup).
-    """
-
-    inner: int
-    dtype: Any = jnp.float32
+class Bottleneck(ResidualBlock):
+    """x + dense(ReLU(conv3×3(ReLU(dense(x))))), the middle `features` channels wide."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, h, w, C] -> the same."""
-        y = nn.relu(nn.Dense(self.inner, dtype=self.dtype)(x))
-        y = nn.relu(nn.Conv(self.inner, (3, 3), dtype=self.dtype)(ops.inside(y)))
+        y = nn.relu(nn.Dense(self.features, dtype=self.dtype)(x))
+        y = nn.relu(nn.Conv(self.features, (3, 3), dtype=self.dtype)(ops.inside(y)))
         zeros = nn.initializers.zeros
         return end_of_block(x + nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=zeros)(y))
 
