@@ -23,7 +23,7 @@
 
     Command: python -m icm_jax.main --config=configs/hyperprior.py:photo --config.data.path=PHOTOS
     Takes:   not run here by this command; by launch/train_resident.py 9 minutes
-    On:      one H100
+    On:      one H200
     Expect:  the model in the package: on Kodak 1 to 12, 55 % fewer bits than JPEG at equal PSNR,
              66 % fewer at equal MS-SSIM (icm_jax/models/photo.md)
 

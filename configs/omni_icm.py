@@ -3,7 +3,8 @@
     Command: python -m icm_jax.main --config=configs/omni_icm.py
     Takes:   15 to 20 minutes
     On:      2 CPU cores of a shared machine
-    Expect:  76 % top-1 at 0.184 bpp, its α = 0 twin 80 % at 0.186, WebP 86 % at 0.255
+    Expect:  69 to 76 % top-1 at 0.17 to 0.18 bpp, its α = 0 twin 68 to 80 % (a last bit decides
+             which), WebP 86 % at 0.255
 
     Command: python -m icm_jax.main --config=configs/omni_icm.py:study
     Takes:   1 h 5 min
