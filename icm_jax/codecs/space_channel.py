@@ -11,6 +11,9 @@ sees the first. So there are a few passes, whatever the size of an image. Rates 
 `icm_jax.codecs.hyperprior`. Parameters lie under `space_channel`.
 """
 
+import functools
+
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -85,12 +88,12 @@ class SpaceChannelCodec(ops.Module):
         self.gain = Gain(self.levels, channels)
         self.hyper_analysis = SignedHyperAnalysis(_HYPER_WIDTH, self.hyper_channels)
         self.prior = entropy.Factorised()
-        self.parameters = [
-            EntropyParameters(
-                nodes_of(self.slices, self.checkered, number, self.side), size, mean=True
-            )
-            for number, size in enumerate(self.slices)
-        ]
+        self.parameters = [self.parameters_of(number) for number in range(len(self.slices))]
+
+    @nn.nowrap
+    def parameters_of(self, number: int) -> EntropyParameters:
+        nodes = nodes_of(self.slices, self.checkered, number, self.side)
+        return EntropyParameters(nodes, self.slices[number], mean=True)
 
     def __call__(self, x, quality):
         latents = self.latents(self.front(x, quality))
@@ -150,17 +153,7 @@ def space_channel_codec(
     )
     _check(module)
 
-    def segments(run):
-        return _segments(run, slices, checkered, hyper_channels, side)
-
-    def tiling(front):
-        names, halo, back_halo = (
-            tuple(slice_names(slices)),
-            16 * _reach(blocks),
-            _reach(back_blocks),
-        )
-        return Tiling(names, front, 16, halo=halo, back_halo=back_halo, rest=4, rest_halo=4)
-
+    segments, tiling = (functools.partial(made, module) for made in (_segments, _tiling))
     return of_module(module, PART, segments, tiling)
 
 
@@ -178,34 +171,34 @@ def _check(module: SpaceChannelCodec) -> None:
         )
 
 
-def _reach(blocks: tuple[int, int, int]) -> int:
-    """How far bottlenecks at 1/4, 1/8 and 1/16 look together, in elements of y."""
-    return -(-(blocks[0] + 2 * blocks[1] + 4 * blocks[2]) // 4)
+def _tiling(module: SpaceChannelCodec, front) -> Tiling:
+    # How far bottlenecks at 1/4, 1/8 and 1/16 look together, in elements of y.
+    halo, back_halo = (
+        -(-(quarter + 2 * eighth + 4 * sixteenth) // 4)
+        for quarter, eighth, sixteenth in (module.blocks, module.back_blocks)
+    )
+    names = tuple(slice_names(module.slices))
+    return Tiling(names, front, 16, 16 * halo, back_halo, rest=4, rest_halo=4)
 
 
-def _segments(run, slices, checkered: int, hyper_channels: int, side: int) -> tuple[Segment, ...]:
+def _segments(module: SpaceChannelCodec, run) -> tuple[Segment, ...]:
     def bits(variables, latent):
         return run(variables, latent, method="prior_bits")
 
-    shape = priors.halvings(6, hyper_channels)
+    shape = priors.halvings(6, module.hyper_channels)
     return (
         priors.factorised("z", shape, bits, (PART, "prior")),
-        *(_slice(run, slices, checkered, number, side) for number in range(len(slices))),
+        *(_slice(run, module, number) for number in range(len(module.slices))),
     )
 
 
-def _slice(run, slices, checkered: int, number: int, side: int) -> Segment:
-    nodes = nodes_of(slices, checkered, number, side)
-
+def _slice(run, module: SpaceChannelCodec, number: int) -> Segment:
     def real(variables, inputs):
         return run(variables, number, inputs, method="of_slice")
 
-    network = priors.Network(
-        nodes,
-        real,
-        EntropyParameters(nodes, slices[number], mean=True).weights,
-        (PART, f"parameters_{number}"),
-    )
-    passes = checkerboard if number < checkered else None
-    name, shape = slice_names(slices)[number], priors.halvings(4, slices[number])
+    channels = module.slices[number]
+    own = module.parameters_of(number)
+    network = priors.Network(own.nodes, real, own.weights, (PART, f"parameters_{number}"))
+    passes = checkerboard if number < module.checkered else None
+    name, shape = slice_names(module.slices)[number], priors.halvings(4, channels)
     return priors.conditional(name, shape, network, mean=True, passes=passes)
