@@ -304,9 +304,11 @@ def _gathered(values: Mapping[str, jax.Array], node: Node) -> jax.Array:
 def _convolved(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """int8 [N, h, w, C] * int8 [k, k, C, F] -> int32 [N, h, w, F], zeros around.
 
-    Integer convolutions are a CPU's alone; it takes a fifth of the time to compile them.
+    XLA compiles integer convolutions in a fifth of the time of matrix products, and runs them twice
+    as fast, but on CPUs alone, and not in JAX 0.5, where they take four times as long.
     """
-    return jax.lax.platform_dependent(x, kernel, cpu=_convolution, default=_matrix_products)
+    on_cpu = _convolution if jax.__version_info__ >= (0, 6) else _matrix_products
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=_matrix_products)
 
 
 def _convolution(x, kernel):
