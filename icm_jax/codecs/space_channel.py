@@ -153,7 +153,7 @@ def space_channel_codec(
     )
     _check(module)
 
-    segments, tiling = (functools.partial(made, module) for made in (_segments, _tiling))
+    segments, tiling = functools.partial(_segments, module), functools.partial(_tiling, module)
     return of_module(module, PART, segments, tiling)
 
 
