@@ -164,8 +164,11 @@ def _down_as_it_is(x, kernel):
 
 _down = _by_platform(_down_as_it_is, _down_by_blocks, _down_as_it_is)
 # Matrix units take channels by eight or more: of an image, most would be zeros.
-# Of three channels XLA's strided form on CPUs takes three times as long as that of blocks.
-_down_of_image = _by_platform(_down_by_blocks, _down_by_blocks, _down_by_wide_blocks)
+_down_of_image = _by_platform(_down_as_it_is, _down_by_blocks, _down_by_wide_blocks)
+# Of three channels XLA's strided form of a codec's kernel on CPUs takes three times as long as that
+# of blocks; of the larger kernel of ResNet's stem it was not measured.
+_down_of_small_kernel = _by_platform(_down_by_blocks, _down_by_blocks, _down_by_wide_blocks)
+_SMALL_KERNEL = 5
 
 
 def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -173,7 +176,10 @@ def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     [N, H, W, C], [k, k, C, F] -> [N, ceil(H/2), ceil(W/2), F].
     """
-    return (_down_of_image if x.shape[-1] < 5 else _down)(x, kernel)
+    if x.shape[-1] >= 5:
+        return _down(x, kernel)
+    small = kernel.shape[0] <= _SMALL_KERNEL
+    return (_down_of_small_kernel if small else _down_of_image)(x, kernel)
 
 
 def orthogonal_window(size: int):
