@@ -94,15 +94,21 @@ def test_a_killed_run_ends_in_the_same_bits(folder, undisturbed):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_sigterm_saves_and_the_rest_is_the_same(folder, undisturbed):
-    base = folder / "stopped"
-    process = worker(base, wait=False)
+def terminated(process, base) -> str:
+    """What a run printed that got SIGTERM once it had logged a step."""
     log = base / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not log.is_file() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
+    return output
+
+
+def test_sigterm_saves_and_the_rest_is_the_same(folder, undisturbed):
+    base = folder / "stopped"
+    process = worker(base, wait=False)
+    output = terminated(process, base)
     assert "state is saved" in output and process.returncode != 0
     worker(base)
     one, other = (checkpoint.load_variables(b / "run") for b in (base, undisturbed))
@@ -120,12 +126,7 @@ def stopped_on_eight(folder):
     """A run of eight devices, its parameters sharded, that SIGTERM stopped on its way."""
     base = folder / "eight"
     process = worker(base, devices=8, fsdp=4, wait=False)
-    log = base / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not log.is_file() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output = terminated(process, base)
     assert "state is saved" in output, output[-3000:]
     return base
 
