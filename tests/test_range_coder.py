@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from icm_jax import compiled as compiled_module
 from icm_jax.coding import range_coder, tables
 from icm_jax.coding.tables import Tables
 from icm_jax.compiled import compiled
@@ -261,6 +264,37 @@ def test_the_coder_is_named_or_refused():
     tables = Tables(np.array([-1, 0, 1, 2]), np.array([0]))
     with pytest.raises(IcmError, match="native, tfc"):
         range_coder.encode(np.zeros(1, np.int32), np.zeros(1, np.int32), tables, "rans")
+
+
+def test_machine_code_is_kept_and_damage_to_it_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled_module, "_place", lambda *_: tmp_path / "kept.o")
+    symbols, rows, row = np.zeros(3, np.int32), np.zeros(3, np.int32), tables.gaussian_tables()
+    out, stop = np.zeros(8, np.uint8), np.zeros(1, np.int64)
+    streams = []
+    for damage in (lambda kept: kept, lambda kept: kept[:-1] + b"x", lambda kept: b""):
+        encode = compiled_module._found(range_coder._LOOPS, "encode")
+        assert encode(symbols, rows, 3, row.cdf, row.rows, out, 8, stop) == range_coder.OK
+        streams.append(out[: stop[0]].tobytes())
+        kept = (tmp_path / "kept.o").read_bytes()
+        (tmp_path / "kept.o").write_bytes(damage(kept))
+    assert set(streams) == {range_coder.encode(symbols, rows, row)}
+    monkeypatch.setattr(compiled_module, "_writable", lambda source: False)
+    (tmp_path / "kept.o").unlink()
+    assert compiled_module._found(range_coder._LOOPS, "encode")(
+        symbols, rows, 3, row.cdf, row.rows, out, 8, stop
+    ) == range_coder.OK and not (tmp_path / "kept.o").exists()  # fmt: skip
+
+
+def test_a_process_that_only_codes_is_spared_numba():
+    code = (
+        "import sys, numpy; from icm_jax.coding import range_coder, tables;"
+        "n = numpy.zeros(5, numpy.int32); t = tables.gaussian_tables();"
+        "print(range_coder.decode(range_coder.encode(n, n, t), n, t).tolist() == [0] * 5,"
+        "'numba' in sys.modules)"
+    )
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout.split() == [b"True", b"False"]
 
 
 def test_compiles_where_no_cache_can_be_written():
