@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from icm_jax.data import DATASETS
+from icm_jax import data
 from icm_jax.measure.classical import FORMATS
 
 
@@ -36,7 +36,7 @@ def overridable(config: dict) -> ml_collections.ConfigDict:
 
     every = {
         field: ml_collections.config_dict.placeholder(object)
-        for known in DATASETS.values()
+        for known in data.DATASETS.values()
         for field in known.fields
     }
     return ml_collections.ConfigDict(opened(config | {"data": every | config["data"]}))
@@ -50,8 +50,8 @@ def scenes(train: int, validation: int, canvas: int = 96, **fields) -> dict:
 
 def label_keys(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     """What the images of `config.data` come with; a data set that TFDS knows: classes."""
-    known = config.data.name in DATASETS
-    return DATASETS[config.data.name].keys if known else ("label",)
+    known = config.data.name in data.DATASETS
+    return data.label_keys(data.data_fields(config.data)) if known else ("label",)
 
 
 def left_out(config: ml_collections.ConfigDict, needs: dict[str, str]) -> list[str]:

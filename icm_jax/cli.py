@@ -29,8 +29,6 @@ from icm_jax.files import Room, cores, in_threads, listed, names_folder, target_
 FILE: dict[Any, Any] = {}
 """`shtab.FILE`, once a script is to be printed: only there the package is imported."""
 SHELLS = ("bash", "fish", "powershell", "tcsh", "zsh")
-AT_ONCE = 1 << 26
-"""Pixels that are coded at the same time: two pictures of 8K, at about 40 bytes a pixel."""
 QUALITIES = (0, 25, 50, 75, 100)
 
 
@@ -186,7 +184,7 @@ def _compress(options) -> int:
     from icm_jax.data.images import read_image
     from icm_jax.data.sources import SUFFIXES
 
-    codec, room = _load(options.model), Room(AT_ONCE)
+    codec, room = _load(options.model), Room()
 
     def one(data, name):
         image = read_image(data, name)
@@ -200,7 +198,7 @@ def _decompress(options) -> int:
     from icm_jax.coding import container
     from icm_jax.data.images import write_image
 
-    codec_of, room = _reader(options.model), Room(AT_ONCE)
+    codec_of, room = _reader(options.model), Room()
     out = options.out or ""
     suffix = ".png" if names_folder(out) or out == "-" else pathlib.Path(out).suffix or ".png"
 

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all; many files, several at a time."""
 
+import collections
 import contextlib
 import json
 import os
@@ -13,6 +14,8 @@ from icm_jax.errors import IcmError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+AT_ONCE = 1 << 26
+"""Pixels that are coded at the same time: two pictures of 8K, at about 40 bytes a pixel."""
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:
@@ -20,13 +23,23 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
 
     Raises: IcmError if it cannot be written (full disk, missing rights).
     """
+    with beside(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def beside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Where to write what is to become the file `path`: within, a path beside it; on leaving, all
+    is put on the disk and takes the place of an older file, or on an error is removed.
+
+    Raises: IcmError for an OSError: it cannot be written (full disk, missing rights).
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -93,7 +106,7 @@ def names_folder(out: str) -> bool:
 class Room:
     """A limit on what threads work on at the same time."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int = AT_ONCE):
         self._limit, self._taken, self._changed = limit, 0, threading.Condition()
 
     @contextlib.contextmanager
@@ -113,7 +126,10 @@ class Room:
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], jobs: int
 ) -> Iterator[tuple[Item, Result | IcmError]]:
-    """(item, function(item) or the IcmError that it raised) in order, `jobs` at the same time."""
+    """(item, function(item) or the IcmError that it raised) in order, `jobs` at the same time.
+
+    Of items without end no more are taken than there is work for, and as many again.
+    """
 
     def one(item):
         try:
@@ -125,7 +141,13 @@ def in_threads(
         yield from map(one, items)
         return
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, items)
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(one, item))
+            if len(waiting) > 2 * jobs:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def cores() -> int:

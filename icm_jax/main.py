@@ -2,7 +2,8 @@
 
     python -m icm_jax.main --config=configs/omni_icm.py [--workdir=DIR] [--config.field=value]
 
-The same command resumes what was interrupted and skips what is done.
+The same command resumes what was interrupted and skips what is done. With `--mode=code` it codes
+the experiment's data set instead, and with `--mode=plan` it says what training needs.
 """
 
 import importlib.util
@@ -23,9 +24,22 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: 
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "report", "plan"],
+    ["train", "report", "plan", "code"],
     "train: everything; report: redo the report alone; plan: compile the training steps for "
-    "--topology and say what they need, without running them.",
+    "--topology and say what they need, without running them; code: code the data set with "
+    "--codec into record files below the work directory, which --config.data.name=codes reads.",
+)
+CODEC = flags.DEFINE_string(
+    "codec", None, "With --mode=code: codec file (.icmc); default: the model in the package."
+)
+QUALITY = flags.DEFINE_float("quality", None, "With --mode=code: 0 to 100; default 50.", 0, 100)
+SPLIT = flags.DEFINE_list("split", ["train", "validation"], "With --mode=code: which to code.")
+SHARDS = flags.DEFINE_integer(
+    "shards",
+    None,
+    "With --mode=code: record files of a split; default: one for 1,000 images, 16 "
+    "at least. As many processes can code at the same time.",
+    1,
 )
 TOPOLOGY = flags.DEFINE_string(
     "topology",
@@ -79,6 +93,9 @@ def main(argv: list[str]) -> None:
         if keeps_programs():
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        if MODE.value == "code":
+            code_data_set(config, workdir)
+            return
         run_experiment(experiment, config, workdir, train=MODE.value == "train")
     except IcmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -152,6 +169,27 @@ def plan_experiment(experiment, config, workdir: pathlib.Path) -> list[dict]:
     print(plan.describe(target, records))
     print(f"the same as JSON: {workdir / 'plan.json'}")
     return records
+
+
+def code_data_set(config, workdir: pathlib.Path) -> pathlib.Path:
+    """Codes the splits of the experiment's data set; returns the folder of the codes."""
+    import jax
+
+    from icm_jax.engine import codes
+
+    folder = workdir / "codes"
+    options: dict[str, Any] = dict(codec=CODEC.value, quality=QUALITY.value, count=SHARDS.value)
+    for split in SPLIT.value:
+        facts = codes.write(config.data, split, folder, **options)
+        if jax.process_index() == 0:
+            print(
+                f"{split}: {facts['bytes']:,} bytes, {facts['bits_per_pixel']:.4f} bits per pixel; "
+                f"images: {facts['images']:,}, shards: {facts['shards']:,}",
+                flush=True,
+            )
+    if jax.process_index() == 0:
+        print(f"read them with --config.data.name=codes --config.data.path={folder}", flush=True)
+    return folder
 
 
 def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True) -> pathlib.Path:

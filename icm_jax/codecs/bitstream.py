@@ -75,7 +75,7 @@ class FrozenCodec:
             raise IcmError(f"an image is uint8 [H, W, 3] or [H, W], not {image.shape}")
         if quality is None and self.codec.qualities:
             quality = DEFAULT_QUALITY
-        self._begin(image.shape[:2], _quality_steps(self.codec, quality), back=False)
+        self._begin(image.shape[:2], quality_steps(self.codec, quality), back=False)
         return encode(self, image[None], quality=quality)[0]
 
     def decompress(self, data: bytes, layers: int | None = None) -> np.ndarray:
@@ -179,7 +179,7 @@ def encode(
     grey = images.ndim == 3
     images = _require_images(np.repeat(images[..., None], 3, axis=-1) if grey else images)
     _require_sides(images.shape[1:3])
-    steps = _quality_steps(codec, quality)
+    steps = quality_steps(codec, quality)
     return [_encoded(frozen, image, grey, steps, coder, windows) for image in images]
 
 
@@ -322,7 +322,7 @@ def bit_maps(
     """Where the bits of `estimate` lie: {segment: float32 [N, h, w]}, summed over channels."""
     codec = _require_frozen(frozen).codec
     inputs = {"image": _require_images(images)}
-    inputs |= _condition(_quality_steps(codec, quality), len(images))
+    inputs |= _condition(quality_steps(codec, quality), len(images))
     return jax.device_get(walk.maps(codec, frozen.on_device, inputs))
 
 
@@ -361,8 +361,11 @@ def _as_float16(leaf: np.ndarray) -> np.ndarray:
     return leaf.clip(-limit, limit).astype(np.float16).astype(leaf.dtype)
 
 
-def _quality_steps(codec: Codec, quality: float | None) -> int | None:
-    """A quality in the steps of the file format."""
+def quality_steps(codec: Codec, quality: float | None) -> int | None:
+    """A quality in the steps of the file format; None for a codec of one rate.
+
+    Raises: IcmError for a quality that the codec cannot have.
+    """
     if not codec.qualities:
         if quality is not None:
             raise IcmError("this model has one rate; leave the quality out")

@@ -18,13 +18,14 @@ class Dataset(NamedTuple):
     takes what its set has (`data_fields`), and a field that is None is not given.
 
     Attributes:
-      keys: what examples have beside the image (label, mask, objects).
+      keys: what examples have beside the image (label, mask, objects), or every field of the set
+        -> that, where it depends on the files; see `label_keys`.
       open: (every field of the set -> value, split) -> Source.
       fields: the set's own fields and their defaults; a string stays one, whatever is given.
       classes, mask_classes: how many there are, where that does not depend on the files.
     """
 
-    keys: tuple[str, ...]
+    keys: tuple[str, ...] | Callable[[Mapping[str, Any]], tuple[str, ...]]
     open: Callable[[Mapping[str, Any], str], sources.Source]
     fields: Mapping[str, Any] = {"path": ""}
     classes: int | None = None
@@ -39,6 +40,7 @@ DATASETS = {
     "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, _SCENES, 12, 13),
     "folder": Dataset(("label",), sources.folder),
     "photos": Dataset((), sources.photos),
+    "codes": Dataset(sources.keys_of_codes, sources.codes),
     "coco_json": Dataset(("label", "objects"), sources.coco_json),
     "mask_folder": Dataset(("mask",), sources.mask_folder, _MASKS),
     "voc_masks": Dataset(("mask",), sources.voc_masks, _VOC, 0, 21),
@@ -57,6 +59,15 @@ def dataset(name: str) -> Dataset:
     if name not in DATASETS:
         raise IcmError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     return DATASETS[name]
+
+
+def label_keys(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the examples that a run's data fields name have beside the image.
+
+    Raises: IcmError for an unknown name or field, or absent data where it depends on the files.
+    """
+    found, fields = _own_fields(config)
+    return found.keys(fields) if callable(found.keys) else found.keys
 
 
 def check_fields(name: str, given) -> None:
@@ -89,6 +100,12 @@ def open_source(config: Mapping[str, Any], split: str) -> sources.Source:
     """
     if split not in sources.SPLITS:
         raise IcmError(f"no split {split!r}; choose one of {', '.join(sources.SPLITS)}")
+    found, fields = _own_fields(config)
+    return found.open(fields, split)
+
+
+def _own_fields(config: Mapping[str, Any]) -> tuple[Dataset, dict[str, Any]]:
+    """The data set that fields name, and every field of its own with its value."""
     given = {field: value for field, value in config.items() if value is not None}
     found = dataset(given["name"])
     check_fields(given["name"], given)
@@ -96,4 +113,4 @@ def open_source(config: Mapping[str, Any], split: str) -> sources.Source:
     for field, default in found.fields.items():
         value = given.get(field, default)
         fields[field] = str(value) if isinstance(default, str) else value
-    return found.open(fields, split)
+    return found, fields

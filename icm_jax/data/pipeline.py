@@ -264,7 +264,7 @@ def _example(
     else:
         share = math.sqrt(spec.crop[0] if rng else 1.0)
         least = math.ceil(canvas[0] / share), math.ceil(canvas[1] / share)
-        image = images.read_rgb(loaded["image"], loaded["name"], least)
+        image = source.read(loaded["image"], loaded["name"], least)
         if rng is None:
             view = geometry.fit(image, canvas)
         elif masked:
@@ -330,7 +330,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     loaded, canvas, rows = source.load(number), spec.canvas, spec.boxes
     if "objects" not in loaded:
         raise IcmError(f"{source.name} has no boxes; data.boxes asks for them")
-    image = images.read_rgb(loaded["image"], loaded["name"], (max(canvas), max(canvas)))
+    image = source.read(loaded["image"], loaded["name"], (max(canvas), max(canvas)))
     image, extent = geometry.letterbox(image, canvas)
     objects = loaded["objects"]
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]

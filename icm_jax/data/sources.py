@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from icm_jax.data.images import read_rgb
 from icm_jax.errors import IcmError
 
 SPLITS = {"train": "train", "validation": "val"}
@@ -43,6 +44,9 @@ class Source:
         image. With objects, it is that of the largest which is not ignored.
       mask_classes: names of the class ids in masks.
       mask_ids: {id in the files: class id}, see `images.read_mask`; None: they are the same.
+      read: (an image's bytes, name for errors, least height and width) -> uint8 [H, W, 3], as
+        `images.read_rgb`.
+      codec: path of the codec file that images are coded with, of data set "codes"; else "".
     """
 
     name: str
@@ -51,6 +55,8 @@ class Source:
     load: Callable[[int], dict]
     mask_classes: tuple[str, ...] = ()
     mask_ids: Mapping[int, int] | None = None
+    read: Callable[[bytes, str, tuple[int, int]], np.ndarray] = read_rgb
+    codec: str = ""
 
 
 def cache_folder() -> pathlib.Path:
@@ -65,7 +71,21 @@ def scenes_source(config, split: str) -> Source:
     sizes = {field: value for field, value in config.items() if field != "path"}
     builder = scenes.prepared(config["path"] or cache_folder(), **sizes)
     names = tuple(scenes.CLASSES)
-    return _from_builder(builder, split, names, ("background", *names))
+    return from_builder(builder, split, names, ("background", *names))
+
+
+def codes(config, split: str) -> Source:
+    """What `--mode=code` wrote into a folder, field path; see `icm_jax.data.shards`."""
+    from icm_jax.data import shards
+
+    return shards.source(config, split)
+
+
+def keys_of_codes(config) -> tuple[str, ...]:
+    """What those examples have beside the image."""
+    from icm_jax.data import shards
+
+    return shards.keys(config)
 
 
 def folder(config, split: str) -> Source:
@@ -75,7 +95,7 @@ def folder(config, split: str) -> Source:
     `train/` and `val/` with a folder per class, or folders per class alone, of which every fifth
     image by name hash is kept for validation.
     """
-    root = _existing(config)
+    root = existing(config)
     short = SPLITS[split]
     if (root / f"{short}.txt").is_file():
         entries = [root / line for line in _lines(root / f"{short}.txt")]
@@ -109,7 +129,7 @@ def photos(config, split: str) -> Source:
 
     `train.txt` and `val.txt` list files, or every fifth image by name hash is kept for validation.
     """
-    root = _existing(config)
+    root = existing(config)
     short = SPLITS[split]
     if (root / f"{short}.txt").is_file():
         entries = [root / line for line in _lines(root / f"{short}.txt")]
@@ -129,7 +149,7 @@ def coco_json(config, split: str) -> Source:
 
     Widths, heights and boxes are those of the upright image; see `icm_jax.data.images`.
     """
-    root = _existing(config)
+    root = existing(config)
     file = root / f"{SPLITS[split]}.json"
     text = _read(file)
     try:
@@ -174,7 +194,7 @@ def mask_folder(config, split: str) -> Source:
     `train.txt` and `val.txt` list names; they may be absent where `images` has "{split}". Names of
     classes are in `classes.txt`.
     """
-    root = _existing(config)
+    root = existing(config)
     folders = [root / config[kind].format(split=SPLITS[split]) for kind in ("images", "masks")]
     found = {}
     for kind, folder in zip(("image", "mask"), folders, strict=True):
@@ -229,7 +249,7 @@ def voc_masks(config, split: str) -> Source:
     For the 10,582 images with the masks of Hariharan et al. 2011, `data.masks` names their folder
     ("SegmentationClassAug") and `data.list` their list ("trainaug").
     """
-    root = _existing(config)
+    root = existing(config)
     listed = config["list"] if split == "train" else "val"
     stems = _lines(root / "ImageSets" / "Segmentation" / f"{listed}.txt")
     folders = root / "JPEGImages", root / config["masks"]
@@ -263,7 +283,7 @@ def tfds_source(name: str) -> Callable:
             warnings.simplefilter("ignore")
             try:  # from the files alone: the code that made some of them imports TensorFlow
                 builder = read_only_builder.builder_from_files(name, data_dir=path)
-                source = _from_builder(builder, split, (), ())
+                source = from_builder(builder, split, (), ())
             except Exception as error:
                 reason = str(error).split("\n")[0]
                 raise IcmError(_prepare(name, path, reason)) from error
@@ -289,7 +309,10 @@ def _objects(boxes=(), labels=(), ignored=()) -> Objects:
     )
 
 
-def _from_builder(builder, split, classes, mask_classes) -> Source:
+def from_builder(
+    builder: Any, split: str, classes: tuple[str, ...], mask_classes: tuple[str, ...]
+) -> Source:
+    """A split of a TFDS builder whose files are there; an example's label of -1 is none."""
     import tensorflow_datasets as tfds
 
     skip, features = tfds.decode.SkipDecoding(), builder.info.features
@@ -307,9 +330,11 @@ def _from_builder(builder, split, classes, mask_classes) -> Source:
             loaded["objects"] = _objects(given["bbox"], given["label"], flags)
             loaded["label"] = largest(loaded["objects"])
         if "label" in features:
-            loaded["label"] = int(example["label"])
-        if mask_classes:
+            loaded["label"] = int(example["label"]) if example["label"] >= 0 else None
+        if "mask" in features:
             loaded["mask"] = example["mask"]
+        if "name" in features:
+            loaded["name"] = example["name"].decode()
         return loaded
 
     return Source(builder.name, len(data), classes, load, mask_classes)
@@ -330,7 +355,8 @@ def _prepare(name: str, path: str | None, reason: str) -> str:
     )
 
 
-def _existing(config) -> pathlib.Path:
+def existing(config: Mapping[str, Any]) -> pathlib.Path:
+    """The folder `config["path"]`. Raises: IcmError if there is none."""
     path = config["path"]
     if not path:
         raise IcmError("data.path is empty; set it to the folder of the images")

@@ -13,7 +13,8 @@ import numpy as np
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.codecs.codec import Codec
-from icm_jax.data import open_source, pipeline
+from icm_jax.data import pipeline
+from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Run, codec_path, load_run
 from icm_jax.errors import IcmError
 from icm_jax.tasks import views

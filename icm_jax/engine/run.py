@@ -278,20 +278,29 @@ def claim(folder: pathlib.Path, run: Run, writes: bool = True) -> None:
     given = to_json(run)
     if path.is_file():
         kept = json.loads(path.read_text())
-        differing = [
-            name
-            for name in sorted(set(_leaves(kept)) | set(_leaves(given)))
-            if name not in HARMLESS and _leaves(kept).get(name) != _leaves(given).get(name)
-        ]
-        if differing:
-            name = differing[0]
+        changed = changes(kept, given, HARMLESS)
+        if changed:
             raise IcmError(
-                f"{folder} holds a run with another config ({', '.join(differing[:6])} differ: "
-                f"{name} was {_leaves(kept).get(name)!r}, is {_leaves(given).get(name)!r}); "
+                f"{folder} holds a run with another config ({changed}); "
                 "choose another --workdir or remove that folder"
             )
     elif writes:
         write_json(path, given)
+
+
+def changes(kept: dict, given: dict, harmless: Iterable[str] = ()) -> str:
+    """Which fields of two trees differ, and how the first does; "" if none but `harmless` ones."""
+    before, now = _leaves(kept), _leaves(given)
+    differing = [
+        name
+        for name in sorted({*before, *now})
+        if name not in harmless and before.get(name) != now.get(name)
+    ]
+    if not differing:
+        return ""
+    name = differing[0]
+    listed = ", ".join(differing[:6])
+    return f"{listed} differ: {name} was {before.get(name)!r}, is {now.get(name)!r}"
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict:

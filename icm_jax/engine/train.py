@@ -26,8 +26,9 @@ from jax.experimental import multihost_utils
 
 from icm_jax import ops
 from icm_jax.codecs.codec import forward
-from icm_jax.data import geometry, open_source, pipeline
+from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint, frozen, optim, sharding
+from icm_jax.engine.codes import open_source
 from icm_jax.engine.log import Log
 from icm_jax.engine.run import DONE, Run, claim
 from icm_jax.errors import IcmError

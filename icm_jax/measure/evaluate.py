@@ -43,9 +43,9 @@ import tqdm
 
 from icm_jax import ops
 from icm_jax.codecs.bitstream import FrozenCodec
-from icm_jax.data import geometry, open_source, pipeline
-from icm_jax.data.images import read_rgb
+from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint, sharding
+from icm_jax.engine.codes import open_source
 from icm_jax.engine.frozen import check_same, load_codec
 from icm_jax.engine.run import Point, Run, load_run
 from icm_jax.engine.train import complete
@@ -352,7 +352,7 @@ def distortion(
     def code(number: int) -> tuple:
         """(size, {metric: value}) of an image."""
         loaded = source.load(number)
-        image = read_rgb(loaded["image"], loaded["name"])
+        image = source.read(loaded["image"], loaded["name"], (0, 0))
         if side:
             image = np.asarray(views.centre(geometry.fit(image, canvas)[None], side))[0]
         given, size = through(image)

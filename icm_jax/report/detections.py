@@ -10,8 +10,9 @@ from matplotlib.patches import Rectangle
 
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.coding import container
-from icm_jax.data import open_source, pipeline
+from icm_jax.data import pipeline
 from icm_jax.engine import checkpoint
+from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Run
 from icm_jax.engine.train import complete
 from icm_jax.report.looks import save

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from icm_jax.codecs import CODECS, model_file
 from icm_jax.codecs.codec import Codec, forward
-from icm_jax.data import open_source, pipeline
+from icm_jax.data import pipeline
 from icm_jax.engine import checkpoint
+from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Labels, Run
 from icm_jax.engine.train import complete
 from icm_jax.measure.redundancy import CLUSTERS, fibres, uncertainty_coefficient

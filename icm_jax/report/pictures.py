@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from icm_jax.codecs import CODECS, bitstream, model_file
-from icm_jax.data import open_source, pipeline
+from icm_jax.data import pipeline
+from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Labels, Run, codec_path
 from icm_jax.report.looks import save, title_of
 from icm_jax.tasks import views

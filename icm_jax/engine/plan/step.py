@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from icm_jax.codecs.codec import forward
-from icm_jax.data import DATASETS, geometry, open_source, pipeline
+from icm_jax.data import DATASETS, geometry, label_keys, open_source, pipeline
 from icm_jax.engine import sharding
 from icm_jax.engine.plan import hlo
 from icm_jax.engine.plan.chips import GIB, RESERVED, Chip, Target
@@ -46,7 +46,7 @@ def abstract_step(
     training = prepare(run, build_task(counted(run)), target.devices)
     _, state = initial(training)
     spec = pipeline.batch_spec(run.data, run.batch_size, masks="mask" in run.needs)
-    sizes = pipeline.layout(DATASETS[run.data.name].keys, spec)
+    sizes = pipeline.layout(label_keys(run.data), spec)
     if run.decode_once:
         codec = training.task.codec
         assert codec
