@@ -17,6 +17,7 @@ folder, or where ICM_CACHE_DIR says.
 
 import argparse
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -35,6 +36,7 @@ QUALITIES = (0, 25, 50, 75, 100)
 def main(arguments: list[str] | None = None) -> int:
     """Parses and runs one subcommand; returns the exit code."""
     options = _parser().parse_args(arguments)
+    gc.set_threshold(1 << 16, *gc.get_threshold()[1:])  # imports make much and drop little
     try:
         return options.run(options)
     except IcmError as error:

@@ -5,6 +5,7 @@ flags, the codec, the shapes and the processor. Programs are code, so none is re
 in which others than its owner could have put it.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -31,6 +32,9 @@ FOLDER = "ICM_CACHE_DIR"
 LIMIT = 1 << 28
 """Bytes that a folder of programs may take; the longest unused go first."""
 _SUFFIX = ".program"
+_QUICK: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
+"""Of programs of integers: half the time to compile, as fast to run. Floats could come out other in
+their last bits, and files with them."""
 _PACKAGE = pathlib.Path(__file__).parent.parent
 
 _made: dict[Any, Any] = {}
@@ -38,14 +42,18 @@ _locks: dict[Any, threading.Lock] = {}
 _guard = threading.Lock()
 
 
-def run(function: Callable, static: tuple, variables: Any, inputs: Any) -> Any:
+def run(
+    function: Callable, static: tuple, variables: Any, inputs: Any, *, integers: bool = False
+) -> Any:
     """function(*static, variables, inputs) by a compiled program.
 
     It is compiled, or read, by the first thread that needs it for such shapes; others wait.
 
     Args:
       function: on the top level of a module. static: hashable, a `Codec` first.
-      variables: arrays on a device, where it runs. inputs: arrays on the host.
+      variables: arrays on a device, where it runs, no more than it needs: each takes time.
+      inputs: arrays on the host.
+      integers: it computes with integers alone, which no compiler's choice can change.
     """
     leaves, form = jax.tree.flatten((variables, inputs))
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
@@ -58,31 +66,52 @@ def run(function: Callable, static: tuple, variables: Any, inputs: Any) -> Any:
         with lock:
             program = _made.get(key)
             if program is None:
-                program = _kept(function, static, variables, inputs, repr((shapes, form, settings)))
+                named = [(shape, _name_of(dtype)) for shape, dtype in shapes]
+                job = _Job(function, static, variables, inputs, integers)
+                program = _kept(job, repr((named, form, settings)))
                 _made[key] = program
     return program(variables, inputs)
 
 
-def _kept(function, static, variables, inputs, described: str):
+class _Job(NamedTuple):
+    """What `run` was given."""
+
+    function: Callable
+    static: tuple
+    variables: Any
+    inputs: Any
+    integers: bool
+
+
+def _kept(job: _Job, described: str):
     """The program out of the folder, or compiled and put there."""
-    device = jax.tree.leaves(variables)[0].device
-    folder = folder_of_programs() if _can_be_kept(static[0]) else None
+    device = jax.tree.leaves(job.variables)[0].device
+    folder = folder_of_programs() if _can_be_kept(job.static[0]) else None
     if folder is None:
-        return _compiled(function, static, variables, inputs)
-    config = json.dumps(static[0].config)
-    about = (function.__name__, config, repr(static[1:]), described, *_surroundings(device))
+        return _compiled(job)
+    config = json.dumps(job.static[0].config)
+    about = (job.function.__name__, config, repr(job.static[1:]), described, *_surroundings(device))
     name = hashlib.sha256("\0".join(about).encode()).hexdigest()
     path = folder / f"{name[:40]}{_SUFFIX}"
     program = _read(path, device)
     if program is None:
-        program = _compiled(function, static, variables, inputs)
+        program = _compiled(job)
         _write(path, program)
     return program
 
 
-def _compiled(function, static, variables, inputs):
-    bound = functools.partial(function, *static)
-    return jax.jit(bound).lower(variables, inputs).compile()
+def _compiled(job: _Job):
+    bound = functools.partial(job.function, *job.static)
+    lowered = jax.jit(bound).lower(job.variables, job.inputs)
+    if job.integers and jax.tree.leaves(job.variables)[0].device.platform == "cpu":
+        with contextlib.suppress(RuntimeError):  # another XLA, which does not know the option
+            return lowered.compile(compiler_options=_QUICK)
+    return lowered.compile()
+
+
+@functools.cache
+def _name_of(dtype) -> str:
+    return str(dtype)
 
 
 def _can_be_kept(codec) -> bool:

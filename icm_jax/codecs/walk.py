@@ -81,10 +81,10 @@ def analyse(
         inputs = {"image": image, **condition}
         return jax.device_get(programs.run(_analyse, (codec,), variables, inputs))
     image = ops.pad_to(image, tiling.factor)
-    sides = image.shape[1:3]
+    sides, weights = image.shape[1:3], _floats(variables)
 
     def front(part: Part):
-        return programs.run(_front, (codec,), variables, (part, condition))
+        return programs.run(_front, (codec,), weights, (part, condition))
 
     y = tiles.in_windows(
         front,
@@ -104,15 +104,27 @@ def rest_of(codec: Codec, variables, y, condition: Mapping, sizes=tiles.SIZES) -
     assert tiling
     if tiling.rest == 1:
         return {}
+    weights = _floats(variables)
 
     def rest(part: Part):
-        return programs.run(_rest, (codec,), variables, (part, condition))
+        return programs.run(_rest, (codec,), weights, (part, condition))
 
     sides = tiling.factor * y.shape[1], tiling.factor * y.shape[2]
     step, halo = tiling.factor * tiling.rest, tiling.factor * tiling.rest_halo
     given = {"latent": (y, tiling.factor)}
     squares = tiles.squares(sizes)
     return tiles.in_windows(rest, given, sides, step, halo, squares, together(variables))
+
+
+def _floats(variables) -> dict:
+    """What transforms are computed with, of the variables of a frozen codec."""
+    return {name: tree for name, tree in variables.items() if name != "integer"}
+
+
+def _integers(variables, segment: Segment):
+    """What a segment's exact prior is computed with, see `Segment`."""
+    own = variables.get("integer", {}).get(segment.name)
+    return variables if own is None else {"integer": {segment.name: own}}
 
 
 def _slices(codec: Codec, y) -> dict[str, Any]:
@@ -145,8 +157,10 @@ def output(
     step = tiling.factor
     condition = {name: value for name, value in decoded.items() if name == "quality"}
 
+    weights = _floats(variables)
+
     def image(part: Part):
-        return programs.run(_image, (codec,), variables, (part, condition))
+        return programs.run(_image, (codec,), weights, (part, condition))
 
     sides = y.shape[1] * step, y.shape[2] * step
     given, halo = {"latent": (y, step)}, step * tiling.back_halo
@@ -172,9 +186,11 @@ def prior(
         rows, mean = _whole_prior(codec, number, shape, variables, decoded)
         return np.asarray(rows), None if mean is None else np.asarray(mean)
     given = {name: (decoded[name], _ELEMENT * n) for name, n in reach.factors}
+    weights = _integers(variables, segment)
+    exact = weights is not variables
 
     def of_window(part: Part):
-        return programs.run(_prior_of_window, (codec, number), variables, part)
+        return programs.run(_prior_of_window, (codec, number), weights, part, integers=exact)
 
     sides = _ELEMENT * shape[1], _ELEMENT * shape[2]
     halo, squares = _ELEMENT * reach.halo, tiles.squares(sizes)
