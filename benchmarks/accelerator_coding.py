@@ -27,6 +27,7 @@ from PIL import Image
 
 from icm_jax import load
 from icm_jax.codecs.bitstream import FrozenCodec
+from icm_jax.codecs.codec import pass_masks, seen
 from icm_jax.coding import container, range_coder
 
 QUALITY = 60.0
@@ -67,12 +68,13 @@ class Programs:
         given = {"image": images, "quality": self.quality}
         shapes = jax.eval_shape(self.codec.analyse, self.variables, given)
         self.analyse = jax.jit(self.codec.analyse).lower(self.variables, given).compile()
-        decoded: dict = {"quality": jax.ShapeDtypeStruct((rows,), "float32")}
+        decoded: dict = {"quality": self.quality}
         self.priors = []
         for number, segment in enumerate(self.codec.segments):
-            latent = jax.ShapeDtypeStruct(shapes[segment.name].shape, "float32")
+            latent = np.zeros(shapes[segment.name].shape, np.float32)
             program = jax.jit(self._prior(number, latent.shape))
-            self.priors.append(program.lower(self.variables, decoded).compile())
+            given = seen(segment, decoded, latent, np.zeros(latent.shape[1:], bool))
+            self.priors.append(program.lower(self.variables, given).compile())
             decoded[segment.name] = latent
         self.decoded = decoded
         self.synthesise = jax.jit(self._image).lower(self.variables, decoded).compile()
@@ -88,34 +90,53 @@ class Programs:
         return self.codec.outputs["image"](variables, decoded, self.shape)
 
     def same_on_cpu(self, decoded: dict) -> bool:
-        """Whether the CPU chooses the same table rows and means for the first image."""
+        """Whether the CPU chooses the same table rows and means for the first image, in the last
+        pass of each segment."""
         first = {name: np.asarray(value)[:1] for name, value in decoded.items()}
         cpu = jax.local_devices(backend="cpu")[0]
         variables = jax.device_put(self.frozen.variables, cpu)
+        before = ["quality"]
         for number, (segment, run) in enumerate(zip(self.codec.segments, self.priors, strict=True)):
-            known = {name: decoded[name] for name in self._known(number)}
-            there = jax.device_get(run(self.variables, known))
-            prior = self._prior(number, first[segment.name].shape)
-            known = jax.device_put({name: first[name] for name in known}, cpu)
-            here = jax.device_get(jax.jit(prior)(variables, known))
+            name, of_all, of_first = segment.name, dict(decoded), dict(first)
+            known = ~pass_masks(segment, first[name].shape)[-1]
+            for values in (of_all, of_first):
+                latent = values[name] * known
+                values |= seen(segment, {n: values[n] for n in before}, latent, known)
+            names = [*before, *(() if segment.passes is None else (name, "known"))]
+            there = jax.device_get(run(self.variables, {n: of_all[n] for n in names}))
+            prior = self._prior(number, first[name].shape)
+            given = jax.device_put({n: of_first[n] for n in names}, cpu)
+            here = jax.device_get(jax.jit(prior)(variables, given))
             for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
                 if not np.array_equal(one, other[:1]):
                     return False
+            before.append(name)
         return True
 
-    def _known(self, number: int) -> list[str]:
-        """What is decoded before a segment."""
-        return ["quality", *(segment.name for segment in self.codec.segments[:number])]
+    def in_passes(self, number: int, shape, decoded: dict, symbols_of, phases: Phases):
+        """`walk.in_passes` for a batch, with the time of each phase: float32 of `shape`.
 
-    def table_rows(self, number: int, decoded: dict, phases: Phases):
-        """(index, mean or None) of a segment, on the host."""
-        with phases.within("transfer"):
-            known = {name: decoded[name] for name in self._known(number)}
-            known = jax.block_until_ready(jax.device_put(known))
-        with phases.within("network"):
-            found = jax.block_until_ready(self.priors[number](self.variables, known))
-        with phases.within("transfer"):
-            return jax.device_get(found)
+        Args: symbols_of: (table rows [N, n] of a pass, means [N, n]) -> int32 [N, n].
+        """
+        segment = self.codec.segments[number]
+        values, known = np.zeros(shape, np.float32), np.zeros(shape[1:], bool)
+        for mask in pass_masks(segment, shape):
+            with phases.within("host"):
+                given = seen(segment, decoded, values, known)
+            with phases.within("transfer"):
+                given = jax.block_until_ready(jax.device_put(given))
+            with phases.within("network"):
+                found = jax.block_until_ready(self.priors[number](self.variables, given))
+            with phases.within("transfer"):
+                index, mean = jax.device_get(found)
+            with phases.within("host"):
+                rows = np.broadcast_to(index, shape)[:, mask]
+                means = np.float32(0) if mean is None else mean[:, mask]
+            symbols = symbols_of(mask, rows, means)
+            with phases.within("host"):
+                values[:, mask] = symbols.astype(np.float32) + means
+                known |= mask
+        return values
 
     def encode(self, images: np.ndarray, pool, phases: Phases) -> tuple[list[bytes], dict]:
         """(files, the latents that they hold)."""
@@ -130,18 +151,20 @@ class Programs:
         strings: list[list[bytes]] = [[] for _ in images]
         crcs = [0] * len(images)
         for number, segment in enumerate(self.codec.segments):
-            index, mean = self.table_rows(number, decoded, phases)
-            mean = np.float32(0) if mean is None else mean
-            with phases.within("host"):
-                symbols = np.rint(latents[segment.name] - mean).astype(np.int32)
-                decoded[segment.name] = symbols.astype(np.float32) + mean
-            tables = self.frozen.tables[segment.name]
-            with phases.within("coder"):
-                write = functools.partial(range_coder.encode, tables=tables)
-                coded = pool.map(write, map(np.ravel, symbols), map(np.ravel, index))
-                for n, string in enumerate(coded):
-                    strings[n].append(string)
-                    crcs[n] = zlib.crc32(symbols[n].astype("<i4").tobytes(), crcs[n])
+            latent, tables = latents[segment.name], self.frozen.tables[segment.name]
+            write = functools.partial(range_coder.encode, tables=tables)
+
+            def coded(mask, rows, means, latent=latent, write=write):
+                with phases.within("host"):
+                    symbols = np.rint(latent[:, mask] - means).astype(np.int32)
+                with phases.within("coder"):
+                    for n, string in enumerate(pool.map(write, symbols, rows)):
+                        strings[n].append(string)
+                        crcs[n] = zlib.crc32(symbols[n].astype("<i4").tobytes(), crcs[n])
+                return symbols
+
+            found = self.in_passes(number, latent.shape, decoded, coded, phases)
+            decoded[segment.name] = found
         with phases.within("coder"):
             steps = round(QUALITY * container.QUALITY_STEPS)
             header = container.Header(self.frozen.fingerprint, self.shape, False, steps)
@@ -151,18 +174,18 @@ class Programs:
     def decode(self, files: list[bytes], pool, phases: Phases) -> tuple[np.ndarray, dict]:
         """(uint8 images, the latents of the files)."""
         with phases.within("coder"):
-            strings = [container.unpack(data).layers[0].strings for data in files]
+            strings = [iter(container.unpack(data).layers[0].strings) for data in files]
         decoded = {"quality": self.quality}
         for number, segment in enumerate(self.codec.segments):
-            index, mean = self.table_rows(number, decoded, phases)
-            tables = self.frozen.tables[segment.name]
-            with phases.within("coder"):
-                read = functools.partial(range_coder.decode, tables=tables)
-                own = (of_file[number] for of_file in strings)
-                found = list(pool.map(read, own, map(np.ravel, index)))
-            with phases.within("host"):
-                symbols = np.stack(found).reshape(index.shape).astype(np.float32)
-                decoded[segment.name] = symbols if mean is None else symbols + mean
+            read = functools.partial(range_coder.decode, tables=self.frozen.tables[segment.name])
+
+            def coded(_, rows, means, read=read):
+                del means
+                with phases.within("coder"):
+                    return np.stack(list(pool.map(read, map(next, strings), rows)))
+
+            shape = (len(files), *segment.shape(*self.shape))
+            decoded[segment.name] = self.in_passes(number, shape, decoded, coded, phases)
         with phases.within("transfer"):
             given = jax.block_until_ready(jax.device_put(decoded))
         with phases.within("network"):

@@ -44,7 +44,7 @@ def scene():
     return np.asarray(Image.open(GOLDEN / "scene.png").convert("RGB"))
 
 
-@pytest.fixture(params=["scene", "dbac0976"])
+@pytest.fixture(params=["scene", "8e8b4956"])
 def written(request):
     """(path of a file of a model in the package, of the model, what it decodes to)."""
     path = GOLDEN / f"{request.param}.icm"

@@ -40,6 +40,8 @@ SLOPE = 0.01
 _ROOM = 15  # bits of a and of m
 _WHOLE = 4  # shift of an input that is kept in whole numbers
 _FARTHEST = 1 << 14  # inputs beyond are taken for this
+_SHARES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)
+"""Of the largest activation: what the largest integer may stand for."""
 
 
 class Node(NamedTuple):
@@ -118,8 +120,8 @@ def quantise(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Post-training conversion of a float network.
 
-    Each channel of an input, and each activation, gets one scale, chosen among a few as the one of
-    least squared error on what is seen; weights one per output channel.
+    Each channel of an input and of an activation gets a scale, chosen among a few as the one of
+    least error on what is seen; weights one per output channel.
 
     Args:
       inputs: samples by name, float [N, h, w, C].
@@ -142,16 +144,16 @@ def quantise(
         steps[name] = step
     outputs = run_float(nodes, weights, kept)
     for node in nodes:
-        features = len(weights[node.name].bias)
-        if node is nodes[-1]:
-            ranges = list(last)
-        else:
+        ranges = list(last)
+        if node is not nodes[-1]:
             low = 0 if node.activation == "relu" else -LEVELS
-            ranges = [Range(low, LEVELS, _activation_step(np.asarray(outputs[node.name])))]
-            ranges *= features
+            found = ops.depth_to_space(outputs[node.name]) if node.up else outputs[node.name]
+            channels = np.moveaxis(np.asarray(found), -1, 0)
+            steps[node.name] = np.array([_activation_step(channel) for channel in channels])
+            repeats = 4 if node.up else 1  # depth to space takes channels from four
+            ranges = [Range(low, LEVELS, step) for step in np.tile(steps[node.name], repeats)]
         input_step = np.concatenate([steps[name] for name in node.inputs])
         arrays[node.name] = _converted(node, weights[node.name], input_step, ranges)
-        steps[node.name] = np.full(features // 4 if node.up else features, ranges[0].step)
     return arrays
 
 
@@ -207,17 +209,22 @@ def _input_shift(value: np.ndarray) -> int:
 
 
 def _activation_step(output: np.ndarray) -> float:
-    """The step of an 8-bit activation that represents the values seen with least squared error."""
+    """The step of an 8-bit channel [N, h, w] that represents the values seen with least error.
+
+    Samples are of all qualities, and activations grow with them; so that the least are heard, the
+    squared error of each sample counts by the root of its power.
+    """
     top = float(np.abs(output).max(initial=0.0))
     if top <= 0:
         return 1.0 / LEVELS
-    candidates = [top * share / LEVELS for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)]
+    power = np.square(output, dtype=np.float64).mean(axis=(1, 2))
+    weight = 1.0 / np.sqrt(power + 1e-3 * power.mean())
 
     def error(step):
         kept = np.rint(output / step).clip(-LEVELS, LEVELS) * step
-        return float(np.square(kept - output).mean())
+        return float((np.square(kept - output).mean(axis=(1, 2)) * weight).mean())
 
-    return min(candidates, key=error)
+    return min((top * share / LEVELS for share in _SHARES), key=error)
 
 
 def run(
