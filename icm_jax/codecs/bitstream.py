@@ -323,7 +323,7 @@ def bit_maps(
     codec = _require_frozen(frozen).codec
     inputs = {"image": _require_images(images)}
     inputs |= _condition(quality_steps(codec, quality), len(images))
-    return jax.device_get(walk.maps(codec, frozen.on_device, inputs))
+    return walk.maps(codec, frozen.on_device, inputs)
 
 
 def _require_frozen(frozen) -> FrozenCodec:

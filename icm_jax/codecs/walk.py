@@ -251,6 +251,16 @@ def sample(codec, variables, inputs):
     return forward(codec, variables, inputs, inputs["image"].shape[1:3]).latents
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def maps(codec, variables, inputs) -> Any:
+def maps(codec: Codec, variables, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Bits of each latent where they lie, summed over channels: {segment: float32 [N, h, w]}.
+
+    Images are computed one by one, as they are coded: one program, however many there are.
+    """
+    count = len(inputs["image"])
+    rows = [{name: value[n : n + 1] for name, value in inputs.items()} for n in range(count)]
+    found = [jax.device_get(programs.run(_maps, (codec,), variables, row)) for row in rows]
+    return jax.tree.map(lambda *images: np.concatenate(images), *found)
+
+
+def _maps(codec, variables, inputs):
     return forward(codec, variables, inputs, inputs["image"].shape[1:3]).maps

@@ -9,7 +9,6 @@ library and Pillow's resizing both let other threads run.
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from PIL import Image
 from icm_jax.data import geometry, images, jpeg
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
+from icm_jax.files import cores
 
 WHOLE = (1.0, 1.0)
 """The crop that is none."""
@@ -231,7 +231,7 @@ def _parallel(load, spec: BatchSpec, start: int, stop: int):
     """
     if stop <= start:
         return iter(())
-    rows, threads = spec.rows, spec.threads or os.cpu_count() or 1
+    rows, threads = spec.rows, spec.threads or cores()
     count = len(rows)
     ahead = 2 * max(count, threads)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)

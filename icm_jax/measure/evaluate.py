@@ -50,7 +50,7 @@ from icm_jax.engine.frozen import check_same, load_codec
 from icm_jax.engine.run import Point, Run, load_run
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
-from icm_jax.files import write_json
+from icm_jax.files import cores, write_json
 from icm_jax.measure import (
     Accuracy,
     AveragePrecision,
@@ -253,7 +253,7 @@ def filed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
         given[row, :height, :width], size = through_file(picture, asked.point)
         return size
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         return {"image": given}, list(pool.map(code, range(count)))
 
 
@@ -331,11 +331,11 @@ def files(asked: Asked) -> dict:
     their distortion."""
     if asked.run.needs:
         return predictions(asked, filed)
-    return distortion(asked, lambda image: through_file(image, asked.point), os.cpu_count())
+    return distortion(asked, lambda image: through_file(image, asked.point), cores())
 
 
 def distortion(
-    asked: Asked, through: Callable[[np.ndarray], tuple[np.ndarray, dict]], workers: int | None
+    asked: Asked, through: Callable[[np.ndarray], tuple[np.ndarray, dict]], workers: int
 ) -> dict:
     """Rate and distortion over the validation split.
 
