@@ -147,7 +147,7 @@ def test_what_is_compiled_ahead_is_what_is_needed(kind, monkeypatch):
         monkeypatch.setattr(ahead, "_begun", set())
         monkeypatch.setattr(ahead, "_pool", lambda: pool)
         submitted, submit = [], pool.submit
-        monkeypatch.setattr(pool, "submit", lambda task: submitted.append(submit(task)))
+        monkeypatch.setattr(pool, "submit", lambda *task: submitted.append(submit(*task)))
         for step in steps:
             step()
         pool.shutdown()
@@ -162,8 +162,10 @@ def test_what_is_compiled_ahead_is_what_is_needed(kind, monkeypatch):
 
     plainly, _ = programs_of(lambda: bitstream.encode(frozen, image[None], quality=quality))
     assert programs_of(there, there) == (plainly, 2 + len(frozen.codec.segments))
-    plainly, _ = programs_of(lambda: bitstream.decode(frozen, [data], "image"))
-    assert programs_of(back, back) == (plainly, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead, "begin", lambda *_, **__: None)
+        plainly, _ = programs_of(back)
+    assert programs_of(back, back) == (plainly, 1 + len(frozen.codec.segments))
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 100, 257])

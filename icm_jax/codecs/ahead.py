@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from icm_jax.codecs import tiles, walk
+from icm_jax.codecs import programs, tiles, walk
 from icm_jax.codecs.codec import Codec, seen
 from icm_jax.coding import range_coder
 from icm_jax.coding.tables import Tables
@@ -22,12 +22,14 @@ def begin(
     shape: tiles.Size,
     condition: Mapping[str, np.ndarray],
     *,
-    back: bool,
+    back: str,
 ) -> None:
-    """Starts compiling what images of `shape` need after their first program, once for each size of
-    windows: to be coded, all but the analysis, and to come `back` the picture.
+    """Starts compiling what images of `shape` need, once for each size of windows: to be coded, all
+    but the analysis, which they need first, and to come `back`, all.
 
-    Args: tables: by segment. condition: "quality", where the codec has qualities.
+    Args:
+      tables: by segment. condition: "quality", where the codec has qualities.
+      back: "colour" or "grey" picture; "" is the way there.
     """
     tiling = codec.tiling
     if tiling is None:
@@ -54,11 +56,17 @@ def begin(
         nothing = np.zeros(0, np.int32)
         range_coder.encode(nothing, nothing, next(iter(tables.values())))
 
-    later: list[Callable] = [lambda: walk.output(codec, "image", size, variables, given)]
-    if not back:
-        later = [coder, rest, *(functools.partial(prior, n) for n in range(len(shapes)))]
-    for task in later:
-        _pool().submit(task)
+    def picture() -> None:
+        walk.output(codec, "image", size, variables, given, pixels=back == "colour")
+
+    priors = [functools.partial(prior, number) for number in range(len(shapes))]
+    for task in [*priors, picture] if back else [coder, rest, *priors]:
+        _pool().submit(_only_made, task)
+
+
+def _only_made(task: Callable[[], None]) -> None:
+    with programs.only_made():
+        task()
 
 
 @functools.cache

@@ -75,7 +75,7 @@ class FrozenCodec:
             raise IcmError(f"an image is uint8 [H, W, 3] or [H, W], not {image.shape}")
         if quality is None and self.codec.qualities:
             quality = DEFAULT_QUALITY
-        self._begin(image.shape[:2], quality_steps(self.codec, quality), back=False)
+        self._begin(image.shape[:2], quality_steps(self.codec, quality), back="")
         return encode(self, image[None], quality=quality)[0]
 
     def decompress(self, data: bytes, layers: int | None = None) -> np.ndarray:
@@ -89,14 +89,14 @@ class FrozenCodec:
         _require_output(self.codec, "image")
         header = container.unpack(data, layers).header
         if header.fingerprint == self.fingerprint:
-            self._begin(header.shape, header.quality, back=True)
+            back = "grey" if header.grey else "colour"
+            self._begin(header.shape, header.quality, back=back)
         decoded = decode_latents(self, data, layers=layers)
-        image = _synthesised(self, decoded, "image", layers, tiles.SIZES)[0]
-        if decoded.header.grey:
-            image = image.mean(axis=-1)
-        return np.rint(image.clip(0, 255)).astype(np.uint8)
+        colour = not header.grey
+        image = _synthesised(self, decoded, "image", layers, tiles.SIZES, pixels=colour)[0]
+        return image if colour else np.rint(image.mean(axis=-1).clip(0, 255)).astype(np.uint8)
 
-    def _begin(self, shape: tuple[int, int], steps: int | None, *, back: bool) -> None:
+    def _begin(self, shape: tuple[int, int], steps: int | None, *, back: str) -> None:
         condition = _condition(steps)
         ahead.begin(self.codec, self.on_device, self.tables, shape, condition, back=back)
 
@@ -292,11 +292,14 @@ def decode(
     return np.concatenate([_synthesised(frozen, d, output, layers, windows) for d in latents])
 
 
-def _synthesised(frozen: FrozenCodec, given: Decoded, output: str, layers, windows) -> np.ndarray:
-    """An output of decoded latents, float32 [1, ...]."""
-    decoded, shape = given.latents, given.header.shape
+def _synthesised(
+    frozen: FrozenCodec, given: Decoded, output: str, layers, windows, *, pixels: bool = False
+) -> np.ndarray:
+    """An output of decoded latents, float32 [1, ...], or pixels, uint8 [1, ...]."""
+    shape, variables = given.header.shape, frozen.on_device
+    args = frozen.codec, output, shape, variables, given.latents, windows
     try:
-        return walk.output(frozen.codec, output, shape, frozen.on_device, decoded, windows)
+        return walk.output(*args, pixels=pixels)
     except KeyError as missing:
         if layers is None:
             raise

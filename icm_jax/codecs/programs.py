@@ -16,7 +16,7 @@ import platform
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax
@@ -40,6 +40,7 @@ _PACKAGE = pathlib.Path(__file__).parent.parent
 _made: dict[Any, Any] = {}
 _locks: dict[Any, threading.Lock] = {}
 _guard = threading.Lock()
+_thread = threading.local()
 
 
 def run(
@@ -70,7 +71,25 @@ def run(
                 job = _Job(function, static, variables, inputs, integers)
                 program = _kept(job, repr((named, form, settings)))
                 _made[key] = program
+    if getattr(_thread, "only_makes", False):
+        raise _Made
     return program(variables, inputs)
+
+
+@contextlib.contextmanager
+def only_made() -> Iterator[None]:
+    """What this thread does within ends with the first program that is to `run`: it is made."""
+    _thread.only_makes = True
+    try:
+        yield
+    except _Made:
+        pass
+    finally:
+        _thread.only_makes = False
+
+
+class _Made(Exception):
+    """A program is there, and was not to be run."""
 
 
 class _Job(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import ops
@@ -145,22 +146,26 @@ def output(
     variables,
     decoded: Mapping[str, np.ndarray],
     sizes: Sequence[tiles.Size] = tiles.SIZES,
+    *,
+    pixels: bool = False,
 ) -> np.ndarray:
     """An output of the decoded latents of an image of `shape`, float32 [1, ...], on the host.
+
+    Args: pixels: of an image, clipped and rounded to uint8 where it is computed: less to move.
 
     Raises: KeyError with the name of a latent that is needed and not there.
     """
     tiling = codec.tiling
     if name != "image" or tiling is None:
-        return np.asarray(programs.run(_output, (codec, name, shape), variables, dict(decoded)))
+        static = codec, name, shape, pixels
+        return np.asarray(programs.run(_output, static, variables, dict(decoded)))
     y = np.concatenate([decoded[name] for name in tiling.segments], axis=-1)
     step = tiling.factor
     condition = {name: value for name, value in decoded.items() if name == "quality"}
-
     weights = _floats(variables)
 
     def image(part: Part):
-        return programs.run(_image, (codec,), weights, (part, condition))
+        return programs.run(_image, (codec, pixels), weights, (part, condition))
 
     sides = y.shape[1] * step, y.shape[2] * step
     given, halo = {"latent": (y, step)}, step * tiling.back_halo
@@ -217,12 +222,17 @@ def _rest(codec, variables, inputs):
     return {name: latent for name, latent in latents.items() if name not in codec.tiling.segments}
 
 
-def _image(codec, variables, inputs):
+def _image(codec, pixels, variables, inputs):
     part, condition = inputs
     y, factor = part.arrays["latent"], codec.tiling.factor
     shape = tuple(factor * side for side in y.shape[1:3])
     with tiles.within(part, "latent"):
-        return codec.outputs["image"](variables, _slices(codec, y) | condition, shape)
+        image = codec.outputs["image"](variables, _slices(codec, y) | condition, shape)
+    return _pixels(image) if pixels else image
+
+
+def _pixels(image):
+    return jnp.round(jnp.clip(image, 0, 255)).astype(jnp.uint8)
 
 
 def _whole_prior(codec, number, shape, variables, decoded):
@@ -241,8 +251,9 @@ def _prior_of_window(codec, number, variables, part):
     return prior.index, prior.mean
 
 
-def _output(codec, name, shape, variables, decoded):
-    return codec.outputs[name](variables, decoded, shape)
+def _output(codec, name, shape, pixels, variables, decoded):
+    found = codec.outputs[name](variables, decoded, shape)
+    return _pixels(found) if pixels else found
 
 
 @functools.partial(jax.jit, static_argnums=0)
