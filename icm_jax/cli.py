@@ -16,6 +16,7 @@ folder, or where ICM_CACHE_DIR says.
 """
 
 import argparse
+import atexit
 import functools
 import gc
 import json
@@ -37,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parses and runs one subcommand; returns the exit code."""
     options = _parser().parse_args(arguments)
     gc.set_threshold(1 << 16, *gc.get_threshold()[1:])  # imports make much and drop little
+    atexit.register(gc.freeze)  # else Python visits all of it once more before it ends
     try:
         return options.run(options)
     except IcmError as error:
@@ -287,8 +289,7 @@ def _detect(options) -> int:
 def _verify(options) -> int:
     from icm_jax.codecs.bitstream import decode_latents
 
-    codec_of = _reader(options.model)
-    failed = 0
+    codec_of, failed = _reader(options.model), 0
     for name in options.files:
         try:
             data = _read(name)
@@ -344,8 +345,7 @@ def _each(options, convert, suffixes, suffix: str) -> int:
         else:
             write_whole(target, content)
 
-    failed = 0
-    quiet = not many or not sys.stderr.isatty()
+    failed, quiet = 0, not many or not sys.stderr.isatty()
     with tqdm.tqdm(total=len(files), unit="file", disable=quiet) as bar:
         for number, error in in_threads(one, range(len(files)), min(options.jobs, len(files))):
             bar.update()
