@@ -6,7 +6,7 @@ of all images of a batch at once, and each is waited for, so that the time goes 
     network    analysis and hyper-analysis, table rows and means, synthesis: on the device
     transfer   between host and device, both ways
     coder      range coder, container: on the host, an image a thread
-    host       what lies between them: rounding, subtraction, conversion to uint8
+    host       what lies between them: rounding, subtraction, what a pass may see
 
 What is written is read again, and must be what was written; table rows must be those that the CPU
 computes, to the last bit.
@@ -21,6 +21,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from accelerator_cases import Case, count
 from PIL import Image
@@ -87,7 +88,8 @@ class Programs:
         return prior
 
     def _image(self, variables, decoded):
-        return self.codec.outputs["image"](variables, decoded, self.shape)
+        image = self.codec.outputs["image"](variables, decoded, self.shape)
+        return jnp.round(image.clip(0, 255)).astype(jnp.uint8)
 
     def same_on_cpu(self, decoded: dict) -> bool:
         """Whether the CPU chooses the same table rows and means for the first image, in the last
@@ -191,9 +193,7 @@ class Programs:
         with phases.within("network"):
             image = jax.block_until_ready(self.synthesise(self.variables, given))
         with phases.within("transfer"):
-            image = jax.device_get(image)
-        with phases.within("host"):
-            return np.rint(image.clip(0, 255)).astype(np.uint8), decoded
+            return jax.device_get(image), decoded
 
 
 def coding_cases(batch: int, shape: tuple[int, int], folder: pathlib.Path | None) -> list[Case]:
