@@ -148,6 +148,29 @@ def test_processes_share_a_folder(folder, tmp_path):
     assert len(list(folder.glob("*.program"))) == len(list(folder.iterdir())) == 7
 
 
+@keeps
+def test_what_comes_out_of_the_cache_of_jax_is_not_kept_again(folder, tmp_path):
+    """As in a work directory whose programs are kept by JAX, once the package is another."""
+    script = (
+        "import sys, hashlib, jax, numpy, icm_jax; codec = icm_jax.load();"
+        f"jax.config.update('jax_compilation_cache_dir', {str(tmp_path / 'jax')!r});"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0);"
+        "print(hashlib.sha256(codec.compress(numpy.zeros((40, 50, 3), numpy.uint8))).hexdigest())"
+    )
+    given = dict(os.environ, PYTHONPATH=str(ROOT))
+    said, kept = set(), []
+    for again in range(3):
+        if again == 1:
+            for path in folder.glob("*.program"):
+                path.unlink()
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.add(done.stdout)
+        kept.append(len(list(folder.glob("*.program"))))
+    assert len(said) == 1 and kept[0] > 1 and kept[1:] == [0, 0]
+
+
 def test_settings_that_name_a_program_are_plain():
     """No addresses: the same in every process."""
     assert " at 0x" not in repr(jax.config.values.items())

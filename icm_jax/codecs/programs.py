@@ -114,8 +114,11 @@ def _kept(job: _Job, described: str):
     path = folder / f"{name[:40]}{_SUFFIX}"
     program = _read(path, device)
     if program is None:
+        before = _taken()
         program = _compiled(job)
-        _write(path, program)
+        # One out of JAX's own cache, stored again, lacks its functions on CPUs (JAX 0.10).
+        if _taken() == before:
+            _write(path, program)
     return program
 
 
@@ -131,6 +134,21 @@ def _compiled(job: _Job):
 @functools.cache
 def _name_of(dtype) -> str:
     return str(dtype)
+
+
+def _taken() -> int:
+    """How many programs this thread has had out of the cache of JAX itself."""
+    _listen()
+    return getattr(_thread, "taken", 0)
+
+
+@functools.cache
+def _listen() -> None:
+    def heard(event: str, **_) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            _thread.taken = getattr(_thread, "taken", 0) + 1
+
+    jax.monitoring.register_event_listener(heard)
 
 
 def _can_be_kept(codec) -> bool:
