@@ -9,8 +9,16 @@ from jax.test_util import check_grads
 from small import RNG, normal
 
 from icm_jax import ops
-from icm_jax.nets import layers
-from icm_jax.nets.layers import GDN, Projector, Up, down_by_two, haar_cascade, pointwise, up_by_two
+from icm_jax.nets import convolution
+from icm_jax.nets.convolution import (
+    compiler_options,
+    down_by_two,
+    plus_bias,
+    pointwise,
+    product,
+    up_by_two,
+)
+from icm_jax.nets.layers import GDN, Projector, Up, haar_cascade
 from icm_jax.nets.transforms import ImageAnalysis, ImageSynthesis
 
 GRADIENT = dict(order=1, modes=("rev",), eps=0.001, rtol=0.01, atol=0.01)
@@ -59,7 +67,65 @@ def test_strided_convolution_equals_scipy(size, kernel):
         np.testing.assert_allclose(given[..., out], full[::2, ::2], atol=2e-5)
     check_grads(down_by_two, (x, weights), **GRADIENT)
     # What other platforms compute for images.
-    np.testing.assert_allclose(layers._down_by_wide_blocks(x, weights)[0], given, atol=1e-5)
+    np.testing.assert_allclose(convolution._down_by_wide_blocks(x, weights)[0], given, atol=1e-5)
+
+
+def plain_down(x, kernel):
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+    pad = [(kernel.shape[0] // 2,) * 2] * 2
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), pad, dimension_numbers=names)
+
+
+def plain_up(x, kernel, bias):
+    side = kernel.shape[0]
+    pad, names = [(side - 1 - side // 2, side // 2 + 1)] * 2, ("NHWC", "HWIO", "NHWC")
+    return bias.reshape(1, 1, 1, -1) + jax.lax.conv_general_dilated(
+        x, kernel[::-1, ::-1], (1, 1), pad, lhs_dilation=(2, 2), dimension_numbers=names
+    )
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 3), (1, 1)])
+@pytest.mark.parametrize("channels, features", [(3, 6), (6, 7), (7, 2)])
+def test_every_form_of_a_resampling_has_the_plain_ones_gradients(size, channels, features):
+    x, bias = normal(2, *size, channels), normal(features)
+    cases = [(down_by_two, plain_down, side, ()) for side in (1, 3, 5, 7)]
+    cases += [(up_by_two, plain_up, side, (bias,)) for side in (3, 5)]
+    for form, plain, side, rest in cases:
+        operands = (x, normal(side, side, channels, features), *rest)
+        (given, pull), (expected, plain_pull) = (jax.vjp(f, *operands) for f in (form, plain))
+        np.testing.assert_allclose(given, expected, atol=2e-5)
+        gradient = normal(*given.shape)
+        for found, wanted in zip(pull(gradient), plain_pull(gradient), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=5e-5, err_msg=f"{form} {side}")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
+def test_biases_and_products_of_channels_have_the_plain_ones_gradients(dtype, tolerance):
+    x, matrix, bias = (a.astype(dtype) for a in (normal(2, 3, 5, 4), normal(4, 6), normal(6)))
+    gradient = normal(2, 3, 5, 6).astype(dtype)
+    given, pull = jax.vjp(lambda x, w, b: plus_bias(product(x, w), b), x, matrix, bias)
+    expected, plain = jax.vjp(lambda x, w, b: x @ w + b.reshape(1, 1, 1, -1), x, matrix, bias)
+    assert given.dtype == dtype
+    pairs = zip((given, *pull(gradient)), (expected, *plain(gradient)), strict=True)
+    for found, wanted in pairs:
+        assert found.shape == wanted.shape and found.dtype == dtype
+        scale = float(jnp.abs(wanted).max())
+        np.testing.assert_allclose(
+            np.float32(found), np.float32(wanted), rtol=0, atol=tolerance * scale
+        )
+
+
+def test_compiler_options_are_for_cpus_that_know_them(monkeypatch):
+    assert compiler_options("cuda") == {}
+    options = compiler_options("cpu")
+    x = normal(2, 8, 8, 16)
+    step = jax.jit(lambda x: down_by_two(x, normal(3, 3, 16, 16)), compiler_options=options)
+    assert "ynn" not in str(step.lower(x).compile().as_text())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=individual_dot")
+    compiler_options.cache_clear()
+    assert compiler_options("cpu") == {}
+    compiler_options.cache_clear()
 
 
 def test_pointwise_convolution_is_a_product_of_channels():

@@ -33,6 +33,7 @@ from icm_jax.engine.log import Log
 from icm_jax.engine.run import DONE, Run, claim
 from icm_jax.errors import IcmError
 from icm_jax.files import write_json
+from icm_jax.nets.convolution import compiler_options
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
 from icm_jax.tasks.task import TRAIN
@@ -307,6 +308,7 @@ def compiled_step(training: Training, state):
         step,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
 
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import ops
-from icm_jax.nets.layers import around, down_by_two, end_of_block, haar_cascade
+from icm_jax.nets.convolution import down_by_two
+from icm_jax.nets.layers import around, end_of_block, haar_cascade
 
 MEAN = (121.854, 113.589, 100.637)
 VARIANCE = (4746.38, 4454.14, 4812.23)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from icm_jax import ops
+from icm_jax.nets.convolution import down_by_two, plus_bias, product, up_by_two
 
 BLOCK = "block"
 """The name of what `end_of_block` marks, for `icm_jax.engine.train.REMAT`."""
@@ -41,8 +42,7 @@ class GDN(ops.Module):
         beta = self._bounded("beta", jnp.ones((channels,)), 1e-6)
         gamma = self._bounded("gamma", 0.1 * jnp.eye(channels), 0.0)
         pool = jnp.abs(x) if self.simplified else jnp.square(x)
-        norm = jnp.matmul(pool, gamma.astype(self.dtype))
-        norm = norm + beta.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        norm = plus_bias(product(pool, gamma.astype(self.dtype)), beta.astype(self.dtype))
         if self.simplified:
             return end_of_block(x * norm if self.inverse else x / norm)
         return end_of_block(x * (jnp.sqrt(norm) if self.inverse else jax.lax.rsqrt(norm)))
@@ -53,11 +53,7 @@ class GDN(ops.Module):
 
 
 class Down(ops.Module):
-    """k×k convolution with stride 2 and padding k // 2; odd sides are padded.
-
-    On XLA's CPU backend the gradient of the strided form is an order of magnitude slower than that
-    of space-to-depth + stride 1, which is taken there.
-    """
+    """k×k convolution with stride 2 and padding k // 2; odd sides are padded."""
 
     features: int
     kernel: int = 3
@@ -74,112 +70,8 @@ class Down(ops.Module):
         y = down_by_two(ops.inside(x).astype(self.dtype), kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y = y + bias.reshape(1, 1, 1, -1)
+            y = plus_bias(y, bias)
         return y
-
-
-def _by_platform(on_cpu, backward_on_cpu, elsewhere):
-    """One convolution f(x, kernel) out of equal forms of it.
-
-    Programs for CPUs compute `on_cpu` and the gradient of `backward_on_cpu`, as what XLA is quick
-    at forward is not what it is quick at backward; all others compute `elsewhere` and its gradient.
-    """
-
-    def gradient_of(form):
-        return lambda x, kernel, gradient: jax.vjp(form, x, kernel)[1](gradient)
-
-    # By the platform that the program is for, which a plan's is not the one it is made on.
-    def forward(x, kernel):
-        if on_cpu is elsewhere:
-            return on_cpu(x, kernel)
-        return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
-
-    def backward(saved, gradient):
-        forms = {"cpu": gradient_of(backward_on_cpu), "default": gradient_of(elsewhere)}
-        return jax.lax.platform_dependent(*saved, gradient, **forms)
-
-    convolution = jax.custom_vjp(forward)
-    convolution.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), backward)
-    return convolution
-
-
-def _matrix_product(x, kernel):
-    return jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
-
-
-def _pointwise_as_it_is(x, kernel):
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-_pointwise = _by_platform(_pointwise_as_it_is, _matrix_product, _pointwise_as_it_is)
-
-
-def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """1×1 convolution: [N, H, W, C], [1, 1, C, F] -> [N, H, W, F]."""
-    return _pointwise(x, kernel)
-
-
-def _even(x):
-    return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
-
-
-def _down_by_blocks(x, kernel):
-    """`down_by_two` as a convolution with stride 1 of 2×2 blocks of pixels."""
-    x, (size, _, c, features) = _even(x), kernel.shape
-    if size == 1:
-        return _matrix_product(x[:, ::2, ::2], kernel)
-    n, h, w = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
-    x = x.reshape(n, h, 2, w, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, 4 * c)
-    left = size // 2  # output o reads inputs 2o - left ... 2o - left + size - 1
-    lead = left % 2  # zeros in front make the window start on an even input
-    blocks = (size + lead + 1) // 2
-    kernel = jnp.pad(kernel, ((lead, 2 * blocks - size - lead),) * 2 + ((0, 0), (0, 0)))
-    kernel = kernel.reshape(blocks, 2, blocks, 2, c, features).transpose(0, 2, 1, 3, 4, 5)
-    before = (left + lead) // 2
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel.reshape(blocks, blocks, 4 * c, features),
-        (1, 1),
-        [(before, blocks - 1 - before)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-
-
-def _down_by_wide_blocks(x, kernel):
-    """`_down_by_blocks` of images, with a fourth channel of zeros."""
-    missing = -x.shape[-1] % 4
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
-    return _down_by_blocks(x, jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0))))
-
-
-def _down_as_it_is(x, kernel):
-    # The last column of zeros on the right meets no window; uneven padding is a copy on GPUs.
-    x, pad = _even(x), kernel.shape[0] // 2
-    return jax.lax.conv_general_dilated(
-        x, kernel, (2, 2), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-_down = _by_platform(_down_as_it_is, _down_by_blocks, _down_as_it_is)
-# Matrix units take channels by eight or more: of an image, most would be zeros.
-_down_of_image = _by_platform(_down_as_it_is, _down_by_blocks, _down_by_wide_blocks)
-# Of three channels XLA's strided form of a codec's kernel on CPUs takes three times as long as that
-# of blocks; of the larger kernel of ResNet's stem it was not measured.
-_down_of_small_kernel = _by_platform(_down_by_blocks, _down_by_blocks, _down_by_wide_blocks)
-_SMALL_KERNEL = 5
-
-
-def down_by_two(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Stride-2 cross-correlation with zero padding k // 2; odd sides are padded to even ones.
-
-    [N, H, W, C], [k, k, C, F] -> [N, ceil(H/2), ceil(W/2), F].
-    """
-    if x.shape[-1] >= 5:
-        return _down(x, kernel)
-    small = kernel.shape[0] <= _SMALL_KERNEL
-    return (_down_of_small_kernel if small else _down_of_image)(x, kernel)
 
 
 def orthogonal_window(size: int):
@@ -266,7 +158,7 @@ class Up(ops.Module):
 
 
 class TransposedUp(ops.Module):
-    """Transposed convolution with stride 2, computed as a 3×3 one to 4·features channels.
+    """Transposed convolution with stride 2, computed as convolutions with stride 1.
 
     out[o] = Σ_i x[i] · kernel[o - 2i + k // 2]: the layer of Ballé et al. 2018, which doubles the
     sides. Same result as the transposed form; on XLA's CPU backend the kernel gradient of that form
@@ -288,21 +180,6 @@ class TransposedUp(ops.Module):
         kernel = self.param("kernel", self.kernel_init, shape).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return up_by_two(ops.inside(x).astype(self.dtype), kernel, bias)
-
-
-def up_by_two(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Stride-2 transposed convolution, k×k for k = 3 or 5, padding k // 2, output padding 1."""
-    c, features = kernel.shape[2:]
-    missing = (5 - kernel.shape[0]) // 2
-    kernel = jnp.pad(kernel, ((missing, missing),) * 2 + ((0, 0), (0, 0)))
-    # Output row 2m + a sees input row m + d through tap a + 2 - 2d, d = -1, 0, 1.
-    taps = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0))).reshape(3, 2, 3, 2, c, features)
-    taps = taps[::-1, :, ::-1].transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, c, 4 * features)
-    y = jax.lax.conv_general_dilated(
-        x, taps, (1, 1), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    # The bias here, where GPUs add it within the convolution.
-    return ops.depth_to_space(y + jnp.tile(bias, 4).reshape(1, 1, 1, -1))
 
 
 class ResidualBlock(ops.Module):

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from icm_jax import ops
 from icm_jax.errors import IcmError
-from icm_jax.nets.layers import down_by_two, end_of_block, pointwise
+from icm_jax.nets.convolution import down_by_two, pointwise
+from icm_jax.nets.layers import end_of_block
 
 
 class Stages(NamedTuple):
