@@ -9,7 +9,8 @@ Importing the package does no work: JAX is imported by the first `load`.
 
 from icm_jax.errors import IcmError
 
-__all__ = ["IcmError", "load"]
+__all__ = ["IcmError", "__version__", "load"]
+__version__ = "0.1.0"
 
 
 def load(path=None):

@@ -11,22 +11,34 @@
 Without --model they use the model in the package, which is for photographs. Several files are taken
 at once, folders with --recursive; `-` is standard input or output. A file is written whole or not
 at all, and none is overwritten without --force. Exit codes: 0 all done, 1 some files failed (each
-with one line on standard error), 2 wrong usage. Compiled programs are kept in the user's cache
-folder, or where ICM_CACHE_DIR says.
+with one line on standard error), 2 wrong usage, 130 stopped by Ctrl-C. Compiled programs are kept
+in the user's cache folder, or where ICM_CACHE_DIR says.
 """
 
 import argparse
 import atexit
+import collections
 import functools
 import gc
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import icm_jax
 from icm_jax.errors import IcmError
-from icm_jax.files import Room, cores, in_threads, listed, names_folder, target_of, write_whole
+from icm_jax.files import (
+    Room,
+    cores,
+    in_threads,
+    listed,
+    names_folder,
+    read,
+    target_of,
+    write_whole,
+)
 
 FILE: dict[Any, Any] = {}
 """`shtab.FILE`, once a script is to be printed: only there the package is imported."""
@@ -39,12 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     gc.set_threshold(1 << 16, *gc.get_threshold()[1:])  # imports make much and drop little
     atexit.register(gc.freeze)  # else Python visits all of it once more before it ends
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows another
+        getattr(stream, "reconfigure", dict)(errors="replace")
     try:
-        return options.run(options)
+        code = options.run(options)
+        print(end="", flush=True)
+        return code
     except IcmError as error:
         print(f"icm: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has gone
+    except KeyboardInterrupt:
+        print("icm: stopped; what was written is whole", file=sys.stderr)
+        return 130
+    except OSError as error:  # of standard output: its disk is full, or its reader has gone
+        if not isinstance(error, BrokenPipeError):
+            print(f"icm: standard output: {error.strerror or error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -54,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         "icm",
         description="Learned image compression whose files decode to the encoder's latents, or say "
         "why not.",
-        epilog="exit codes: 0 all done, 1 some files failed, 2 wrong usage. Compiled programs are "
-        "kept in ICM_CACHE_DIR (~/.cache/icm_jax; up to 256 MiB); ICM_CACHE_DIR=off keeps none.",
+        epilog="exit codes: 0 all done, 1 some files failed, 2 wrong usage, 130 stopped. Compiled "
+        "programs are kept in ICM_CACHE_DIR (~/.cache/icm_jax; up to 256 MiB; off: nowhere).",
     )
+    parser.add_argument("--version", action="version", version=f"icm_jax {icm_jax.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, run, text, files, model=True):
@@ -70,9 +92,8 @@ def _parser() -> argparse.ArgumentParser:
 
     own = command("compress", _compress, "image files to .icm files", "IMAGE")
     _output_options(own, "FILE.icm or folder; default: beside the image")
-    own.add_argument(
-        "--quality", "-q", type=_quality, help="0 to 100, real numbers too, higher is better (50)"
-    )
+    text = "0 to 100, real numbers too, higher is better (50)"
+    own.add_argument("--quality", "-q", type=_number("quality", 0, 100), help=text)
     own = command("decompress", _decompress, ".icm files to images", "FILE.icm")
     _output_options(own, "image file (its suffix names the format) or folder; default: FILE.png")
     _layers_option(own)
@@ -85,11 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         "boxes of what .icm files show, one JSON object per file, read from the first layer alone",
         "FILE.icm",
     )
-    own.add_argument("--least", type=_share, default=0.4, help="least score of a box (0.4)")
-    text = "also write COCO results to FILE.json; an image's id is the file's name without suffix"
-    _names_files(own.add_argument("--coco", metavar="FILE.json", help=text))
-    text = "also draw the boxes into FOLDER/NAME.png: on the picture, or on grey where the file "
-    own.add_argument("--draw", metavar="FOLDER", help=text + "ends after its first layer")
+    _detect_options(own)
     own = command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
     _layers_option(own)
     own = command(
@@ -121,19 +138,30 @@ def _output_options(parser, text):
     parser.add_argument("--jobs", "-j", type=_count, default=cores(), metavar="N", help=text)
 
 
+def _detect_options(parser):
+    text = "least score of a box (0.4)"
+    parser.add_argument("--least", type=_number("score", 0, 1), default=0.4, help=text)
+    text = "also write COCO results to FILE.json; an image's id is the file's name without suffix"
+    _names_files(parser.add_argument("--coco", metavar="FILE.json", help=text))
+    text = "also draw the boxes into FOLDER/NAME.png: on the picture, or on grey where the file "
+    parser.add_argument("--draw", metavar="FOLDER", help=text + "ends after its first layer")
+    parser.add_argument("--force", "-f", action="store_true", help="overwrite existing files")
+
+
 def _eval_options(parser):
-    text = (
-        "codec file (.icmc), or several: those of one rate make one curve; default: the package's"
-    )
+    text = "codec file (.icmc), or several, of one rate one curve; default: the package's"
     _names_files(parser.add_argument("--model", "-m", action="append", help=text))
-    parser.add_argument("--quality", "-q", type=_quality, nargs="+", help=f"default: {QUALITIES}")
+    text, quality = f"default: {QUALITIES}", _number("quality", 0, 100)
+    parser.add_argument("--quality", "-q", type=quality, nargs="+", help=text)
     parser.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
     text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
     parser.add_argument("--rivals", type=_listed, help=text)
     text = "files of other formats at once, on all cores; 1: nothing beside, for times to trust"
     parser.add_argument("--jobs", "-j", type=_count, default=cores(), help=text)
     text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
-    parser.add_argument("--rates", type=_rate, nargs=2, default=(0.15, 1.0), help=text)
+    parser.add_argument(
+        "--rates", type=_number("rate", 1e-6, 1e6), nargs=2, default=(0.15, 1.0), help=text
+    )
 
 
 def _completion(parser, shell: str) -> int:
@@ -148,12 +176,17 @@ def _layers_option(parser):
     parser.add_argument("--layers", type=int, metavar="N", help="read the first N layers only")
 
 
-def _quality(text: str) -> float:
-    """A quality on the command line."""
-    value = float(text)
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not a quality from 0 to 100")
-    return value
+def _number(what: str, low: float, high: float) -> Callable[[str], float]:
+    """Of the command line, a number between two."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a {what} from {low:g} to {high:g}")
+        return value
+
+    parse.__name__ = what  # argparse says it of what is no number
+    return parse
 
 
 def _listed(text: str) -> list[str]:
@@ -168,34 +201,24 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _rate(text: str) -> float:
-    """Bits per pixel on the command line."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a rate above 0")
-    return value
-
-
-def _share(text: str) -> float:
-    """A number between 0 and 1 on the command line."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a score from 0 to 1")
-    return value
-
-
 def _compress(options) -> int:
-    from icm_jax.data.images import read_image
+    from icm_jax.data.images import not_kept, read_image
     from icm_jax.data.sources import SUFFIXES
 
-    codec, room = _load(options.model), Room()
+    codec, room, lost = _load(options.model), Room(), []
 
     def one(data, name):
         image = read_image(data, name)
         with room.taken(image.shape[0] * image.shape[1]):
-            return codec.compress(image, options.quality)
+            content = codec.compress(image, options.quality)
+        lost.extend(not_kept(data))
+        return content
 
-    return _each(options, one, SUFFIXES, ".icm")
+    code = _each(options, one, SUFFIXES, ".icm")
+    if lost:
+        counts = [f"{what} (of {n})" for what, n in sorted(collections.Counter(lost).items())]
+        print(f"icm: not kept: {', '.join(counts)}", file=sys.stderr)
+    return code
 
 
 def _decompress(options) -> int:
@@ -219,8 +242,7 @@ def _info(options) -> int:
     failed = 0
     for name in options.files:
         try:
-            data = _read(name)
-            facts = {"file": name, "bytes": len(data), **_facts(name, data)}
+            facts = {"file": name, "bytes": len(data := read(name)), **_facts(name, data)}
         except IcmError as error:
             failed += _failed(name, error)
             continue
@@ -231,51 +253,46 @@ def _info(options) -> int:
     return int(failed > 0)
 
 
+def _facts(name: str, data: bytes) -> dict:
+    from icm_jax.coding import container
+
+    if not name.endswith(".icmc"):
+        return container.describe(data)
+    from icm_jax.coding import archive
+
+    return archive.describe(name)
+
+
 def _short(value, length: int = 500) -> str:
     """As a person reads it: the table of a detector takes kilobytes."""
     text = str(value)
     return text if len(text) <= length else f"{text[:length]} ... (--json has all)"
 
 
-def _facts(name: str, data: bytes) -> dict:
-    """What the header of an .icm file says, or model.json of a codec file."""
-    from icm_jax.coding import container
-
-    if name.endswith(".icmc"):
-        from icm_jax.coding import archive
-
-        return archive.describe(name)
-    stream = container.unpack(data)
-    header, (height, width) = stream.header, stream.header.shape
-    return {
-        "width": width,
-        "height": height,
-        "channels": 1 if header.grey else 3,
-        "bpp": round(8 * len(data) / (height * width), 4),
-        "quality": None if header.quality is None else header.quality / container.QUALITY_STEPS,
-        "model": header.fingerprint.hex(),
-        "version": container.VERSION,
-        "layers": [[len(string) for string in layer.strings] for layer in stream.layers],
-    }
-
-
 def _detect(options) -> int:
-    from icm_jax.coding import archive
+    from icm_jax.coding import archive, container
     from icm_jax.data.images import write_image
     from icm_jax.measure import detect
 
+    stems = ["stdin" if name == "-" else pathlib.Path(name).stem for name in options.files]
+    drawings = [pathlib.Path(options.draw or "") / f"{stem}.png" for stem in stems]
+    outputs = [*(drawings if options.draw else ()), *filter(None, (options.coco,))]
+    if len(set(stems)) < len(stems) and outputs:
+        raise IcmError("two files of one name cannot be told apart in what is written; rename one")
+    for path in map(pathlib.Path, outputs):
+        if path.exists() and not options.force:
+            raise IcmError(f"{path} exists; --force overwrites it")
     codec = _load(options.model)
     about = {} if options.model is None else archive.describe(options.model)
     find = detect.finder(codec, about.get("detector"), options.least)
     failed, results = 0, []
-    for name in options.files:
+    for name, stem, drawing in zip(options.files, stems, drawings, strict=True):
         try:
-            data = _read(name, layers=None if options.draw else 1)
+            data = read(name, None if options.draw else lambda file: container.receive(file, 1))
             facts = {"file": name, **find(data)}
-            stem = "stdin" if name == "-" else pathlib.Path(name).stem
             if options.draw:
                 image = detect.drawn(detect.picture(codec, data), facts["boxes"])
-                write_whole(pathlib.Path(options.draw) / f"{stem}.png", write_image(image, ".png"))
+                write_whole(drawing, write_image(image, ".png"))
         except IcmError as error:
             failed += _failed(name, error)
             continue
@@ -292,7 +309,7 @@ def _verify(options) -> int:
     codec_of, failed = _reader(options.model), 0
     for name in options.files:
         try:
-            data = _read(name)
+            data = read(name)
             decode_latents(codec_of(data), data, layers=options.layers)
             print(f"{name}: decodes to the latents that were encoded")
         except IcmError as error:
@@ -330,15 +347,17 @@ def _each(options, convert, suffixes, suffix: str) -> int:
     if many and (out == "-" or any(file.name == "-" for file in files)):
         raise IcmError("standard input and output take one file at a time")
     targets = [target_of(file, out, suffix, many) for file in files]
-    first = {target: number for number, target in reversed(list(enumerate(targets)))}
+    if None in targets and sys.stdout is None:
+        raise IcmError("standard output is closed; give -o FILE")
+    for target, several in collections.Counter(targets).items():
+        if several > 1:
+            raise IcmError(f"{several} files would be written to {target}; give them other names")
 
     def one(number: int) -> None:
         file, target = files[number], targets[number]
         if target is not None and target.exists() and not options.force:
             raise IcmError(f"{target} exists; --force overwrites it")
-        if first[target] != number:
-            raise IcmError(f"{target} is what {files[first[target]].name} is written to")
-        content = convert(_read(file.name), file.name)
+        content = convert(read(file.name), file.name)
         if target is None:
             sys.stdout.buffer.write(content)
             sys.stdout.buffer.flush()
@@ -353,25 +372,7 @@ def _each(options, convert, suffixes, suffix: str) -> int:
     return int(failed > 0)
 
 
-def _read(name: str, layers: int | None = None) -> bytes:
-    """A file, or standard input; with `layers`, of an .icm file no more than so many take."""
-    from icm_jax.coding import container
-
-    def take(file):
-        return file.read() if layers is None else container.receive(file, layers)
-
-    if name == "-":
-        return take(sys.stdin.buffer)
-    try:
-        with open(name, "rb") as file:
-            return take(file)
-    except OSError as error:
-        raise IcmError(f"cannot read {name}: {error.strerror or error}") from error
-
-
 def _load(path: str | os.PathLike | None):
-    import icm_jax
-
     codec = icm_jax.load(path)
     if "image" not in codec.codec.outputs:
         raise IcmError(f"{path} codes no images: it gives {', '.join(codec.codec.outputs)}")

@@ -5,10 +5,11 @@ import contextlib
 import json
 import os
 import pathlib
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from icm_jax.errors import IcmError
 
@@ -54,6 +55,23 @@ def beside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def write_json(path: str | os.PathLike, content) -> None:
     """Writes JSON, keys sorted, as `write_whole` does."""
     write_whole(path, json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def read(name: str, take: Callable[[BinaryIO], bytes] | None = None) -> bytes:
+    """A file, or standard input for "-": all of it, or what `take` reads of it.
+
+    Raises: IcmError if it cannot be read.
+    """
+    take = take or (lambda file: file.read())
+    if name == "-" and sys.stdin is None:
+        raise IcmError("standard input is closed; name a file")
+    try:
+        if name == "-":
+            return take(sys.stdin.buffer)
+        with open(name, "rb") as file:
+            return take(file)
+    except OSError as error:
+        raise IcmError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 class Listed(NamedTuple):
@@ -140,14 +158,16 @@ def in_threads(
     if jobs == 1:
         yield from map(one, items)
         return
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = collections.deque()
+    pool, waiting = ThreadPoolExecutor(jobs), collections.deque()
+    try:
         for item in items:
             waiting.append(pool.submit(one, item))
             if len(waiting) > 2 * jobs:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:  # stopped: what has begun is ended, what has not is left
+        pool.shutdown(cancel_futures=True)
 
 
 def cores() -> int:

@@ -179,15 +179,3 @@ def test_what_is_no_image_is_named():
     for data in (b"", b"text", b"\xff\xd8\xff\xe0 and no more"):
         with pytest.raises(IcmError, match="cannot read the image x"):
             images.read_image(data, "x")
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5, 3), (300, 41), (513, 1, 3), (256, 2, 3)])
-def test_what_is_written_is_what_is_read(shape):
-    """Above all filtered rows where one block of them meets the next."""
-    image = np.random.default_rng(3).integers(0, 256, shape).astype(np.uint8)
-    for given in (image, image[::-1], np.zeros_like(image)):
-        with Image.open(io.BytesIO(images.write_image(given, ".png"))) as opened:
-            opened.verify()
-        np.testing.assert_array_equal(
-            images.read_image(images.write_image(given, ".PNG"), "x"), given
-        )

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import numbers
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 
 from icm_jax.codecs import ahead, tiles, walk
-from icm_jax.codecs.codec import Codec
+from icm_jax.codecs.codec import Codec, frozen_priors
 from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
@@ -47,6 +48,18 @@ class FrozenCodec:
     def __post_init__(self):
         object.__setattr__(self, "codec", frozen_priors(self.codec))
 
+    def __repr__(self) -> str:
+        return f"FrozenCodec({self.codec.config}, fingerprint {self.fingerprint.hex()})"
+
+    def __reduce__(self):
+        from icm_jax.codecs import model_file
+
+        if not self.codec.config:
+            raise IcmError(
+                "a codec that no builder made cannot be pickled; see codecs.codec.builder"
+            )
+        return model_file.rebuilt, (self.codec.config, self.variables, dict(self.tables))
+
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """4 bytes that depend on every weight, every table and the configuration."""
@@ -62,17 +75,25 @@ class FrozenCodec:
         """The variables as arrays of the default device."""
         return jax.device_put(self.variables, jax.local_devices()[0])
 
-    def compress(self, image: np.ndarray, quality: float | None = None) -> bytes:
-        """The .icm file of an image, uint8 [H, W, 3] or [H, W].
+    def compress(self, image: Any, quality: float | None = None) -> bytes:
+        """The .icm file of an image, uint8 [H, W, 3] or [H, W], or Pillow's of any mode but those
+        that `data.images.pixels` refuses.
 
         Args:
           quality: 0 to 100 for a codec with qualities, 50 if left out.
 
         Raises: IcmError as `encode` does.
         """
+        if hasattr(image, "getbands"):  # Pillow's; it is imported where it is used
+            from icm_jax.data.images import pixels
+
+            image = pixels(image)
         image = np.asarray(image)
-        if image.ndim not in (2, 3):
-            raise IcmError(f"an image is uint8 [H, W, 3] or [H, W], not {image.shape}")
+        shaped = image.ndim == 2 or image.shape[2:] == (3,)
+        if image.dtype != np.uint8 or not shaped or not image.size:
+            raise IcmError(
+                f"an image is uint8 [H, W, 3] or [H, W], not {image.dtype} {list(image.shape)}"
+            )
         if quality is None and self.codec.qualities:
             quality = DEFAULT_QUALITY
         self._begin(image.shape[:2], quality_steps(self.codec, quality), back="")
@@ -99,15 +120,6 @@ class FrozenCodec:
     def _begin(self, shape: tuple[int, int], steps: int | None, *, back: str) -> None:
         condition = _condition(steps)
         ahead.begin(self.codec, self.on_device, self.tables, shape, condition, back=back)
-
-
-def frozen_priors(codec: Codec) -> Codec:
-    """The codec with the priors that coding takes: those of integers, where they differ."""
-    segments = tuple(
-        segment._replace(prior=segment.exact or segment.prior, exact=None)
-        for segment in codec.segments
-    )
-    return codec._replace(segments=segments)
 
 
 def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float32") -> FrozenCodec:
@@ -373,8 +385,8 @@ def quality_steps(codec: Codec, quality: float | None) -> int | None:
         if quality is not None:
             raise IcmError("this model has one rate; leave the quality out")
         return None
-    if quality is None or not 0 <= quality <= 100:
-        raise IcmError(f"this model needs a quality from 0 to 100, not {quality}")
+    if not isinstance(quality, numbers.Real) or not 0 <= quality <= 100:
+        raise IcmError(f"this model needs a quality, a number from 0 to 100, not {quality!r}")
     return round(quality * container.QUALITY_STEPS)
 
 

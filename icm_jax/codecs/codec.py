@@ -159,6 +159,15 @@ def method_of(module, part: str, collections: tuple[str, ...] = ("params",)) -> 
     return run
 
 
+def frozen_priors(codec: Codec) -> Codec:
+    """The codec with the priors that coding takes: those of integers, where they differ."""
+    segments = tuple(
+        segment._replace(prior=segment.exact or segment.prior, exact=None)
+        for segment in codec.segments
+    )
+    return codec._replace(segments=segments)
+
+
 def pass_masks(segment: Segment, shape: tuple[int, ...]) -> list[np.ndarray]:
     """bool [h, w, C] for each pass of a segment of `shape` [N, h, w, C]: what is coded in it.
 

@@ -15,7 +15,7 @@ import flax.traverse_util
 import numpy as np
 
 from icm_jax.codecs.bitstream import FrozenCodec
-from icm_jax.codecs.codec import tupled
+from icm_jax.codecs.codec import Codec, tupled
 from icm_jax.codecs.scalable import upgraded
 from icm_jax.coding import archive
 from icm_jax.coding.tables import Tables
@@ -80,12 +80,8 @@ def load(path: str | os.PathLike | None, builders: Mapping[str, Callable]) -> Fr
 
 
 def _build(file, builders) -> FrozenCodec:
-    name, items = archive.about(file)["codec"]
-    fields = dict(items)
-    if name == "scalable":
-        fields = upgraded(fields)
-    # The fingerprint is over the arguments as they were written.
-    codec = builders[name](**fields)._replace(config=(name, tupled(items)))
+    config = archive.about(file)["codec"]
+    codec = _codec(config, builders)
     arrays = {
         tuple(key.split("/")[1:]): _widened(file[key])
         for key in file.files
@@ -98,6 +94,22 @@ def _build(file, builders) -> FrozenCodec:
         for segment in codec.segments
     }
     return FrozenCodec(codec, flax.traverse_util.unflatten_dict(arrays), tables)
+
+
+def _codec(config, builders) -> Codec:
+    name, items = config
+    fields = dict(items)
+    if name == "scalable":
+        fields = upgraded(fields)
+    # The fingerprint is over the arguments as they were written.
+    return builders[name](**fields)._replace(config=(name, tupled(items)))
+
+
+def rebuilt(config, variables, tables: Mapping[str, Tables]) -> FrozenCodec:
+    """What was pickled, in the process that reads it."""
+    from icm_jax.codecs import CODECS
+
+    return FrozenCodec(_codec(config, CODECS), variables, tables)
 
 
 def _narrowed(array: np.ndarray) -> np.ndarray:

@@ -121,10 +121,48 @@ def unpack(data: bytes, layers: int | None = None) -> Stream:
     >>> stream.header.shape, stream.layers[0].strings
     ((480, 640), (b'first', b'second'))
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise IcmError(f"a stream is bytes, not {type(data).__name__}; read the file first")
     data = bytes(data)
     header, directory, at = _parse_head(data)
     wanted = _require_layers(directory, layers)
     return Stream(header, _read_layers(data, at + 2, directory, wanted), data[:at])
+
+
+def unpack_whole_layers(data: bytes) -> tuple[Stream, int]:
+    """(the stream with as many of its layers as are there, how many it was written with), of a file
+    that may end after any of them.
+
+    Raises: IcmError as `unpack`, also if it ends elsewhere.
+    """
+    _, directory, at = _parse_head(bytes(data))
+    for layers, lengths in enumerate(directory[:-1], start=1):
+        at += (2 if layers == 1 else 0) + _SEALS + sum(lengths)
+        if at == len(data):
+            return unpack(data, layers), len(directory)
+    return unpack(data), len(directory)
+
+
+def describe(data: bytes) -> dict:
+    """What the header of an .icm file says, and the lengths of its strings by layer.
+
+    Of a file that was cut off after one of its layers "of" says how many it had.
+
+    Raises: IcmError as `unpack_whole_layers`.
+    """
+    stream, count = unpack_whole_layers(data)
+    header, (height, width) = stream.header, stream.header.shape
+    missing = {"of": count} if len(stream.layers) < count else {}
+    return {
+        "width": width,
+        "height": height,
+        "channels": 1 if header.grey else 3,
+        "bpp": round(8 * len(data) / (height * width), 4),
+        "quality": None if header.quality is None else header.quality / QUALITY_STEPS,
+        "model": header.fingerprint.hex(),
+        "version": VERSION,
+        "layers": [[len(string) for string in layer.strings] for layer in stream.layers],
+    } | missing
 
 
 def receive(file, layers: int) -> bytes:
@@ -189,8 +227,8 @@ def _parse_head(data: bytes) -> tuple[Header, list[list[int]], int]:
 
 def _require_layers(directory, layers: int | None) -> int:
     wanted = len(directory) if layers is None else layers
-    if not 1 <= wanted <= len(directory):
-        raise IcmError(f"{layers} layers asked for; the file has {len(directory)}")
+    if not isinstance(wanted, int) or not 1 <= wanted <= len(directory):
+        raise IcmError(f"{layers!r} layers asked for; the file has {len(directory)}")
     return wanted
 
 

@@ -1,11 +1,13 @@
 """Image files and their pixels: one reader for the command and the pipelines, and the writer.
 
-Pixels are those of the upright image: the EXIF orientation is applied, so boxes and masks are those
-of what a viewer shows. Transparency is laid over white; of 16 bits the upper 8 stay.
+Pixels are those of the upright image in sRGB: the EXIF orientation is applied, so boxes and masks
+are those of what a viewer shows, and so is a colour profile. Transparency is laid over white; of 16
+bits the upper 8 stay, of an animation or several pages the first.
 """
 
+import contextlib
+import importlib
 import io
-import struct
 import zlib
 from collections.abc import Mapping
 
@@ -13,7 +15,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from icm_jax.errors import IcmError
+from icm_jax.data import colour
+from icm_jax.errors import IcmError, reason
 
 IGNORE = 255
 """The class id of pixels without one."""
@@ -29,9 +32,6 @@ _TURNED = {
     8: lambda x: x.swapaxes(0, 1)[::-1],
 }
 """How pixels that were stored with an EXIF orientation stand upright (CIPA DC-008, 4.6.5)."""
-_SIGNATURE, _AVERAGE, _ROWS = b"\x89PNG\r\n\x1a\n", 3, 256
-"""How a PNG file begins, the number of its filter, and how many rows are filtered at a time."""
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def read_image(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np.ndarray:
@@ -43,32 +43,51 @@ def read_image(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np
         sides keep this many pixels, which costs a fraction of the time. (0, 0): at its full size.
 
     Returns: uint8 [H, W, 3], or [H, W] of a greyscale file; perhaps a view with negative strides.
-    Raises: IcmError if the bytes are not a whole image, or one so large that Pillow refuses it.
+    Raises: IcmError if the bytes are not a whole image, one so large that Pillow refuses it, or one
+      whose numbers have no known range, as floats.
     """
-    return _read(data, name, smallest, colour=False)
-
-
-def read_rgb(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """As `read_image`, always uint8 [H, W, 3]."""
-    image = _read(data, name, smallest, colour=True)
-    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
-
-
-def _read(data: bytes, name: str, smallest: tuple[int, int], colour: bool) -> np.ndarray:
     try:
-        if simplejpeg.is_jpeg(data):
-            image = _read_jpeg(data, smallest, colour)
-            if image is not None:
-                return image
-        with Image.open(io.BytesIO(data)) as opened:
-            return _pixels(ImageOps.exif_transpose(opened))
+        found = _read_jpeg(data, smallest) if simplejpeg.is_jpeg(data) else None
+        if found is not None:
+            return found
+        with _opened(data) as image:
+            return pixels(_upright(image))
+    except IcmError as error:
+        raise IcmError(f"cannot read the image {name}: {error}") from error
     except UnidentifiedImageError as error:
         raise IcmError(
             f"cannot read the image {name}: it is of no format that Pillow knows; repair or "
             "remove it"
         ) from error
-    except _UNREADABLE as error:
-        raise IcmError(f"cannot read the image {name}: {error}; repair or remove it") from error
+    except Exception as error:  # decoders of damaged files raise whatever they meet
+        raise IcmError(
+            f"cannot read the image {name}: {reason(error)}; repair or remove it"
+        ) from error
+
+
+def read_rgb(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """As `read_image`, always uint8 [H, W, 3]."""
+    image = read_image(data, name, smallest)
+    return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+
+
+def _opened(data: bytes) -> Image.Image:
+    """Pillow's image; of HEIF and JPEG XL, too, where their packages are installed."""
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pillow_heif").register_heif_opener()
+        with contextlib.suppress(ImportError):
+            importlib.import_module("pillow_jxl")
+        return Image.open(io.BytesIO(data))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a sound image with EXIF that Pillow cannot make sense of
+        return image
 
 
 def orientation(data: bytes) -> int:
@@ -76,33 +95,44 @@ def orientation(data: bytes) -> int:
 
     Pillow is asked only of files in whose head the words stand that an orientation needs.
     """
-    end = 2
-    while data[end : end + 1] == b"\xff" and data[end + 1 : end + 2] != b"\xda":  # to the scans
-        end += 2 + max(int.from_bytes(data[end + 2 : end + 4]), 2)
-    head = data[:end]
+    head = _head(data)
     if b"Exif\0\0" not in head and b"tiff:Orientation" not in head:
         return 1
-    with Image.open(io.BytesIO(data)) as opened:
-        found = opened.getexif().get(0x0112, 1)
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            found = opened.getexif().get(0x0112, 1)
+    except Exception:  # as in `_upright`
+        return 1
     return found if found in _TURNED else 1
 
 
-def _read_jpeg(data: bytes, smallest: tuple[int, int], colour: bool) -> np.ndarray | None:
-    """Pixels of a JPEG; None where TurboJPEG does not know the sampling, as 4:1:0."""
+def _head(data: bytes) -> bytes:
+    """A JPEG file up to its scans."""
+    end = 2
+    while data[end : end + 1] == b"\xff" and data[end + 1 : end + 2] != b"\xda":
+        end += 2 + max(int.from_bytes(data[end + 2 : end + 4]), 2)
+    return data[:end]
+
+
+def _read_jpeg(data: bytes, smallest: tuple[int, int]) -> np.ndarray | None:
+    """Pixels of a JPEG; None where TurboJPEG does not know the sampling, as 4:1:0, or the colours,
+    as CMYK."""
+    kind = _kind(data)
+    if kind not in ("Gray", "YCbCr", "RGB"):
+        return None
     turned = orientation(data)
     height, width = smallest[::-1] if turned >= 5 else smallest
     options = {}
     if height and width:
         # Between a half and all of a size, libjpeg takes longer than for all of it.
         options = dict(min_height=height, min_width=width, min_factor=2)
-    grey = not colour and _kind(data) == "Gray"
-    try:
-        image = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", strict=True, **options)
-    except ValueError:
-        if not _kind(data):
-            return None
-        raise
-    image = image[..., 0] if grey else image
+    space = "GRAY" if kind == "Gray" else "RGB"
+    image = simplejpeg.decode_jpeg(data, space, strict=True, **options)
+    image = image[..., 0] if kind == "Gray" else image
+    if b"ICC_PROFILE\0" in _head(data):
+        with Image.open(io.BytesIO(data)) as opened:
+            profile = opened.info.get("icc_profile")
+        image = np.asarray(colour.to_srgb(Image.fromarray(image), profile))
     return _TURNED[turned](image) if turned in _TURNED else image
 
 
@@ -114,15 +144,39 @@ def _kind(data: bytes) -> str:
         return ""
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def pixels(image: Image.Image) -> np.ndarray:
+    """What `read_image` gives, of an image that Pillow has opened or made; it stays as turned as it
+    is.
+
+    Raises: IcmError for integers of 32 bits and floats, whose range nothing tells.
+    """
+    profile = image.info.get("icc_profile")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        kind = "floats" if image.mode == "F" else "integers of 32 bits"
+        raise IcmError(
+            f"its numbers are {kind}, of a range that nothing tells; scale them to 8 bits"
+        )
     if image.mode.startswith("I"):  # Pillow's own conversion would saturate, not scale
-        return (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        upper = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)
+        return np.asarray(colour.to_srgb(Image.fromarray(upper), profile))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    return np.asarray(image.convert("RGB"))
+        above = colour.to_srgb(image.convert("RGB"), profile)
+        above.putalpha(image.getchannel("A"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), above)
+        return np.asarray(image.convert("RGB"))
+    mode = {"1": "L", "L": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
+    return np.asarray(colour.to_srgb(image.convert(mode), profile))
+
+
+def not_kept(data: bytes) -> list[str]:
+    """What of an image file `read_image` leaves behind: "frames beyond the first", "EXIF"."""
+    try:
+        with _opened(data) as image:
+            several, exif = getattr(image, "n_frames", 1) > 1, image.info.get("exif")
+        return ["frames beyond the first"] * several + ["EXIF"] * bool(exif)
+    except Exception:  # as in `_upright`
+        return []
 
 
 def read_mask(
@@ -141,8 +195,10 @@ def read_mask(
     try:
         with Image.open(io.BytesIO(data)) as image:
             mask = np.asarray(image)
-    except _UNREADABLE as error:
-        raise IcmError(f"cannot read the mask {name}: {error}; repair or remove it") from error
+    except Exception as error:  # as in `read_image`
+        raise IcmError(
+            f"cannot read the mask {name}: {reason(error)}; repair or remove it"
+        ) from error
     if mask.ndim != 2 or mask.dtype != np.uint8:
         raise IcmError(
             f"the mask {name} must have one 8-bit channel, not {mask.dtype} {mask.shape}"
@@ -161,45 +217,26 @@ def read_mask(
     return found.astype(np.uint8)
 
 
+_WRITING = {
+    # Runs in place of matches: 2 % more bytes of a photograph in a quarter of the time.
+    "PNG": {"compress_type": zlib.Z_RLE},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True},
+    "AVIF": {"quality": 95, "subsampling": "4:4:4"},
+    "JPEG2000": {"irreversible": False},
+}
+"""How decoded images are written: without loss, or with one below what coding has cost."""
+
+
 def write_image(image: np.ndarray, suffix: str) -> bytes:
     """The file of a uint8 image in the format that a suffix names. Raises IcmError if none does."""
     file = io.BytesIO()
     kind = Image.registered_extensions().get(suffix.lower())
     if kind is None:
         raise IcmError(f"no image format has the suffix {suffix!r}; use .png")
+    options = _WRITING.get(kind, {})
     try:
-        if kind == "PNG":
-            return _png(image)
-        Image.fromarray(image).save(file, kind)
+        Image.fromarray(image).save(file, kind, **options)
     except (KeyError, OSError, ValueError) as error:
         raise IcmError(f"cannot write images as {suffix!r}: {error}; use .png") from error
     return file.getvalue()
-
-
-def _png(image: np.ndarray) -> bytes:
-    """A PNG file (ISO/IEC 15948) of uint8 [H, W] or [H, W, 3].
-
-    One filter for all rows, the mean of left and above, and runs in place of matches: of a
-    photograph 2 % more bytes than with the best filter of each row, in half of the time.
-    """
-    height, width, channels = image.reshape(*image.shape[:2], -1).shape
-    rows = np.ascontiguousarray(image).reshape(height, width * channels)
-    packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
-    packed, before = [], np.zeros_like(rows[:1])
-    for begin in range(0, height, _ROWS):
-        block = rows[begin : begin + _ROWS]
-        above = np.concatenate([before, block[:-1]])
-        left = np.zeros_like(block)
-        left[:, channels:] = block[:, :-channels]
-        filtered = np.full((len(block), 1 + block.shape[1]), _AVERAGE, np.uint8)
-        # Half of a sum of bytes, rounded down, in bytes.
-        np.subtract(block, (left & above) + ((left ^ above) >> 1), out=filtered[:, 1:])
-        packed.append(packer.compress(filtered.data))
-        before = block[-1:]
-    colour = {1: 0, 3: 2}[channels]
-    head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    chunks = (b"IHDR", head), (b"IDAT", b"".join([*packed, packer.flush()])), (b"IEND", b"")
-    return _SIGNATURE + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
-    )

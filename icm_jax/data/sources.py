@@ -20,7 +20,7 @@ from icm_jax.errors import IcmError
 
 SPLITS = {"train": "train", "validation": "val"}
 """The two parts of a data set, and their names in folders and lists."""
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 
 
 class Objects(NamedTuple):
