@@ -86,8 +86,10 @@ def _found(module: str, name: str) -> Callable[..., int]:
     kept = _read(path)
     if kept is None:
         function = getattr(importlib.import_module(module), name)
+        if not _writable(pathlib.Path(spec.origin)):
+            return _callable(function.address)
         text = function.inspect_llvm()
-        if not _writable(pathlib.Path(spec.origin)) or not _stands_alone(text):
+        if not _stands_alone(text):
             return _callable(function.address)
         code = _target(llvm, *host).emit_object(llvm.parse_assembly(text))
         kept = function.native_name.encode() + b"\0" + code
