@@ -22,12 +22,6 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import example_serializer, naming, read_only_builder, splits
-    from tensorflow_datasets.core.dataset_info import DatasetIdentity
-
 from icm_jax.data import sources
 from icm_jax.errors import IcmError
 from icm_jax.files import beside
@@ -39,12 +33,25 @@ _NAME = "{SPLIT}-{SHARD_X_OF_Y}.{FILEFORMAT}"
 _AT_ONCE = 64  # records that are read together
 
 
-def features_of(keys: Iterable[str], classes: Iterable[str]) -> tfds.features.FeaturesDict:
-    """What an example holds, in TFDS's terms.
+def _tfds() -> Any:
+    """TFDS; only where there are codes it is needed, and imported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets as tfds
+        import tensorflow_datasets.core.dataset_info
+        import tensorflow_datasets.core.example_serializer
+        import tensorflow_datasets.core.naming
+        import tensorflow_datasets.core.read_only_builder
+        import tensorflow_datasets.core.splits
+    return tfds
+
+
+def features_of(keys: Iterable[str], classes: Iterable[str]) -> Any:
+    """What an example holds, in TFDS's terms: its `FeaturesDict`.
 
     Args: keys: what it has beside the image, as `icm_jax.data.Dataset.keys`.
     """
-    features = tfds.features
+    features = _tfds().features
     label, data = features.ClassLabel(names=list(classes)), features.Scalar(np.object_)
     objects = {
         "bbox": features.Tensor(shape=(4,), dtype=np.float32),  # that of TFDS refuses overhang
@@ -55,7 +62,7 @@ def features_of(keys: Iterable[str], classes: Iterable[str]) -> tfds.features.Fe
     return features.FeaturesDict({"image": data, "name": data} | {k: known[k] for k in keys})
 
 
-def record(features: tfds.features.FeaturesDict, loaded: Mapping[str, Any]) -> bytes:
+def record(features: Any, loaded: Mapping[str, Any]) -> bytes:
     """An example, as `sources.Source.load` gives it, as bytes that depend on nothing else."""
     example = {key: loaded[key] for key in features}
     example["name"] = example["name"].encode()
@@ -65,7 +72,7 @@ def record(features: tfds.features.FeaturesDict, loaded: Mapping[str, Any]) -> b
         boxes, labels, ignored = example["objects"]
         example["objects"] = {"bbox": boxes, "label": labels, "is_crowd": ignored}
     layout: Any = features.get_serialized_info()
-    serializer = example_serializer.ExampleSerializer(layout)
+    serializer = _tfds().core.example_serializer.ExampleSerializer(layout)
     encoded = serializer.get_tf_example(features.encode_example(example))
     return encoded.SerializeToString(deterministic=True)
 
@@ -96,7 +103,7 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
             raise OSError(f"{reason}; the same command goes on from there") from error
 
 
-def read_shard(path: pathlib.Path, features: tfds.features.FeaturesDict) -> Iterator[dict]:
+def read_shard(path: pathlib.Path, features: Any) -> Iterator[dict]:
     """The examples of a shard, as TFDS gives them.
 
     Raises: IcmError if it is damaged.
@@ -116,17 +123,18 @@ def read_shard(path: pathlib.Path, features: tfds.features.FeaturesDict) -> Iter
 
 def write_info(
     folder: pathlib.Path,
-    features: tfds.features.FeaturesDict,
+    features: Any,
     whole: Mapping[str, Mapping[str, int]],
 ) -> None:
     """Writes what TFDS needs to read the folder.
 
     Args: whole: split -> its "images", "shards" and "bytes", of those that are there.
     """
+    tfds = _tfds()
     place = tfds.core.Path(folder)
     names = dict(dataset_name="codes", filetype_suffix="array_record")
-    template = naming.ShardedFileTemplate(data_dir=place, template=_NAME, **names)
-    identity = DatasetIdentity(
+    template = tfds.core.naming.ShardedFileTemplate(data_dir=place, template=_NAME, **names)
+    identity = tfds.core.dataset_info.DatasetIdentity(
         name="codes", version=tfds.core.Version(VERSION), data_dir=str(folder), module_name=""
     )
     info = tfds.core.DatasetInfo(builder=identity, features=features, description=__doc__)
@@ -142,7 +150,7 @@ def write_info(
         )
         for name, size in whole.items()
     ]
-    info.set_splits(splits.SplitDict(infos))
+    info.set_splits(tfds.core.splits.SplitDict(infos))
     info.write_to_directory(folder)
 
 
@@ -180,7 +188,7 @@ def source(config: Mapping[str, Any], split: str) -> sources.Source:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        builder = read_only_builder.builder_from_directory(root)
+        builder = _tfds().core.read_only_builder.builder_from_directory(root)
         names = tuple(found["classes"]), tuple(found["mask_classes"])
         opened = sources.from_builder(builder, split, *names)
     ids = found["mask_ids"] and {given: meant for given, meant in found["mask_ids"]}
