@@ -226,7 +226,7 @@ def test_a_quality_is_asked_for_where_there_are_qualities():
     with pytest.raises(IcmError, match="one rate"):
         bitstream.encode(one, batch, quality=50)
     for wrong in (None, -0.1, 100.1, float("nan")):
-        with pytest.raises(IcmError, match="quality from 0 to 100"):
+        with pytest.raises(IcmError, match="a number from 0 to 100"):
             bitstream.encode(many, batch, quality=wrong)
     bits = [sum(bitstream.estimate(many, batch, quality=q).values())[0] for q in (0, 25.5, 100)]
     assert bits == sorted(bits) and bits[0] < bits[-1]
