@@ -100,6 +100,9 @@ def main(argv: list[str]) -> None:
     except IcmError as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what is saved", file=sys.stderr)
+        _leave(130)
     except Exception:
         if jax.process_count() == 1:
             raise

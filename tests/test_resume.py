@@ -94,22 +94,24 @@ def test_a_killed_run_ends_in_the_same_bits(folder, undisturbed):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def terminated(process, base) -> str:
-    """What a run printed that got SIGTERM once it had logged a step."""
+def terminated(process, base, number=signal.SIGTERM) -> str:
+    """What a run printed that got a signal once it had logged a step."""
     log = base / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not log.is_file() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     return output
 
 
-def test_sigterm_saves_and_the_rest_is_the_same(folder, undisturbed):
-    base = folder / "stopped"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_rest_is_the_same(folder, undisturbed, number):
+    base = folder / f"stopped by {number}"
     process = worker(base, wait=False)
-    output = terminated(process, base)
-    assert "state is saved" in output and process.returncode != 0
+    output = terminated(process, base, number)
+    assert "state is saved" in output and process.returncode == 128 + number
+    assert "Traceback" not in output
     worker(base)
     one, other = (checkpoint.load_variables(b / "run") for b in (base, undisturbed))
     jax.tree.map(np.testing.assert_array_equal, one, other)

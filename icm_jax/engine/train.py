@@ -5,14 +5,10 @@ the random keys, the learning rate. So a run that was killed and started again e
 bits, and the same code runs on one device and on many processes.
 """
 
-import functools
-import itertools
 import json
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Callable
+import sys
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -22,7 +18,6 @@ import ml_collections
 import numpy as np
 import optax
 import tqdm
-from jax.experimental import multihost_utils
 
 from icm_jax import ops
 from icm_jax.codecs.codec import forward
@@ -31,6 +26,7 @@ from icm_jax.engine import checkpoint, frozen, optim, sharding
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.log import Log
 from icm_jax.engine.run import DONE, Run, claim
+from icm_jax.engine.stopping import stop_request
 from icm_jax.errors import IcmError
 from icm_jax.files import write_json
 from icm_jax.nets.convolution import compiler_options
@@ -313,7 +309,7 @@ def compiled_step(training: Training, state):
 
 
 def loop(training: Training, state, first: int, batches, checkpoints, folder) -> dict:
-    """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on SIGTERM.
+    """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on a signal.
 
     While a step runs, the next batch is put on the devices, and the step before is waited for, so
     that no more than three batches are there.
@@ -322,7 +318,6 @@ def loop(training: Training, state, first: int, batches, checkpoints, folder) ->
     step_of = compiled_step(training, state)
     key = jax.jit(lambda: jax.random.key(run.seed), out_shardings=sharding.replicated(mesh))()
     log = Log(folder, first, run.batch_size)
-    stopping = _stop_request()
     bar = tqdm.tqdm(
         total=run.steps,
         initial=first,
@@ -334,7 +329,7 @@ def loop(training: Training, state, first: int, batches, checkpoints, folder) ->
     metrics, measured = {}, {}
     placed = (sharding.global_batch(mesh, batch) for batch in batches)
     batch = next(placed, None)
-    with bar:
+    with bar, stop_request() as stopping:
         for number in range(first, run.steps):
             before = measured
             with log.waiting("device"):  # some backends run a step before they return
@@ -355,7 +350,10 @@ def loop(training: Training, state, first: int, batches, checkpoints, folder) ->
             if stop and not last:
                 checkpoint.wait(checkpoints)
                 bar.close()
-                raise SystemExit(f"stopped at step {number + 1} of {run.name}; state is saved")
+                print(
+                    f"stopped at step {number + 1} of {run.name}; state is saved", file=sys.stderr
+                )
+                raise SystemExit(128 + stop)
     checkpoint.wait(checkpoints)
     return metrics
 
@@ -364,26 +362,3 @@ def _short(metrics: dict) -> str:
     return " ".join(
         f"{name}={value:.3g}" for name, value in metrics.items() if name != "gradient_norm"
     )
-
-
-@functools.cache
-def _stop_request() -> Callable[[], bool]:
-    """() -> whether to save and stop after this step, because of a SIGTERM: pods get it before they
-    are taken away. To be asked once a step.
-
-    Of several processes, any may get it; JAX's coordinator, which handles the signal then, lets all
-    know at the same step. Saving is collective: who saved alone would wait for ever.
-    """
-    event = threading.Event()
-    if jax.process_count() > 1:
-        calls = itertools.count(1)  # of all runs: the coordinator stops after the largest
-
-        def asked():
-            if not event.is_set() and multihost_utils.reached_preemption_sync_point(next(calls)):
-                event.set()
-            return event.is_set()
-
-        return asked
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event.is_set
