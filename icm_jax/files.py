@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -143,10 +143,11 @@ class Room:
 
 def in_threads(
     function: Callable[[Item], Result], items: Iterable[Item], jobs: int
-) -> Iterator[tuple[Item, Result | IcmError]]:
+) -> Generator[tuple[Item, Result | IcmError], None, None]:
     """(item, function(item) or the IcmError that it raised) in order, `jobs` at the same time.
 
-    Of items without end no more are taken than there is work for, and as many again.
+    Of items without end no more are taken than there is work for, and as many again. Who stops
+    before the end closes it.
     """
 
     def one(item):

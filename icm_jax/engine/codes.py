@@ -4,6 +4,7 @@ Which shard holds which examples, and every byte of it, depends on the data, the
 quality and the number of shards alone: not on how many processes code, nor on what was there.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -165,8 +166,10 @@ def _finish(coding: Coding) -> dict:
     total = sum(len(coding.span(shard)) for shard in missing)
     numbers = (number for shard in missing for number in coding.span(shard))
     hidden = jax.process_index() > 0 or not missing
-    with tqdm.tqdm(total=total, desc=f"coding {split}", unit="image", disable=hidden) as bar:
-        results = in_threads(_recorder(coding), numbers, cores())
+    with (
+        tqdm.tqdm(total=total, desc=f"coding {split}", unit="image", disable=hidden) as bar,
+        contextlib.closing(in_threads(_recorder(coding), numbers, cores())) as results,
+    ):
         for shard in missing:
             records = []
             for _, found in itertools.islice(results, len(coding.span(shard))):
