@@ -24,6 +24,8 @@ SIZES: tuple[Size, ...] = (
     (256, 256),
     (512, 640),
     (640, 512),
+    (512, 768),
+    (768, 512),
     (1024, 1024),
 )
 """Heights and widths of windows in pixels, multiples of what hyper-latents stand for."""
@@ -34,7 +36,7 @@ def squares(sizes: Sequence[Size]) -> list[Size]:
     """The squares around some sizes: fewer, for what takes less time to compute than to compile.
 
     >>> squares(SIZES)
-    [(64, 64), (128, 128), (256, 256), (640, 640), (1024, 1024)]
+    [(64, 64), (128, 128), (256, 256), (640, 640), (768, 768), (1024, 1024)]
     """
     return [(side, side) for side in sorted({max(size) for size in sizes})]
 

@@ -17,7 +17,7 @@ def compiler_options(platform: str) -> dict[str, str | bool]:
     """Of programs of floating-point convolutions and their gradients, for `jax.jit`.
 
     On CPUs XLA leaves them to Eigen and oneDNN then, not to YNNPACK, whose gradients to kernels
-    take up to twelve times as long; it stays where XLA_FLAGS name it.
+    take three times as long (docs/cpu.md); it stays where XLA_FLAGS name it.
     """
     if platform != "cpu" or _YNNPACK in os.environ.get("XLA_FLAGS", ""):
         return {}
