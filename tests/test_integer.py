@@ -73,6 +73,21 @@ def test_equals_its_definition_in_wide_integers(stack):
         )
 
 
+@pytest.mark.parametrize(
+    "side, channels", [(1, 1024), (1, 2000), (3, 113), (3, 300), (5, 41), (5, 81)]
+)
+def test_no_sum_leaves_what_floats_count_exactly(side, channels):
+    """The largest numbers there are, odd sums far beyond 2^24 among them."""
+    x = RNG.choice([-127, 126, 127], (1, 6, 7, channels)).astype(np.int8)
+    kernel = RNG.choice([-128, 127], (side, side, channels, 3)).astype(np.int8)
+    x[0, :4], kernel[..., 0] = 127, 127
+    kernel[0, 0, 0, 0] = 126
+    given = jax.jit(integer._convolved)(x, kernel)
+    padded = np.pad(x.astype(np.int64), ((0, 0), *[(side // 2,) * 2] * 2, (0, 0)))
+    views = np.lib.stride_tricks.sliding_window_view(padded, (side, side), (1, 2))
+    np.testing.assert_array_equal(given, np.einsum("nhwcij,ijcf->nhwf", views, kernel.astype(int)))
+
+
 ONE = (integer.Node("a", ("x",)),)
 CONTEXT = (
     integer.Node("up", ("z",), "leaky_relu", True, 4 * 6),
