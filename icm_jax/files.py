@@ -9,12 +9,13 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from icm_jax.errors import IcmError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_JSON = {dict: "object", list: "array"}
 AT_ONCE = 1 << 26
 """Pixels that are coded at the same time: two pictures of 8K, at about 40 bytes a pixel."""
 
@@ -55,6 +56,42 @@ def beside(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 def write_json(path: str | os.PathLike, content) -> None:
     """Writes JSON, keys sorted, as `write_whole` does."""
     write_whole(path, json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a folder, and those above it, unless it is there.
+
+    Raises: IcmError if that cannot be (a file is in the way, missing rights).
+    """
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise IcmError(
+            f"cannot make the folder {path}: {error.strerror or error}; choose another --workdir"
+        ) from error
+
+
+def read_json(path: str | os.PathLike, kind: type, remedy: str) -> Any:
+    """What `write_json` wrote.
+
+    Raises: IcmError that ends with `remedy` if the file cannot be read, is damaged or holds
+      something else than a `kind`, dict or list.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        content = json.loads(text)
+        damage = "" if isinstance(content, kind) else f"it holds no {_JSON[kind]}"
+    except OSError as error:
+        damage = error.strerror or str(error)
+    except UnicodeDecodeError:
+        damage = "it is not text"
+    except ValueError as error:  # of JSON
+        damage = str(error) if text.strip() else "it is empty"
+    except RecursionError:
+        damage = "it is nested too deeply"
+    if damage:
+        raise IcmError(f"cannot read {path}: {damage}; {remedy}")
+    return content
 
 
 def read(name: str, take: Callable[[BinaryIO], bytes] | None = None) -> bytes:

@@ -159,7 +159,7 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
 def plan_experiment(experiment, config, workdir: pathlib.Path) -> list[dict]:
     """Compiles the step of every run for --topology; prints a table and writes plan.json."""
     from icm_jax.engine import plan
-    from icm_jax.files import write_json
+    from icm_jax.files import make_folder, write_json
 
     plan.prepare_host(TOPOLOGY.value)
     target = plan.open_target(TOPOLOGY.value)
@@ -167,7 +167,7 @@ def plan_experiment(experiment, config, workdir: pathlib.Path) -> list[dict]:
     for run in plan.distinct(experiment.runs(config), ONLY.value):
         print(f"compiling {run.name} for {target.name} ...", file=sys.stderr, flush=True)
         records += plan.compare(run, target) if COMPARE.value else [plan.plan(run, target)]
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     write_json(workdir / "plan.json", records)
     print(plan.describe(target, records))
     print(f"the same as JSON: {workdir / 'plan.json'}")
@@ -202,14 +202,14 @@ def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True
     from icm_jax.engine.optim import make_optimiser
     from icm_jax.engine.run import check_starts
     from icm_jax.engine.train import train as train_run
-    from icm_jax.files import write_json
+    from icm_jax.files import make_folder, write_json
     from icm_jax.measure.evaluate import check_points, evaluate
     from icm_jax.report.page import write_report
 
     first = jax.process_index() == 0
     if first:
         print(f"work directory: {workdir}", flush=True)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     runs = experiment.runs(config)
     notes = experiment.notes(config) if hasattr(experiment, "notes") else []
     for note in notes if first else ():

@@ -72,7 +72,7 @@ def experiment(tmp_path):
     own = tmp_path / "finished"
     own.mkdir()
     (own / "records.json").write_text(json.dumps(full_records()))
-    (own / "done.json").write_text("{}")
+    (own / "done.json").write_text('{"step": 1, "metrics": {}}')
     lines = [json.dumps({"step": step, "loss": 1 / step}) for step in (10, 20)]
     (own / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "command.json").write_text(json.dumps({"command": "python -m trial --x=<1>"}))

@@ -127,7 +127,7 @@ def test_two_devices_give_the_same_losses(folder, undisturbed):
 def stopped_on_eight(folder):
     """A run of eight devices, its parameters sharded, that SIGTERM stopped on its way."""
     base = folder / "eight"
-    process = worker(base, devices=8, fsdp=4, wait=False)
+    process = worker(base, devices=8, fsdp=4, wait=False, save_every=1)
     output = terminated(process, base)
     assert "state is saved" in output, output[-3000:]
     return base
@@ -144,20 +144,23 @@ def test_a_checkpoint_of_eight_devices_goes_on_on_fewer(stopped_on_eight, undist
 def test_two_processes_pass_over_what_is_damaged_and_give_the_same_losses(
     stopped_on_eight, undisturbed
 ):
-    """Each has four devices; the first one tells the other that the only checkpoint is none."""
+    """Each has four devices, and checks half of the files."""
     base = shutil.copytree(stopped_on_eight, stopped_on_eight.with_name("processes"))
-    kept = [int(path.name) for path in (base / "run" / "checkpoints").iterdir()]
-    for file in (base / "run" / "checkpoints").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"\0" * (file.stat().st_size // 2))
+    older, newer = sorted(int(path.name) for path in (base / "run" / "checkpoints").iterdir())
+    largest = max(
+        (base / "run" / "checkpoints" / str(newer)).rglob("*"), key=lambda path: path.stat().st_size
+    )
+    altered = bytearray(largest.read_bytes())
+    altered[len(altered) // 2] ^= 1
+    largest.write_bytes(altered)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     both = [worker(base, devices=4, wait=False, extra=(address, 2, p)) for p in range(2)]
-    for process in both:
-        output, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, output[-3000:]
-    assert kept and all((base / "run" / f"damaged-{step}").is_dir() for step in kept)
+    outputs = [process.communicate(timeout=400)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], "\n".join(outputs)[-3000:]
+    said = [output.count(f"it goes on from step {older}") for output in outputs]
+    assert said == [1, 0] and (base / "run" / f"damaged-{newer}").is_dir()
     same_losses(base, undisturbed)
 
 

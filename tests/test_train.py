@@ -149,22 +149,6 @@ def test_errors_of_the_writer_name_the_folder(tmp_path, monkeypatch, place):
         checkpoint.wait(checkpoints)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path):
-    run = toy_run()
-    toy_fit(tmp_path, run, toy())
-    for file in (tmp_path / "checkpoints" / "8").rglob("*"):
-        if file.is_file() and file.stat().st_size > 0:
-            file.write_bytes(b"\0" * (file.stat().st_size // 2))
-    with (
-        checkpoint.manager(tmp_path) as checkpoints,
-        pytest.warns(UserWarning, match="passed over"),
-    ):
-        _, step = train.make_state(train.prepare(run, toy()), checkpoints)
-    assert step == 6
-    assert (tmp_path / "damaged-8").is_dir() and not (tmp_path / "checkpoints" / "8").exists()
-    assert toy_fit(tmp_path, run, toy())[1] == 8  # and is written anew
-
-
 def test_parts_are_copied_or_refused():
     own = {"params": {"a": {"v": np.zeros(2)}, "b": {"v": np.zeros(2)}}}
     earlier = {"params": {"a": {"v": np.ones(2)}, "c": {"v": np.ones(2)}}}

@@ -28,6 +28,6 @@ config.stage1.learning_rate = 1e-4  # gentle: rounding differences must not be a
 config.stage1.negatives = "both"  # the queue, too, lies on all devices
 config.pretrain.steps = config.stage0.steps = 0
 run = module.runs(config)[0]
-changes = dict(name="run", steps=10, save_every=3, log_every=1, **json.loads(sys.argv[2]))
+changes = dict(name="run", steps=10, save_every=3, log_every=1) | json.loads(sys.argv[2])
 run = dataclasses.replace(run, **changes)
 train.train(run, base)

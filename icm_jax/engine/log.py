@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -33,13 +34,27 @@ class Log:
         self._waited: dict[str, float] = dict.fromkeys(WAITS, 0.0)  # seconds since the last line
         self.starving = ""
         self._writer = _tensorboard(folder)
+        self.newest = self._go_on(first)
+
+    def _go_on(self, first: int) -> dict[str, float]:
+        """Leaves the lines up to the step at which the run goes on, and says what is lacking.
+
+        Returns: the metrics of the last one.
+        """
+        there = read_log(self._path) if jax.process_index() == 0 else []
+        kept = [line for line in there if line["step"] <= first]
+        if there and not first:
+            print(
+                f"{self._path.parent} has no checkpoint, it begins again; it had got to step "
+                f"{there[-1]['step']}",
+                file=sys.stderr,
+            )
+        if first and jax.process_index() == 0 and [x["step"] for x in kept[-1:]] != [first]:
+            print(f"{self._path} lacks lines before step {first}; they are lost", file=sys.stderr)
         if self._path.is_file() and jax.process_index() == 0:
-            kept = [
-                line
-                for line in self._path.read_text().splitlines(keepends=True)
-                if line.endswith("\n") and json.loads(line)["step"] <= first
-            ]
-            write_whole(self._path, "".join(kept).encode())
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        timed = ("step", "images_per_second", *(f"{kind}_wait" for kind in WAITS))
+        return {name: value for name, value in (kept or [{}])[-1].items() if name not in timed}
 
     def add(self, step: int, metrics: dict) -> None:
         """Keeps a step's metrics, still on the device."""
@@ -91,6 +106,37 @@ class Log:
         if self._writer:
             self._writer.write_scalars(step, means)
         return means
+
+
+def read_log(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl; none if it is not there.
+
+    A last one that a killed run left unfinished is left out; so are damaged ones, and how many is
+    said on standard error.
+    """
+    if not path.is_file():
+        return []
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise IcmError(f"cannot read {path}: {error.strerror or error}") from error
+    found = [line for line in map(_line, lines) if line]
+    if len(found) < len(lines):
+        print(
+            f"{path}: {len(lines) - len(found)} of {len(lines)} lines are damaged and left out",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _line(text: bytes) -> dict:
+    """A line of metrics; {} if it is none."""
+    try:
+        line = json.loads(text)
+        fits = isinstance(line["step"], int) and "loss" in line
+        return line if fits and all(type(value) in (int, float) for value in line.values()) else {}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 def _tensorboard(folder: pathlib.Path):

@@ -11,12 +11,14 @@ import ml_collections
 
 from icm_jax.data import data_fields
 from icm_jax.errors import IcmError
-from icm_jax.files import write_json
+from icm_jax.files import read_json, write_json
 
 CODEC = "codec.icmc"
 """The file, in a run's folder, of the codec that it trained."""
 DONE = "done.json"
-"""The file, in a run's folder, that is written last."""
+"""The file, in a run's folder, that is written last by training."""
+RECORDS = "records.json"
+"""The file, in a run's folder, of what `icm_jax.measure.evaluate` scored."""
 SCHEDULE = ("plateau", "rate_scaling", "rate_batch")
 """Settings of the learning rate that not every experiment has; see `icm_jax.engine.optim`."""
 
@@ -167,7 +169,43 @@ def load_run(folder: str | os.PathLike) -> Run:
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise IcmError(f"there is no run {folder}; run it first")
-    return from_json(json.loads(path.read_text()))
+    return from_json(_config_of(folder))
+
+
+def _config_of(folder: str | os.PathLike) -> dict:
+    return read_json(
+        pathlib.Path(folder) / "config.json",
+        dict,
+        "put back a copy; or, if it is still the same experiment, remove the file, and the command "
+        "of the run writes it anew",
+    )
+
+
+def what_is_done(folder: str | os.PathLike) -> dict | None:
+    """{"step", "metrics"} of a finished run, the latter of its last logging interval; None if it
+    has not finished, or done.json is damaged: the command of the run then writes it anew."""
+    path = pathlib.Path(folder) / DONE
+    try:
+        done = read_json(path, dict, "") if path.is_file() else {}
+    except IcmError:
+        return None
+    fits = isinstance(done.get("step"), int) and isinstance(done.get("metrics"), dict)
+    return done if fits else None
+
+
+def read_records(folder: str | os.PathLike) -> list[dict]:
+    """The records of a run; none if it has not been scored.
+
+    Raises: IcmError if the file is damaged.
+    """
+    path = pathlib.Path(folder) / RECORDS
+    if not path.is_file():
+        return []
+    remedy = "the command of the run, without --mode=report, scores it anew"
+    records = read_json(path, list, remedy)
+    if all(isinstance(record, dict) and "kind" in record for record in records):
+        return records
+    raise IcmError(f"{path} holds something else than records; {remedy}")
 
 
 def codec_path(run: Run, base: str | os.PathLike) -> pathlib.Path | None:
@@ -184,12 +222,12 @@ def check_starts(runs: Iterable[Run], base: str | os.PathLike) -> None:
     """
     before = set()
     for run in runs:
-        finished = (pathlib.Path(base) / run.name / DONE).is_file()
+        finished = what_is_done(pathlib.Path(base) / run.name) is not None
         for start in () if finished else run.start:
             folder = start.folder(base)
             if not start.workdir and start.run in before:
                 continue
-            if not (folder / DONE).is_file():
+            if what_is_done(folder) is None:
                 raise IcmError(
                     f"{run.name} starts from {folder}, where no run has finished; train it first, "
                     "or give the work directory that holds it"
@@ -277,7 +315,7 @@ def claim(folder: pathlib.Path, run: Run, writes: bool = True) -> None:
     path = folder / "config.json"
     given = to_json(run)
     if path.is_file():
-        kept = json.loads(path.read_text())
+        kept = _config_of(folder)
         changed = changes(kept, given, HARMLESS)
         if changed:
             raise IcmError(

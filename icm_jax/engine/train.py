@@ -5,7 +5,6 @@ the random keys, the learning rate. So a run that was killed and started again e
 bits, and the same code runs on one device and on many processes.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -25,10 +24,10 @@ from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint, frozen, optim, sharding
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.log import Log
-from icm_jax.engine.run import DONE, Run, claim
+from icm_jax.engine.run import DONE, Run, claim, what_is_done
 from icm_jax.engine.stopping import stop_request
 from icm_jax.errors import IcmError
-from icm_jax.files import write_json
+from icm_jax.files import make_folder, write_json
 from icm_jax.nets.convolution import compiler_options
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
@@ -81,10 +80,11 @@ def train(run: Run, base: str | os.PathLike) -> dict:
         written.
     """
     folder = pathlib.Path(base) / run.name
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     claim(folder, run, jax.process_index() == 0)
-    if sharding.as_first((folder / DONE).is_file()):
-        return json.loads((folder / DONE).read_text())["metrics"]
+    done = what_is_done(folder)
+    if sharding.as_first(jax.process_index() == 0 and whole(run, base)):
+        return done["metrics"] if done else {}
     source = open_source(run.data, "train")
     task = build_task(complete(run.task, source))
     training = prepare(run, task)
@@ -120,6 +120,23 @@ def train(run: Run, base: str | os.PathLike) -> dict:
         write_json(folder / DONE, {"step": run.steps, "metrics": metrics})
     sharding.as_first(True)  # nobody goes on before that is written
     return metrics
+
+
+def whole(run: Run, base: str | os.PathLike) -> bool:
+    """Whether a run has finished, and done.json and its codec file can be read; a damaged one is
+    named: it is written anew from the newest checkpoint."""
+    folder = pathlib.Path(base) / run.name
+    if not (folder / DONE).is_file():
+        return False
+    damage = "" if what_is_done(folder) else f"{folder / DONE} is damaged"
+    if run.codec_file is not None and not damage:
+        try:
+            frozen.load_codec(run, base)
+        except IcmError as error:
+            damage = str(error)
+    if damage:
+        print(f"{run.name} is finished anew from its newest checkpoint: {damage}", file=sys.stderr)
+    return not damage
 
 
 def decoded_split(codec: frozen.FrozenCodec | None, source, run: Run) -> np.ndarray:
@@ -326,7 +343,7 @@ def loop(training: Training, state, first: int, batches, checkpoints, folder) ->
         disable=jax.process_index() > 0,
         mininterval=1.0,
     )
-    metrics, measured = {}, {}
+    metrics, measured = log.newest, {}
     placed = (sharding.global_batch(mesh, batch) for batch in batches)
     batch = next(placed, None)
     with bar, stop_request() as stopping:

@@ -29,7 +29,6 @@ exceed its estimate + 1 %), encode_ms and decode_ms (median of an image, network
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -47,7 +46,7 @@ from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint, sharding
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.frozen import check_same, load_codec
-from icm_jax.engine.run import Point, Run, load_run
+from icm_jax.engine.run import RECORDS, Point, Run, load_run, read_records
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
 from icm_jax.files import cores, write_json
@@ -110,9 +109,14 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     """
     check_points(run)
     folder = pathlib.Path(base) / run.name
-    kept = folder / "records.json"
-    records = json.loads(kept.read_text()) if sharding.as_first(kept.is_file()) else []
-    there = [Point(**record["asked"]) for record in records]
+    kept = folder / RECORDS
+    try:
+        records = read_records(folder) if sharding.as_first(kept.is_file()) else []
+        there = [Point(**record["asked"]) for record in records]
+    except (IcmError, KeyError, TypeError) as error:
+        if jax.process_index() == 0:
+            print(f"{run.name} is scored anew: {kept} is damaged ({error})", file=sys.stderr)
+        records, there = [], []
     points = [point for point in run.evaluate if point not in there and written_here(run, point)]
     if not points:
         return records

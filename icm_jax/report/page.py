@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import jax
 import ml_collections
 
-from icm_jax.engine.run import DONE, Run
-from icm_jax.files import write_whole
+from icm_jax.engine.run import Run, read_records, what_is_done
+from icm_jax.files import read_json, write_whole
 from icm_jax.report import curves, detections, latents, pictures, speed, tables, training
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
@@ -41,8 +41,8 @@ def write_report(
     `notes` are sentences that stand first: what was asked for and is not there.
     """
     workdir = pathlib.Path(workdir)
-    records = [r for run in runs for r in _read_json(workdir / run.name / "records.json", [])]
-    missing = [run.name for run in runs if not (workdir / run.name / DONE).is_file()]
+    records = [record for run in runs for record in read_records(workdir / run.name)]
+    missing = [run.name for run in runs if what_is_done(workdir / run.name) is None]
     parts: list[tuple[str, object]] = [("h1", f"{config.name} on {config.data.name}")]
     parts += [("p", note) for note in notes]
     if missing:
@@ -101,10 +101,12 @@ def _of_arms(records, workdir) -> list[tuple[str, object]]:
 
 def _provenance(config, workdir) -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
-    command = _read_json(workdir / "command.json", {}).get("command", "unknown")
+    kept = workdir / "command.json"
+    remedy = "remove it, and the report is written without the command"
+    command = read_json(kept, dict, remedy).get("command") if kept.is_file() else None
     return "\n".join(
         [
-            command,
+            command or "unknown",
             "",
             f"python {platform.python_version()}, {platform.machine()}, "
             f"{os.cpu_count()} CPU cores; {jax.device_count()} × {jax.devices()[0].device_kind}",
@@ -173,7 +175,3 @@ def _html(parts, workdir) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{style}</style><body>" + "\n".join(body) + "</body></html>\n"
     )
-
-
-def _read_json(path: pathlib.Path, absent):
-    return json.loads(path.read_text()) if path.is_file() else absent

@@ -1,6 +1,5 @@
 """The figure of losses over steps."""
 
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from collections.abc import Sequence
 from matplotlib import colormaps, ticker
 from matplotlib.figure import Figure
 
+from icm_jax.engine.log import read_log
 from icm_jax.engine.run import Run
 from icm_jax.report.looks import save
 
@@ -18,7 +18,7 @@ WIDE = 10  # largest over smallest loss of a panel from which on its axis is log
 
 def draw_training(runs: Sequence[Run], workdir: pathlib.Path) -> str:
     """Loss over steps, a panel per task with names beneath; seeds share a name and a colour."""
-    logs = {run.name: _read_lines(workdir / run.name / "metrics.jsonl") for run in runs}
+    logs = {run.name: read_log(workdir / run.name / "metrics.jsonl") for run in runs}
     kinds = sorted({run.task.name for run in runs})
     figure = Figure(figsize=(5 * len(kinds), 3.4), dpi=110)
     figure.subplots_adjust(wspace=0.3)
@@ -48,7 +48,3 @@ def draw_training(runs: Sequence[Run], workdir: pathlib.Path) -> str:
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)
     return save(figure, workdir / "training.png")
-
-
-def _read_lines(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
