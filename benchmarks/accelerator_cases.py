@@ -159,6 +159,7 @@ def our_training(run, task, batch: dict):
     """(fresh state, (() -> the loss of one more step)) by `icm_jax.engine.train`."""
     import jax
 
+    from icm_jax.compiled import give_back
     from icm_jax.engine import sharding, train
 
     training = train.prepare(run, task, jax.devices()[:1])
@@ -169,6 +170,7 @@ def our_training(run, task, batch: dict):
     batch = jax.device_put(batch, sharding.batch_sharding(training.mesh))
     key = jax.device_put(jax.random.key(run.seed), sharding.replicated(training.mesh))
     step = train.compiled_step(training, state).lower(state, batch, key).compile()
+    give_back()
     held = [state]  # donated to the first step; each step leaves its successor
 
     def call():

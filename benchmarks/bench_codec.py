@@ -119,10 +119,9 @@ def our_codec(image: np.ndarray, wanted: int):
 def ours(part: str, wanted: int) -> dict:
     import jax
     import ml_collections
-    import optax
+    from accelerator_cases import our_training
 
-    from icm_jax.engine.train import TrainState, make_step
-    from icm_jax.nets.convolution import compiler_options
+    from icm_jax.engine.run import Run
     from icm_jax.tasks import build_task
 
     if part == "codec":
@@ -153,16 +152,21 @@ def ours(part: str, wanted: int) -> dict:
             straight_through=False,
         )
     )
-    task, optimiser = build_task(config), optax.adam(1e-4)
-    batch, key = {"image": picture(256, 256, 8)}, jax.random.key(0)
-    variables = task.init(key, batch) | {"constants": dict(task.constants)}
-    state = TrainState(
-        jax.numpy.zeros((), jax.numpy.int32), variables, optimiser.init(variables["params"]), {}
+    optim = dict(name="adam", learning_rate=1e-4, schedule="constant", warmup_steps=0)
+    optim |= dict(weight_decay=0.0, clip_norm=0.0)
+    run = Run(
+        name="step",
+        seed=0,
+        task=config,
+        data=ml_collections.ConfigDict({"canvas": 256}),
+        optim=ml_collections.ConfigDict(optim),
+        batch_size=8,
+        steps=100,
+        log_every=100,
+        save_every=100,
     )
-    run = ml_collections.ConfigDict({"ema": 0.0, "remat": "none"})
-    options = compiler_options(jax.default_backend())
-    step = jax.jit(make_step(task, optimiser, run), compiler_options=options)
-    calls = {"training step": lambda: jax.block_until_ready(step(state, batch, key))}
+    _, step = our_training(run, build_task(config), {"image": picture(256, 256, 8)})
+    calls = {"training step": lambda: jax.block_until_ready(step())}
     return times(calls, ROUNDS[part])
 
 

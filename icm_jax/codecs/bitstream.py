@@ -147,7 +147,7 @@ def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float
     inputs = {"image": _require_images(images)}
     if codec.qualities:
         inputs["quality"] = np.linspace(0, 1, len(images), dtype=np.float32)
-    sample = jax.device_get(walk.sample(codec, kept, inputs))
+    sample = walk.sample(codec, kept, inputs)
     tables, integer = {}, {}
     for segment in codec.segments:
         tables[segment.name], arrays = segment.freeze(kept, sample)

@@ -18,6 +18,8 @@ from icm_jax.codecs.tiles import Part
 
 TOGETHER = 8
 """Windows of one image in a batch on accelerators, which are idle with one."""
+SAMPLED_AT_ONCE = 8
+"""Images that `sample` computes in one batch."""
 _ELEMENT = 16
 """Pixels that an element of a latent counts for where windows of priors are chosen."""
 
@@ -256,9 +258,18 @@ def _output(codec, name, shape, pixels, variables, decoded):
     return _pixels(found) if pixels else found
 
 
+def sample(codec: Codec, variables, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Latents as they will be decoded, rounded around their means, where they have any: {segment:
+    float32 [N, h, w, C]}. Few images are computed at once, as those of one call need the memory of
+    all their layers."""
+    parts = range(0, len(inputs["image"]), SAMPLED_AT_ONCE)
+    rows = [{k: value[n : n + SAMPLED_AT_ONCE] for k, value in inputs.items()} for n in parts]
+    found = [jax.device_get(_sample(codec, variables, row)) for row in rows]
+    return jax.tree.map(lambda *images: np.concatenate(images), *found)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def sample(codec, variables, inputs):
-    """Latents as they will be decoded: rounded around their means, where they have any."""
+def _sample(codec, variables, inputs):
     return forward(codec, variables, inputs, inputs["image"].shape[1:3]).latents
 
 

@@ -20,6 +20,7 @@ import tqdm
 
 from icm_jax import ops
 from icm_jax.codecs.codec import forward
+from icm_jax.compiled import give_back
 from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint, frozen, optim, sharding
 from icm_jax.engine.codes import open_source
@@ -346,6 +347,9 @@ def loop(training: Training, state, first: int, batches, checkpoints, folder) ->
     metrics, measured = log.newest, {}
     placed = (sharding.global_batch(mesh, batch) for batch in batches)
     batch = next(placed, None)
+    if batch is not None:
+        step_of = step_of.lower(state, batch, key).compile()
+        give_back()  # before the step takes as much and more
     with bar, stop_request() as stopping:
         for number in range(first, run.steps):
             before = measured
