@@ -13,9 +13,9 @@ from icm_jax.measure.classical import FORMATS
 
 def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.ConfigDict]:
     """`get_config` of a file: settings of the scale that stands behind the colon, or the first."""
-    known = {scale.__name__: scale for scale in functions}
+    known = {scale.__name__.replace("_", "-"): scale for scale in functions}
 
-    def get_config(arg: str = functions[0].__name__) -> ml_collections.ConfigDict:
+    def get_config(arg: str = next(iter(known))) -> ml_collections.ConfigDict:
         """Settings of one scale; every field can be overridden on the command line."""
         if arg not in known:
             raise ValueError(f"there is no scale {arg!r}; choose one of {', '.join(known)}")

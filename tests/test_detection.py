@@ -20,7 +20,7 @@ SHAPES = anchors(yolov3(3), GRIDS, 0.2)
 
 @jax.jit
 def cost(outputs, truth, labels, valid):
-    return losses(outputs, truth, labels, valid, SHAPES)
+    return losses(outputs, truth, labels, valid, SHAPES, (1.0,) * len(SHAPES))
 
 
 def truthful(sure=12.0):
@@ -45,7 +45,7 @@ def truthful(sure=12.0):
 
 
 def test_outputs_that_say_the_truth_give_it_back():
-    found = detections(truthful(), SHAPES, 10, 0.5, 0.3)
+    found = detections(truthful(), SHAPES, (1.0,) * len(SHAPES), 10, 0.5, 0.3)
     assert found.valid.sum() == 2
     order = np.argsort(np.asarray(found.labels[0, :2]))[::-1]
     assert np.asarray(found.labels)[0, order].tolist() == [2, 0]

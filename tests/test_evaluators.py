@@ -59,7 +59,8 @@ def scored(found, truth, ignored=(), parts=1):
         n = len(own)
         batch = {"valid": np.ones(n, bool), "boxes": np.zeros((n, rows, 4), np.float32)}
         batch |= {"box_labels": np.zeros((n, rows), int), "box_valid": np.zeros((n, rows), bool)}
-        batch |= {"box_ignored": np.zeros((n, rows), bool)}
+        batch |= {"box_ignored": np.zeros((n, rows), bool), "image": np.zeros((n, 8, 4, 3))}
+        batch |= {"extent": np.tile([0, 0, 8, 4], (n, 1))}
         given = {"boxes": np.zeros((n, rows, 4), np.float32), "labels": np.zeros((n, rows), int)}
         given |= {"scores": np.zeros((n, rows)), "valid": np.zeros((n, rows), bool)}
         for row, image in enumerate(own):
@@ -95,6 +96,9 @@ def test_average_precision_by_hand():
     assert scored(twice, [[(0, LEFT)], [(0, WHOLE)]])["map50"] == pytest.approx(
         (51 + 50 * 2 / 3) / 101
     )
+    # What is found ends with the picture: this is the left half and nothing more.
+    beyond = scored([[(0, 0.9, (-1, -2, 3, 0.5))]], [[(0, LEFT)]])
+    assert beyond["map"] == pytest.approx(1)
     near = scored([[(0, 0.9, NEAR)]], [[(0, LEFT)]])
     assert near["map50"] == pytest.approx(1) and near["map"] == pytest.approx(0.5, abs=0.11)
 
@@ -255,7 +259,8 @@ def test_what_was_scored_apart_adds_up():
     boxes = np.float32(rng.random((6, 4, 4)).cumsum(-1))
     given = {"boxes": boxes, "box_labels": rng.integers(0, 2, (6, 4)), "valid": np.ones(6, bool)}
     given |= {"box_valid": np.ones((6, 4), bool), "box_ignored": np.zeros((6, 4), bool)}
-    given |= {"label": rng.integers(0, 8, 6), "mask": masks}
+    given |= {"label": rng.integers(0, 8, 6), "mask": masks, "image": np.zeros((6, 2, 2, 3))}
+    given |= {"extent": np.tile([0, 0, 2, 2], (6, 1))}
     predicted = {"logits": logits, "segments": rng.integers(0, 3, (6, 4, 4)), "boxes": boxes}
     predicted |= {"scores": np.full((6, 4), 0.5), "labels": rng.integers(0, 2, (6, 4))}
     predicted |= {"valid": np.ones((6, 4), bool)}

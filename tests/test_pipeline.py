@@ -307,7 +307,7 @@ def test_boxes_come_letterboxed_largest_first():
         next(pipeline.batches(source, spec, seed=0, stop=1)),
     ):
         assert batch["image"].shape == (2, 16, 12, 3) and batch["valid"][0]
-        assert batch["extent"][0].tolist() == [8, 12]
+        assert batch["extent"][0].tolist() == [0, 0, 8, 12]
         assert (batch["image"][0, :8] == [200, 100, 50]).all()
         assert (batch["image"][0, 8:] == geometry.GREY).all()
         np.testing.assert_allclose(
@@ -316,6 +316,15 @@ def test_boxes_come_letterboxed_largest_first():
         assert batch["box_labels"][0].tolist() == [1, 1, 0]
         assert batch["box_valid"][0].tolist() == [False, True, True]
         assert batch["box_ignored"][0].tolist() == [True, False, False]
+    centred = next(pipeline.in_order(source, BatchSpec(1, (16, 12), boxes=3, letterbox="centre")))
+    assert centred["extent"][0].tolist() == [4, 0, 8, 12]
+    assert (centred["image"][0, 4:12] == [200, 100, 50]).all()
+    assert (centred["image"][0, [3, 12]] == geometry.GREY).all()
+    np.testing.assert_allclose(
+        centred["boxes"][0], [[0.25, 0, 0.75, 1], [0.375, 0.5, 0.625, 1], [0.25, 0, 0.5, 0.2]]
+    )
+    with pytest.raises(IcmError, match=r"data\.letterbox is corner or centre, not 'middle'"):
+        BatchSpec(1, (16, 12), boxes=3, letterbox="middle")
     few = next(pipeline.in_order(source, BatchSpec(1, (16, 12), boxes=6)))
     assert few["box_valid"].sum() == 3 and few["box_ignored"].sum() == 1
     padding = next(pipeline.in_order(source, spec))
@@ -332,10 +341,17 @@ def test_boxes_of_data_without_any():
 def test_letterboxed_pictures_touch_two_sides(height, width, down, across):
     canvas = (down, across)
     image = np.zeros((height, width, 3), np.uint8)
-    boxed, (h, w) = geometry.letterbox(image, canvas)
-    assert boxed.shape == (*canvas, 3) and (h == canvas[0] or w == canvas[1])
-    assert not boxed[:h, :w].any() and (boxed[h:] == geometry.GREY).all()
-    assert (boxed[:, w:] == geometry.GREY).all()
+    for place in geometry.LETTERBOXES:
+        boxed, (top, left, h, w) = geometry.letterbox(image, canvas, place)
+        assert boxed.shape == (*canvas, 3) and (h == canvas[0] or w == canvas[1])
+        bars = boxed == geometry.GREY
+        assert not boxed[geometry.inside((top, left, h, w))].any()
+        assert bars.sum() == boxed.size - 3 * h * w
+        low, right = canvas[0] - h - top, canvas[1] - w - left
+        if place == "centre":
+            assert 0 <= low - top <= 1 and 0 <= right - left <= 1
+        else:
+            assert (top, left) == (0, 0)
     scale = min(canvas[0] / height, canvas[1] / width)
     assert abs(h - height * scale) < 1 and abs(w - width * scale) < 1
 

@@ -148,7 +148,7 @@ def test_a_detector_is_data():
     [
         (lambda: changed(1, kind="avgpool"), r"layer 1 \(avgpool\) .* unknown kind; .*maxpool"),
         (lambda: changed(0, features=0), "layer 0 .conv. .* has 0 features"),
-        (lambda: changed(0, activation="mish"), "activation 'mish'"),
+        (lambda: changed(0, activation="swish"), "activation 'swish'"),
         (lambda: changed(2, stride=3), "stride 3 and"),
         (lambda: changed(1, stride=0), "stride 0; both begin at 1"),
         (lambda: changed(5, inputs=(5,)), r"layer 5 \(route\) .* takes layers \(5,\); only"),
@@ -276,26 +276,7 @@ def test_a_backbone_alone_is_read(tmp_path):
     )
 
 
-def conv(features, kernel, **more):
-    return Layer("conv", features, kernel, **more)
-
-
-LINEAR = dict(activation="linear", normalised=False)
-HALF = Layer("maxpool", kernel=2, stride=2)
-TINY = Detector(
-    table=(
-        *(conv(16, 3), HALF, conv(32, 3), HALF, conv(64, 3), HALF, conv(128, 3), HALF),
-        *(conv(256, 3), HALF, conv(512, 3), Layer("maxpool", kernel=2), conv(1024, 3)),
-        *(conv(256, 1), conv(512, 3), conv(255, 1, **LINEAR), Layer("detect")),
-        *(Layer("route", inputs=(13,)), conv(128, 1), Layer("upsample", stride=2)),
-        *(Layer("route", inputs=(19, 8)), conv(256, 3), conv(255, 1, **LINEAR), Layer("detect")),
-    ),
-    # The published weights were trained with the mask 1, 2, 3 in the second output.
-    anchors=(((81, 82), (135, 169), (344, 319)), ((23, 27), (37, 58), (81, 82))),
-    strides=(32, 16),
-    split=6,
-)
-"""yolov3-tiny.cfg."""
+TINY = yolo.yolov3_tiny(80)
 DATA = pathlib.Path(__file__).resolve().parents[2] / "shared/data"
 
 
@@ -308,7 +289,7 @@ def test_published_weights_find_what_is_in_a_photograph():
         variables, np.asarray(image, np.float32)[None] / 255, False
     )
     sizes = anchors(TINY, [raw.shape[1:3] for raw in outputs], 1.0)
-    found = detections(outputs, sizes, 20, 0.45, 0.4)
+    found = detections(outputs, sizes, TINY.scales, 20, 0.45, 0.4)
     names = (DATA / "darknet/coco.names").read_text().splitlines()
     labels = np.asarray(found.labels)[found.valid]
     assert {names[label] for label in labels} == {"person", "bus"}

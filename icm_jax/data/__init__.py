@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from icm_jax.data import sources
 from icm_jax.errors import IcmError
 
-BATCH_FIELDS = ("canvas", "boxes", "coefficients", "crop")
+BATCH_FIELDS = ("canvas", "boxes", "letterbox", "coefficients", "crop")
 """Fields of a run's data that say what its batches are, whatever the set; see `pipeline`."""
 
 

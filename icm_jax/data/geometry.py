@@ -1,5 +1,7 @@
 """Images, masks and boxes on the host: fitting to the fixed canvas of a batch."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image
 
@@ -74,12 +76,19 @@ def random_view(
     return bilinear(image, canvas[::-1], box)[:, :: -1 if rng.uniform() < 0.5 else 1]
 
 
-def letterbox(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """Scales so that the whole image just fits; it lies top left, the rest of the canvas is grey.
+LETTERBOXES = ("corner", "centre")
+"""Where an image may lie in its canvas."""
+
+
+def letterbox(
+    image: np.ndarray, canvas: tuple[int, int], place: str = "corner"
+) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """Scales so that the whole image just fits; the rest of the canvas is grey.
 
     Args:
       image: uint8 [H, W, 3]. canvas: (height, width).
-    Returns: uint8 [*canvas, 3] and (height, width) of the image in it.
+      place: "corner", top left, or "centre", as Darknet has it.
+    Returns: uint8 [*canvas, 3] and (top, left, height, width) of the image in it.
     """
     height, width = image.shape[:2]
     scale = min(canvas[0] / height, canvas[1] / width)
@@ -90,5 +99,12 @@ def letterbox(image: np.ndarray, canvas: tuple[int, int]) -> tuple[np.ndarray, t
     if (h, w) != (height, width):
         image = bilinear(image, (w, h))
     boxed = np.full((*canvas, 3), GREY, np.uint8)
-    boxed[:h, :w] = image
-    return boxed, (h, w)
+    top, left = ((canvas[0] - h) // 2, (canvas[1] - w) // 2) if place == "centre" else (0, 0)
+    boxed[top : top + h, left : left + w] = image
+    return boxed, (top, left, h, w)
+
+
+def inside(extent: Iterable[int]) -> tuple[slice, slice]:
+    """Rows and columns of (top, left, height, width)."""
+    top, left, height, width = map(int, extent)
+    return slice(top, top + height), slice(left, left + width)

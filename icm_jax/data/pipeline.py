@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from icm_jax.data import geometry, images, jpeg
+from icm_jax.data import BATCH_FIELDS, geometry, images, jpeg
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
 from icm_jax.files import cores
@@ -35,6 +35,7 @@ class BatchSpec:
       canvas: (height, width) of the images.
       boxes: above 0, images are letterboxed and come with their objects, at most so many, the
         largest.
+      letterbox: where they then lie in the canvas, one of `geometry.LETTERBOXES`.
       coefficients: give images as the DCT coefficients of JPEG 4:2:0, for canvases that are
         multiples of 16: a quality as "95", at which the image on its canvas is written and read
         again; or "file", those of the file itself, whose middle is cut out at a multiple of 16.
@@ -51,6 +52,7 @@ class BatchSpec:
     batch_size: int
     canvas: tuple[int, int]
     boxes: int = 0
+    letterbox: str = "corner"
     coefficients: str = ""
     crop: tuple[float, float] = WHOLE
     masks: bool = True
@@ -62,6 +64,10 @@ class BatchSpec:
         if self.batch_size < 1 or self.batch_size % self.processes:
             raise IcmError(
                 f"{self.processes} processes do not divide the batch size {self.batch_size}"
+            )
+        if self.letterbox not in geometry.LETTERBOXES:
+            raise IcmError(
+                f"data.letterbox is {' or '.join(geometry.LETTERBOXES)}, not {self.letterbox!r}"
             )
         given = self.coefficients
         if given not in ("", "file") and not (given.isdecimal() and 1 <= int(given) <= 100):
@@ -85,10 +91,10 @@ def batch_spec(data: Mapping, batch_size: int, **changes) -> BatchSpec:
 
     Args:
       data: canvas, a number or (height, width), and where they are not the defaults boxes,
-        coefficients and crop; other fields are left alone.
+        letterbox, coefficients and crop; other fields are left alone.
       changes: fields of `BatchSpec` in place of those.
     """
-    fields = {name: data[name] for name in ("boxes", "coefficients", "crop") if name in data}
+    fields = {name: data[name] for name in BATCH_FIELDS[1:] if name in data}
     fields |= {"canvas": geometry.sides(data["canvas"])} | changes
     fields["crop"] = tuple(fields.get("crop", WHOLE))
     return BatchSpec(batch_size, **fields)
@@ -118,9 +124,10 @@ def batches(
     Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
       "mask": uint8 [b, *canvas] where the source has them}, b = B / processes. Rows whose
       example has no label (COCO images without an object) are not "valid".
-      With `boxes`, {"image", "valid", "extent": int32 [b, 2], height and width of the picture in
-      its canvas, "boxes": float32 [b, boxes, 4] as fractions of the canvas, "box_labels": int32
-      [b, boxes], "box_valid" and "box_ignored": bool [b, boxes]}; no two of these are both set.
+      With `boxes`, {"image", "valid", "extent": int32 [b, 4], top, left, height and width of the
+      picture in its canvas, "boxes": float32 [b, boxes, 4] as fractions of the canvas,
+      "box_labels": int32 [b, boxes], "box_valid" and "box_ignored": bool [b, boxes]}; no two of
+      these are both set.
       With `coefficients`, in place of "image": "luma" int16 [b, height / 8, width / 8, 64],
       "chroma" int16 [b, height / 16, width / 16, 128], Cb and Cr, both quantised, and "steps"
       int32 [b, 192], what to multiply the 64 + 128 of a place with; masks are left out.
@@ -158,7 +165,7 @@ def layout(keys: tuple[str, ...], spec: BatchSpec) -> dict[str, tuple[tuple[int,
     if spec.boxes:
         flags = ((*rows, spec.boxes), np.bool_)
         return image | {
-            "extent": ((*rows, 2), np.int32),
+            "extent": ((*rows, 4), np.int32),
             "boxes": ((*rows, spec.boxes, 4), np.float32),
             "box_labels": ((*rows, spec.boxes), np.int32),
             "box_valid": flags,
@@ -331,11 +338,11 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     if "objects" not in loaded:
         raise IcmError(f"{source.name} has no boxes; data.boxes asks for them")
     image = source.read(loaded["image"], loaded["name"], (max(canvas), max(canvas)))
-    image, extent = geometry.letterbox(image, canvas)
+    image, extent = geometry.letterbox(image, canvas, spec.letterbox)
     objects = loaded["objects"]
     sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
     order = np.argsort(-sides.prod(axis=1), kind="stable")[:rows]
-    scale = np.array(extent, np.float32) / np.array(canvas, np.float32)
+    shift, scale = np.array(extent, np.float32).reshape(2, 2) / np.array(canvas, np.float32)
     ignored = objects.ignored[order]
 
     def padded(values):
@@ -345,7 +352,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
         "valid": np.bool_(True),
         "image": image,
         "extent": np.array(extent, np.int32),
-        "boxes": padded(objects.boxes[order] * np.tile(scale, 2)),
+        "boxes": padded(objects.boxes[order] * np.tile(scale, 2) + np.tile(shift, 2)),
         "box_labels": padded(objects.labels[order]),
         "box_valid": padded(~ignored),
         "box_ignored": padded(ignored),

@@ -53,7 +53,8 @@ def finder(
         outputs, _ = apply(tail, variables, DETECTOR, feature, False)
         grids = [raw.shape[1:3] for raw in outputs]
         shapes = anchors(detector, grids, facts["anchor_scale"])
-        return detections(outputs, shapes, facts["limit"], facts["overlap"], least)
+        options = facts["limit"], facts["overlap"], least
+        return detections(outputs, shapes, detector.scales, *options)
 
     def find(data: bytes) -> dict:
         feature = bitstream.decode(frozen, [data], "feature", layers=1)

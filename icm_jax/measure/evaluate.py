@@ -245,16 +245,16 @@ def streamed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
 def filed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     """Images after JPEG or WebP.
 
-    Of letterboxed images, whose pictures have the batch's "extent" (height, width), the picture
-    alone is coded.
+    Of letterboxed images, whose pictures have the batch's "extent" (top, left, height, width), the
+    picture alone is coded.
     """
     images = _middle(asked, batch)
     given, extents = images.copy(), batch.get("extent")
 
     def code(row: int) -> dict:
-        height, width = images.shape[1:3] if extents is None else extents[row]
-        picture = np.ascontiguousarray(images[row, :height, :width])
-        given[row, :height, :width], size = through_file(picture, asked.point)
+        extent = (0, 0, *images.shape[1:3]) if extents is None else extents[row]
+        at = (row, *geometry.inside(extent))
+        given[at], size = through_file(np.ascontiguousarray(images[at]), asked.point)
         return size
 
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
@@ -307,7 +307,7 @@ def detections(asked: Asked) -> dict:
         count = int(batch["valid"].sum())
         given, sizes = through_stream(frozen, batch["image"][:count], output, layers=layers)
         for size, extent in zip(sizes, batch["extent"], strict=False):
-            size["pixels"] = int(extent.prod())
+            size["pixels"] = int(extent[2:].prod())
         given = given if output == "feature" else given.clip(0, 255)
         inputs = {output: _padded(given, len(batch["image"]))}
         tally.update(jax.device_get(predict(variables, inputs)), batch)

@@ -110,8 +110,9 @@ class AveragePrecision(Score):
     IoU 0.5 to 0.95), 100 boxes per image, all sizes.
 
     Predictions: "boxes" [N, D, 4], "scores", "labels", "valid" [N, D]; batches: "boxes" [N, B, 4],
-    "box_labels", "box_valid", "box_ignored" [N, B]. Ignored boxes are COCO's crowds. Overlaps do
-    not depend on the unit of length.
+    "box_labels", "box_valid", "box_ignored" [N, B], "image" and its "extent". Ignored boxes are
+    COCO's crowds. What is predicted ends with the picture, as in Darknet's own evaluation: truth
+    does. Overlaps do not depend on the unit of length.
 
     Raises: IcmError (`result`) if no image has a box.
     """
@@ -125,12 +126,15 @@ class AveragePrecision(Score):
     def update(self, predicted, batch):
         for row in np.flatnonzero(batch["valid"]):
             self._images += 1
+            start, size = batch["extent"][row].reshape(2, 2) / np.array(batch["image"].shape[1:3])
+            low, high = np.tile(start, 2), np.tile(start + size, 2)
             for i in np.flatnonzero(batch["box_valid"][row] | batch["box_ignored"][row]):
                 ignored = bool(batch["box_ignored"][row, i])
                 label, box = batch["box_labels"][row, i], batch["boxes"][row, i]
                 self._truth.append((self._images, int(label), box, ignored))
             for i in np.flatnonzero(predicted["valid"][row]):
                 label, box = predicted["labels"][row, i], predicted["boxes"][row, i]
+                box = np.clip(box, low, high)
                 score = float(predicted["scores"][row, i])
                 self._found.append((self._images, int(label), box, score))
 

@@ -21,7 +21,11 @@ from icm_jax.nets.layers import end_of_block
 from icm_jax.nets.resnet import BatchNorm, Conv
 
 KINDS = ("conv", "maxpool", "shortcut", "upsample", "route", "detect")
-ACTIVATIONS = {"leaky": functools.partial(nn.leaky_relu, negative_slope=0.1), "linear": lambda x: x}
+ACTIVATIONS = {
+    "leaky": functools.partial(nn.leaky_relu, negative_slope=0.1),
+    "linear": lambda x: x,
+    "mish": lambda x: x * jnp.tanh(nn.softplus(x)),
+}
 """Darknet's name -> function."""
 
 
@@ -31,6 +35,8 @@ class Layer(NamedTuple):
     kind: conv (k×k, stride 1 or 2, then BatchNorm or else a bias, then the activation), maxpool
       (k×k), shortcut (adds the output of layer `inputs[0]`), upsample (repeats rows and columns
       `stride` times), route (concatenates `inputs`) or detect (an output).
+    groups, group: of route: of each input the channels of one of so many equal groups, from 0 on.
+    scale: of detect: how far a centre may leave its cell, 1 for not at all; see `boxes.place`.
     features, normalised, activation: of conv. kernel, stride: of conv and maxpool; both give
       ceil(side / stride) rows, and what lies outside is 0, of maxpool -inf.
     """
@@ -42,6 +48,9 @@ class Layer(NamedTuple):
     inputs: tuple[int, ...] = ()
     activation: str = "leaky"
     normalised: bool = True
+    groups: int = 1
+    group: int = 0
+    scale: float = 1.0
 
 
 class Shape(NamedTuple):
@@ -56,6 +65,7 @@ class _Fields(NamedTuple):
     anchors: tuple[tuple[tuple[float, float], ...], ...]
     strides: tuple[int, ...]
     split: int
+    masks: tuple[tuple[int, ...], ...] = ()
 
 
 class Detector(_Fields):
@@ -66,13 +76,14 @@ class Detector(_Fields):
       anchors: per output, in the order of the table, (width, height) in pixels of each anchor.
       strides: per output, pixels between the centres of two cells.
       split: how many layers the front has; what comes after them needs nothing earlier.
+      masks: per output, which of all anchors of its .cfg those are; () if it comes from none.
 
     Raises: IcmError, by the constructor, if the table is none or the rest does not belong to it.
     """
 
     __slots__ = ()
 
-    def __new__(cls, table, anchors, strides, split):
+    def __new__(cls, table, anchors, strides, split, masks=()):
         rows = tuple(Layer(*row) for row in table)
         self = super().__new__(
             cls,
@@ -80,6 +91,7 @@ class Detector(_Fields):
             tuple(tuple((float(w), float(h)) for w, h in output) for output in anchors),
             tuple(strides),
             split,
+            tuple(map(tuple, masks)),
         )
         _check_outputs(self)
         check_split(self.table, split)
@@ -100,6 +112,22 @@ class Detector(_Fields):
     def grid(self) -> int:
         """Sides of images are multiples of it, so that no layer's grid is cut."""
         return math.lcm(*(shape.stride for shape in shapes(self.table)))
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Of each output; see `Layer`."""
+        return tuple(layer.scale for layer in self.table if layer.kind == "detect")
+
+    def __str__(self) -> str:
+        """A line on its outputs, with their anchors and masks."""
+        masks = [f" (mask {','.join(map(str, mask))})" for mask in self.masks]
+        outputs = [
+            f"1/{stride} with anchors {', '.join(f'{w:g} × {h:g}' for w, h in pairs)}{mask}"
+            for stride, pairs, mask in zip(
+                self.strides, self.anchors, masks or [""] * len(self.strides), strict=True
+            )
+        ]
+        return f"{len(self.table)} layers, outputs at {'; at '.join(outputs)}"
 
 
 @functools.cache
@@ -144,7 +172,14 @@ def _shape(layer: Layer, before: Shape, inputs: list[Shape]) -> Shape:
     if layer.kind == "route":
         if len({shape.stride for shape in inputs}) != 1:
             raise IcmError(f"joins {inputs}; it takes one layer or more of the same stride")
-        return Shape(sum(shape.channels for shape in inputs), inputs[0].stride)
+        if any(shape.channels % max(1, layer.groups) for shape in inputs) or (
+            not 0 <= layer.group < layer.groups
+        ):
+            raise IcmError(
+                f"takes group {layer.group} of {layer.groups} of {inputs}; groups begin at 0 and "
+                "divide the channels"
+            )
+        return Shape(sum(shape.channels // layer.groups for shape in inputs), inputs[0].stride)
     return before
 
 
@@ -173,6 +208,22 @@ def _check_outputs(detector: Detector) -> None:
         classes.add(outputs - 5)
     if len(classes) > 1:
         raise IcmError(f"outputs of the detector are for {sorted(classes)} classes; all need one")
+
+
+def cut(table: tuple[Layer, ...], stride: int = 8) -> int:
+    """Where to cut a table for which nothing is said: after the first convolution at 1/8 of the
+    image that may be the last of the front, as Özyılkan et al. 2023 cut YOLOv3; else as late as can
+    be. Raises: IcmError as `shapes`."""
+    possible = []
+    for split, (layer, shape) in enumerate(zip(table, shapes(table), strict=True), 1):
+        try:
+            check_split(table, split)
+        except IcmError:
+            continue
+        possible.append(split)
+        if layer.kind == "conv" and shape.stride == stride:
+            return split
+    return max(possible, default=1)
 
 
 def check_split(table: tuple[Layer, ...], split: int) -> None:
@@ -233,7 +284,8 @@ class Part(ops.Module):
             elif layer.kind == "upsample":
                 x = jnp.repeat(jnp.repeat(x, layer.stride, axis=1), layer.stride, axis=2)
             elif layer.kind == "route":
-                x = jnp.concatenate([done[i] for i in layer.inputs], axis=-1)
+                parts = [jnp.split(done[i], layer.groups, -1)[layer.group] for i in layer.inputs]
+                x = jnp.concatenate(parts, axis=-1)
             elif layer.kind == "detect":
                 split = len(anchors[len(found)]), 5 + self.detector.classes
                 found.append(x.astype(jnp.float32).reshape(*x.shape[:3], *split))

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.coding import container
-from icm_jax.data import pipeline
+from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Run
@@ -60,8 +60,9 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
             axis.set_yticks([])
             if not batch["valid"][row]:
                 continue
-            height, width = batch["extent"][row]
-            axis.imshow(pictures[row, :height, :width])
+            down, across = geometry.inside(batch["extent"][row])
+            place = across.start - 0.5, across.stop - 0.5, down.stop - 0.5, down.start - 0.5
+            axis.imshow(pictures[row, down, across], extent=place)
             axis.set_xlabel(captions[row], fontsize=7)
             for box in batch["boxes"][row][batch["box_valid"][row]]:
                 _draw_box(axis, box, spec.canvas, "white", "--")

@@ -53,19 +53,21 @@ def iou(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.where(union > 0, both / jnp.where(union > 0, union, 1.0), 0.0)
 
 
-def place(raw: jax.Array, anchors: jax.Array) -> jax.Array:
+def place(raw: jax.Array, anchors: jax.Array, scale: float = 1.0) -> jax.Array:
     """Boxes that raw outputs mean (Redmon and Farhadi 2018, figure 2).
 
     Args:
       raw: float32 [N, h, w, A, 5 + K]: tx, ty, tw, th, objectness, classes.
       anchors: float32 [A, 2], (width, height) as fractions of the image.
+      scale: centres lie in the cell widened by this factor (Bochkovskiy et al. 2020, section 3.4;
+        Darknet's scale_x_y).
     Returns: float32 [N, h, w, A, 4].
     """
     h, w = raw.shape[1:3]
     rows = jnp.arange(h, dtype=raw.dtype).reshape(1, h, 1, 1)
     columns = jnp.arange(w, dtype=raw.dtype).reshape(1, 1, w, 1)
-    y = (jax.nn.sigmoid(raw[..., 1]) + rows) / h
-    x = (jax.nn.sigmoid(raw[..., 0]) + columns) / w
+    offset = jax.nn.sigmoid(raw[..., :2]) * scale - (scale - 1) / 2
+    y, x = (offset[..., 1] + rows) / h, (offset[..., 0] + columns) / w
     # exp is bounded: an untrained or damaged network gives no infinite box.
     size = jnp.exp(jnp.minimum(raw[..., 2:4], 10.0)) * anchors.reshape(1, 1, 1, -1, 2)
     half_w, half_h = size[..., 0] / 2, size[..., 1] / 2

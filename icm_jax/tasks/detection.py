@@ -84,7 +84,8 @@ def detection(config: ConfigDict) -> Task:
             batch["image"], batch["boxes"], batch["box_valid"], crop=tuple(config.crop), key=key
         )
         outputs, stats = apply(whole, variables, "detector", scaled(images), True)
-        metrics = losses(outputs, truth, batch["box_labels"], valid, anchors_of(outputs))
+        labels = batch["box_labels"]
+        metrics = losses(outputs, truth, labels, valid, anchors_of(outputs), detector.scales)
         return sum(metrics.values()), Aux(metrics, {"batch_stats": {"detector": stats}})
 
     def predict(variables, batch):
@@ -93,7 +94,7 @@ def detection(config: ConfigDict) -> Task:
         else:
             outputs, _ = apply(whole, variables, "detector", scaled(batch["image"]), False)
         options = config.limit, config.overlap, config.least
-        return detections(outputs, anchors_of(outputs), *options)._asdict()
+        return detections(outputs, anchors_of(outputs), detector.scales, *options)._asdict()
 
     return Task(init, loss, predict, groups=lambda name: TRAIN)
 
@@ -109,26 +110,28 @@ def losses(
     labels: jax.Array,
     valid: jax.Array,
     shapes: Sequence[jax.Array],
+    scales: Sequence[float],
 ) -> dict[str, jax.Array]:
     """{"place", "objectness", "class"}: float32 scalars; see the head of this file.
 
     Args:
       outputs: float32 [N, h, w, A, 5 + K] each.
       truth: float32 [N, B, 4]; labels: int32 [N, B]; valid: bool [N, B].
-      shapes: what `anchors` gives.
+      shapes: what `anchors` gives. scales: of the detector's outputs.
     """
     classes = outputs[0].shape[-1] - 5
     grids = [raw.shape[1:3] for raw in outputs]
     wanted = boxes.targets(truth, labels, valid, shapes, grids, classes)
     place = objectness = kind = jnp.float32(0.0)
     cross = optax.sigmoid_binary_cross_entropy
-    for raw, target, anchor in zip(outputs, wanted, shapes, strict=True):
+    for raw, target, anchor, scale in zip(outputs, wanted, shapes, scales, strict=True):
         n = raw.shape[0]
         there = target.weight > 0
-        given = boxes.place(jax.lax.stop_gradient(raw), anchor).reshape(n, -1, 4)
+        given = boxes.place(jax.lax.stop_gradient(raw), anchor, scale).reshape(n, -1, 4)
         overlap = jnp.where(valid[:, None, :], boxes.iou(given, truth), 0.0).max(-1)
         asked = there | (overlap.reshape(there.shape) <= IGNORED)
-        offsets = cross(raw[..., :2], target.boxes[..., 1::-1]).sum(-1)
+        offsets = (target.boxes[..., 1::-1] + (scale - 1) / 2) / scale
+        offsets = cross(raw[..., :2], offsets).sum(-1)
         sizes = 0.5 * jnp.square(raw[..., 2:4] - target.boxes[..., 3:1:-1]).sum(-1)
         place += (target.weight * (offsets + sizes)).sum() / n
         truly = there.astype(jnp.float32)
@@ -140,16 +143,17 @@ def losses(
 def detections(
     outputs: Sequence[jax.Array],
     shapes: Sequence[jax.Array],
+    scales: Sequence[float],
     limit: int,
     overlap: float,
     least: float,
 ) -> boxes.Detections:
     """Boxes of raw outputs; a class's score is objectness times its own probability. `shapes` is
-    what `anchors` gives, the rest is of `boxes.suppress`."""
+    what `anchors` gives, `scales` the detector's, the rest is of `boxes.suppress`."""
     n = outputs[0].shape[0]
     found, scores = [], []
-    for raw, anchor in zip(outputs, shapes, strict=True):
-        found.append(boxes.place(raw, anchor).reshape(n, -1, 4))
+    for raw, anchor, scale in zip(outputs, shapes, scales, strict=True):
+        found.append(boxes.place(raw, anchor, scale).reshape(n, -1, 4))
         probability = jax.nn.sigmoid(raw[..., 4:5]) * jax.nn.sigmoid(raw[..., 5:])
         scores.append(probability.reshape(n, -1, raw.shape[-1] - 5))
     placed, scored = jnp.concatenate(found, axis=1), jnp.concatenate(scores, axis=1)
