@@ -68,8 +68,8 @@ def within(size: tuple[int, int], bounds: jax.Array) -> Iterator[None]:
         _window.reset(token)
 
 
-def inside(x: jax.Array) -> jax.Array:
-    """x [N, h, w, C], zero beyond the image's border where a window of it is traced `within`.
+def inside(x: jax.Array, fill: float = 0.0) -> jax.Array:
+    """x [N, h, w, C], `fill` beyond the image's border where a window of it is traced `within`.
 
     Convolutions call it on what they take: they find the zeros there that padding would give them
     on the whole image. Of what has 2^k times fewer rows, the part of the image is rounded up.
@@ -84,11 +84,24 @@ def inside(x: jax.Array) -> jax.Array:
         rows, whole = x.shape[1 + axis], size[axis]
         up, down = max(rows // whole, 1), max(whole // rows, 1)
         ends += [begin // down * up, -(-end // down) * up]
-    return clear_outside(x, jnp.stack(ends, axis=1))
+    return clear_outside(x, jnp.stack(ends, axis=1), fill)
 
 
-def clear_outside(x: jax.Array, bounds: jax.Array) -> jax.Array:
-    """x [N, h, w, C] with zeros but in rows and columns of `bounds`, int32 [N, 4] as in `within`.
+def reduced(x: jax.Array, height: int, width: int) -> jax.Array:
+    """x [N, H, W, C] by bicubic interpolation to [N, height, width, C], whole factors; of a window
+    that is traced `within`, without what lies beyond the image's border."""
+
+    def resized(x):
+        return jax.image.resize(x, (x.shape[0], height, width, x.shape[3]), "cubic")
+
+    if _window.get() is None:
+        return resized(x)
+    share = resized(inside(jnp.ones((*x.shape[:3], 1), x.dtype)))
+    return resized(inside(x)) / jnp.where(share > 0.5, share, 1.0)
+
+
+def clear_outside(x: jax.Array, bounds: jax.Array, fill: float = 0.0) -> jax.Array:
+    """x [N, h, w, C] with `fill` but in rows and columns of `bounds`, int32 [N, 4] as in `within`.
 
     >>> clear_outside(jnp.ones((1, 1, 4, 1)), jnp.array([[0, 1, 1, 3]])).ravel().tolist()
     [0.0, 1.0, 1.0, 0.0]
@@ -97,7 +110,7 @@ def clear_outside(x: jax.Array, bounds: jax.Array) -> jax.Array:
     column = jnp.arange(x.shape[2], dtype=jnp.int32).reshape(1, 1, -1, 1)
     top, bottom, left, right = (bounds[:, n].reshape(-1, 1, 1, 1) for n in range(4))
     kept = (row >= top) & (row < bottom) & (column >= left) & (column < right)
-    return jnp.where(kept, x, jnp.zeros((), x.dtype))
+    return jnp.where(kept, x, jnp.asarray(fill, x.dtype))
 
 
 @jax.custom_vjp

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +13,20 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from small import SCALABLE, images, initial, small_codec
+from small import SCALABLE, images, initial, normal, small_codec
 
 from icm_jax import cli
 from icm_jax.codecs import CODECS, bitstream, codec, model_file, scalable_codec
+from icm_jax.codecs.scalable import detector_of
 from icm_jax.coding import archive, container
 from icm_jax.errors import IcmError
 from icm_jax.measure import detect
-from icm_jax.nets.detector import Detector, Layer
+from icm_jax.nets.detector import Detector, Layer, Part, reach
 from icm_jax.nets.yolo import yolov3
 from icm_jax.tasks import build_task
+from icm_jax.tasks.detection import anchors, detections
 
-DETECTOR = dict(classes=["cat", "dog"], anchor_scale=0.1, overlap=0.5, limit=5)
+DETECTOR: dict[str, Any] = dict(classes=["cat", "dog"], anchor_scale=0.1, overlap=0.5, limit=5)
 
 
 @pytest.fixture(scope="module", params=list(SCALABLE))
@@ -155,6 +158,61 @@ def test_files_of_before_detectors_were_data_are_read(disentangled, tmp_path):
     facts = archive.describe(tmp_path / "old.icmc")["detector"]
     found, expected = (detect.finder(c, facts, 0.05) for c in (loaded, own))
     assert found(data)["boxes"] == expected(own.compress(picture))["boxes"] != []
+
+
+@pytest.mark.parametrize("size", [(70, 40), (270, 400)])
+def test_detection_in_a_window_finds_what_the_feature_holds(disentangled, size):
+    """No box from beyond the border, and those within as the detector's tail gives them."""
+    own, _ = disentangled
+    table = detector_of(own.codec)
+    data = own.compress(images(*size, 3))
+    feature = bitstream.decode(own, [data], "feature", layers=1)
+    tail = Part(table, table.split)
+    part = {name: tree["detector"] for name, tree in own.on_device.items() if "detector" in tree}
+    outputs = jax.jit(lambda part, x: tail.apply(part, x, train=False))(part, feature)
+    shapes = anchors(table, [raw.shape[1:3] for raw in outputs], DETECTOR["anchor_scale"])
+    expected = detections(
+        outputs, shapes, table.scales, DETECTOR["limit"], DETECTOR["overlap"], 0.0
+    )
+    found = detect.finder(own, DETECTOR, 0.0)(data)["boxes"]
+    assert len(found) == expected.valid.sum() == DETECTOR["limit"]
+    scores = [box["score"] for box in found]
+    np.testing.assert_allclose(scores, expected.scores[0], atol=2e-4)
+    top, left = (np.asarray(expected.boxes[0, :, n]) * 8 * feature.shape[1 + n] for n in (0, 1))
+    places = np.array([box["bbox"][:2] for box in found])
+    wanted = np.stack([left.clip(0, size[1]), top.clip(0, size[0])], axis=1)
+    np.testing.assert_allclose(places, wanted, atol=0.02)
+
+
+def test_how_far_a_detector_looks():
+    """By its gradients, at a pooling, a shortcut, and what is doubled and joined."""
+    conv = functools.partial(Layer, "conv", activation="linear", normalised=False)
+    table = (
+        conv(2, kernel=3),
+        conv(2, kernel=3, stride=2),
+        conv(2, kernel=3),
+        Layer("shortcut", inputs=(1,)),
+        Layer("maxpool", kernel=3, stride=2),
+        conv(2, kernel=5),
+        Layer("upsample", stride=2),
+        Layer("route", inputs=(6, 3)),
+        conv(6),
+        Layer("detect"),
+    )
+    built = Detector(table, (((9, 9),),), (2,), 8)
+    for end, far in ((1, 1), (2, 2), (4, 4), (5, 6), (6, 14), (7, 16), (8, 16)):
+        part = Part(built, end=end)
+        x = jnp.abs(normal(1, 64, 64, 3))
+        variables = jax.tree.map(lambda a: jnp.abs(a) + 0.1, part.init(jax.random.key(0), x, False))
+        stride = 64 // part.apply(variables, x, False).shape[1]
+        at = 32 // stride
+
+        def middle(x, part=part, variables=variables, at=at):
+            return part.apply(variables, x, False)[0, at, at].sum()
+
+        rows = np.flatnonzero(np.abs(jax.grad(middle)(x)).sum(axis=(0, 2, 3)))
+        seen = max(32 - rows.min(), rows.max() - 32 - stride + 1)
+        assert reach(table, end) == far and far - 2 * stride < seen <= far
 
 
 def run_detect(capsys, *arguments):

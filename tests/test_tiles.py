@@ -10,6 +10,7 @@ from small import BUILT, encoded, images, quality_of, small_codec
 
 from icm_jax.codecs import ahead, bitstream, codec, programs, tiles, walk
 from icm_jax.coding import container, range_coder
+from icm_jax.measure import detect
 
 SMALL = ((64, 64), (128, 128), (192, 128))
 """Windows so small that test images need many of them."""
@@ -121,6 +122,35 @@ def test_many_sizes_take_few_programs():
         assert area < 1.5 * large[0] * large[1]
 
 
+@pytest.mark.parametrize("kind", ["mean_scale_hyperprior", "disentangled"])
+def test_further_sizes_compile_nothing_and_leave_nothing(kind, monkeypatch):
+    """Of one size of windows: neither programs of the codec nor any other of JAX; and of detection
+    none, either. So nothing is kept for a size."""
+    frozen, compiled = small_codec(kind), []
+    monkeypatch.setattr(programs, "_made", {})
+    facts = dict(classes=["cat", "dog"], anchor_scale=0.1, overlap=0.5, limit=5)
+    find = detect.finder(frozen, facts, 0.0) if kind == "disentangled" else None
+
+    def heard(event: str, *_, **__) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def used(height, width):
+        data = frozen.compress(images(height, width, 3))
+        assert frozen.decompress(data).shape == (height, width, 3)
+        if find is not None:
+            assert find(data)["boxes"]
+
+    used(200, 130)
+    kept, arrays = set(programs._made), len(jax.live_arrays())
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    for size in ((200, 131), (131, 200), (150, 256), (256, 233)):
+        used(*size)
+    assert not compiled and set(programs._made) == kept and len(jax.live_arrays()) <= arrays
+    used(20, 50)
+    assert compiled and len(programs._made) > len(kept)  # another size of windows is heard
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_of_windows_give_what_single_ones_do(kind, monkeypatch):
     frozen, batch = small_codec(kind), images(1, 150, 330, 3)
@@ -183,9 +213,45 @@ def test_spans_keep_every_place_once_and_its_halo(length):
     assert kept == list(range(length))
 
 
-def test_a_halo_wider_than_all_windows_takes_the_whole_image():
+def test_a_halo_wider_than_all_windows_takes_one_of_few_sizes():
+    """As one that leaves only a rest of them; sides grow by a quarter at most."""
     assert tiles.best_size((100, 130), 600, 64) == (256, 256)
-    assert tiles.best_size((1100, 130), 600, 64) == (1152, 192)
+    assert tiles.best_size((1100, 130), 600, 64) == (1280, 192)
+    assert tiles.best_size((3000, 4000), 500, 32) == (3072, 4096)
+    assert tiles.best_size((3000, 4000), 240, 32) == (1024, 1024)
+    found = {tiles.one_window((side, 9), 32)[0] for side in range(1, 8193)}
+    assert len(found) < 30 and all(
+        side <= tiles.one_window((side, 9))[0] <= 1.25 * side + 1 for side in range(1, 8193, 7)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "size"),
+    [("disentangled", 192, (150, 390)), ("split", 192, (150, 390)), ("residual", 640, (600, 780))],
+)
+def test_scalable_codecs_see_in_windows_what_they_see_of_the_whole(kind, window, size):
+    """Latents, feature and picture; weights that begin at zero are others here, so that every
+    layer looks around."""
+    frozen = small_codec(kind)
+    tiling = frozen.codec.tiling
+    assert tiling is not None
+    filled = jax.tree.map(
+        lambda x: x if x.any() else x + np.asarray(0.05, x.dtype), frozen.variables
+    )
+    variables, image = jax.device_put(filled), images(1, *size, 3)
+    windows = ((window, window),)
+    assert tiles.best_size(size, tiling.halo, 16, windows) == windows[0]
+    expected = jax.jit(frozen.codec.analyse)(variables, {"image": image})
+    latents = {}
+    for sizes in (windows, tiles.SIZES):
+        found = walk.analyse(frozen.codec, variables, image, {}, sizes)
+        for name, latent in expected.items():
+            latents[name] = np.rint(latent)
+            np.testing.assert_allclose(found[name], latent, rtol=1e-4, atol=1e-4)
+    for name, of_latents in frozen.codec.outputs.items():
+        whole = jax.jit(of_latents, static_argnums=2)(variables, latents, size)
+        found = walk.output(frozen.codec, name, size, variables, latents, windows)
+        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-2)
 
 
 def test_a_codec_without_windows_is_coded_whole():

@@ -34,8 +34,8 @@ def begin(
     tiling = codec.tiling
     if tiling is None:
         return
-    sides = shape[0] + -shape[0] % tiling.factor, shape[1] + -shape[1] % tiling.factor
-    size = tiles.best_size(sides, tiling.halo)
+    sides = shape[0] + -shape[0] % tiling.grid, shape[1] + -shape[1] % tiling.grid
+    size = tiles.best_size(sides, tiling.halo, tiling.factor)
     if (codec, size, back) in _begun:
         return
     _begun.add((codec, size, back))

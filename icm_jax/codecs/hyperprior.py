@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from icm_jax import entropy, ops
 from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
-from icm_jax.codecs.tiles import Tiling
+from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
 from icm_jax.nets.transforms import (
     HYPER_SYNTHESIS,
@@ -151,7 +151,8 @@ def image_codec(
         # Four layers with windows of 5 look 2 + 4 + 8 + 16 pixels far, and back 1 + 1/2 + ... < 2;
         # from y to z it is 1 + 2 + 4.
         rest = 4 if hyper else 1
-        return Tiling(("y",), front, 16, halo=32, back_halo=2, rest=rest, rest_halo=8)
+        back = (Back("image", ("y",), 1, halo=2),)
+        return Tiling(("y",), front, 16, 16, halo=32, back=back, rest=rest, rest_halo=8)
 
     return of_module(module, PART, segments, tiling)
 

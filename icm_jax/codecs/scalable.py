@@ -26,8 +26,9 @@ from icm_jax import entropy, ops
 from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
 from icm_jax.codecs.hyperprior import Gain
+from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
-from icm_jax.nets.detector import Detector, Part, Shape
+from icm_jax.nets.detector import Detector, Part, Shape, reach
 from icm_jax.nets.transforms import (
     HYPER_SYNTHESIS,
     BaseAnalysis,
@@ -49,6 +50,11 @@ KINDS = ("disentangled", "split", "residual")
 BACKBONES = ("balle2018", "cheng2020")
 LATENT = 16
 """Of the sides of y_b and y_e, which are at 1/16, to the image's."""
+_PICTURE = {
+    "balle2018": (2 + 4 + 8 + 16, 16 + 8 + 4 + 2),
+    "cheng2020": (7 + 14 + 28 + 8, 16 + 56 + 28 + 14 + 4 + 2),
+}
+"""How far analysis and synthesis of the picture look, in pixels."""
 
 
 class Scalable(ops.Module):
@@ -93,29 +99,33 @@ class Scalable(ops.Module):
         self.hyper_syntheses = [HyperSynthesis(width, channels) for channels in own]
 
     def __call__(self, x, f):
-        latents = self.latents(x, f)
+        latents = self.latents(self.front(x, f))
         for number in range(self.hypers):
             z = latents["z" if self.hypers == 1 else ("z_b", "z_e")[number]]
             self.prior_bits(z, number)
             self.index(z, number)
         return self.feature_hat(latents["y_b"]), self.image(latents["y_b"], latents["y_e"])
 
-    def latents(self, x, f):
-        """x float32 [N, H, W, 3], f [N, h, w, F] -> latents that are not rounded."""
+    def front(self, x, f):
+        """x float32 [N, H, W, 3], f [N, h, w, F] -> y_b and y_e side by side, not rounded."""
         if self.kind == "split":
             y = self.analysis(x)
             base, enhancement = y[..., : self.channels[0]], y[..., self.channels[0] :]
         elif self.kind == "disentangled":
-            small = jax.image.resize(x, (*f.shape[:3], 3), "cubic") / 255.0 - 0.5
+            small = ops.reduced(x, *f.shape[1:3]) / 255.0 - 0.5
             base = self.base_analysis(jnp.concatenate([f, small], axis=-1))
             enhancement = self.analysis(x)
         else:
             base = self.base_analysis(f)
             coded = ops.quantise(self.gains[0](base, None))
             enhancement = self.analysis(x - self.prediction(self.feature_hat(coded)) + 127.5)
-        y = {"y_b": self.gains[0](base, None), "y_e": self.gains[1](enhancement, None)}
+        latents = self.gains[0](base, None), self.gains[1](enhancement, None)
+        return jnp.concatenate(latents, axis=-1)
+
+    def latents(self, both):
+        """What `front` gives -> latents by name."""
+        y = {"y_b": both[..., : self.channels[0]], "y_e": both[..., self.channels[0] :]}
         if self.hypers == 1:
-            both = jnp.concatenate([y["y_b"], y["y_e"]], axis=-1)
             return {"z": self.hyper_analyses[0](both), **y}
         z = [hyper(own) for hyper, own in zip(self.hyper_analyses, y.values(), strict=True)]
         return {"z_b": z[0], "z_e": z[1], **y}
@@ -180,10 +190,14 @@ def scalable_codec(
         given = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
         return part.apply(given, x, train=False, **options)
 
-    def analyse(variables, inputs):
+    def both(variables, inputs):
         x = ops.pad_to(inputs["image"], grid).astype(jnp.float32)
         f = inputs["feature"] if "feature" in inputs else detect(variables, front, x / 255.0)
-        return run(variables, x, f, method="latents")
+        return run(variables, x, f, method="front")
+
+    def analyse(variables, inputs):
+        y = inputs["latent"] if "latent" in inputs else both(variables, inputs)
+        return run(variables, y, method="latents")
 
     def feature_of(variables, decoded, shape):
         f = run(variables, decoded["y_b"], method="feature_hat")
@@ -199,7 +213,35 @@ def scalable_codec(
         analyse=analyse,
         segments=_segments(run, hypers, widths[-1], (base, enhancement), grid),
         outputs=Outputs(feature=feature_of, image=image_of),
+        tiling=_tiling(module, reach(detector.table, detector.split), grid, both),
     )
+
+
+def _tiling(module: Scalable, front: int, grid: int, run) -> Tiling:
+    """Each convolution looks half a kernel far, in elements of what it takes, and a transposed one
+    of 5 taps one element.
+
+    Args: front: how far that of the detector looks, in pixels.
+    """
+    stride, (analysis, synthesis) = module.feature.stride, _PICTURE[module.backbone]
+    times = (LATENT // stride).bit_length() - 1
+    base = 2 * sum(stride << max(0, n + times - 3) for n in range(3))
+    if module.kind == "split":
+        ups = [LATENT >> min(n, times) for n in range(5)]
+        feature = 2 * sum(ups[:4]) + sum(ups[:times]) + ups[4]
+        halo, image = analysis, synthesis
+    else:
+        ups = [LATENT >> max(0, n + times - 3) for n in range(3)]
+        feature = sum(up if n >= 3 - times else 2 * up for n, up in enumerate(ups))
+        halo = max(analysis, base + max(front, 2 * stride))  # two elements: bicubic interpolation
+        image = synthesis
+    if module.kind == "residual":
+        image = max(synthesis, feature + 6 * (stride - 1))
+        halo = analysis + LATENT + feature + 6 * (stride - 1) + base + front
+    up = lambda pixels: -(-pixels // LATENT)  # noqa: E731
+    names = ("y_b", "y_e")
+    back = (Back("feature", names[:1], stride, up(feature)), Back("image", names, 1, up(image)))
+    return Tiling(names, run, LATENT, grid, LATENT * up(halo), back, rest=4, rest_halo=8)
 
 
 def _initial(module: Scalable, detector: Detector, grid: int, key) -> dict:

@@ -21,7 +21,7 @@ from icm_jax import entropy, ops
 from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Segment, builder
 from icm_jax.codecs.hyperprior import Gain, of_module
-from icm_jax.codecs.tiles import Tiling
+from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
 from icm_jax.nets.bottleneck import BlockAnalysis, BlockSynthesis, SignedHyperAnalysis
 from icm_jax.nets.integer import Node
@@ -178,7 +178,8 @@ def _tiling(module: SpaceChannelCodec, front) -> Tiling:
         for quarter, eighth, sixteenth in (module.blocks, module.back_blocks)
     )
     names = tuple(slice_names(module.slices))
-    return Tiling(names, front, 16, 16 * halo, back_halo, rest=4, rest_halo=4)
+    back = (Back("image", names, 1, back_halo),)
+    return Tiling(names, front, 16, 16, 16 * halo, back, rest=4, rest_halo=4)
 
 
 def _segments(module: SpaceChannelCodec, run) -> tuple[Segment, ...]:

@@ -30,6 +30,8 @@ SIZES: tuple[Size, ...] = (
 )
 """Heights and widths of windows in pixels, multiples of what hyper-latents stand for."""
 _EACH = 1 << 13  # pixels whose time a window costs whatever its size
+_WORTH = 5
+"""Times as long as in one window may an image take in several, which need less memory."""
 
 
 def squares(sizes: Sequence[Size]) -> list[Size]:
@@ -41,17 +43,31 @@ def squares(sizes: Sequence[Size]) -> list[Size]:
     return [(side, side) for side in sorted({max(size) for size in sizes})]
 
 
+class Back(NamedTuple):
+    """How an output is computed in windows.
+
+    Attributes:
+      output: its name. segments: names of the latents that it needs, all on the grid of y.
+      step: pixels per element of it. halo: how far it looks, in elements of y.
+    """
+
+    output: str
+    segments: tuple[str, ...]
+    step: int
+    halo: int
+
+
 class Tiling(NamedTuple):
     """What a codec has to tell for its transforms to be run in windows.
 
     Their convolutions take what `ops.inside` gives.
 
     Attributes:
-      segments: names of the latents that "image" needs; side by side they are y.
+      segments: names of latents; side by side they are y.
       front: (variables, inputs) -> y float [N, H/factor, W/factor, C]: the part of `analyse` that
         looks no further than `halo` pixels; `analyse` then takes {"latent": y} for the rest.
-      factor: pixels per element of y; sides are padded to multiples of it.
-      halo: in pixels, a multiple of factor. back_halo: of the way back, in elements of y.
+      factor: pixels per element of y. grid: sides are padded to multiples of it, in pixels.
+      halo: in pixels, a multiple of factor. back: the way back, for each output.
       rest: elements of y, a side, per element of the latents that the rest of `analyse` gives, 1 if
         there are none but y. rest_halo: in elements of y, a multiple of it.
     """
@@ -59,8 +75,9 @@ class Tiling(NamedTuple):
     segments: tuple[str, ...]
     front: Callable[[Any, dict], Any]
     factor: int
+    grid: int
     halo: int
-    back_halo: int
+    back: tuple[Back, ...]
     rest: int = 1
     rest_halo: int = 0
 
@@ -84,8 +101,8 @@ def spans(length: int, size: int, halo: int) -> Iterator[tuple[int, int, int]]:
 
 
 def best_size(sides: Size, halo: int, unit: int = 1, sizes: Sequence[Size] = SIZES) -> Size:
-    """Of `sizes`, multiples of `unit`, the one in which an image of `sides` takes least time; for
-    a halo that is too wide for all of them, the image's."""
+    """Of `sizes`, multiples of `unit`, the one in which an image of `sides` takes least time;
+    `one_window` where the halo is too wide for them, or for all but a rest of each."""
 
     def cost(size: Size) -> int:
         counts = [sum(1 for _ in spans(*one, halo)) for one in zip(sides, size, strict=True)]
@@ -97,9 +114,28 @@ def best_size(sides: Size, halo: int, unit: int = 1, sizes: Sequence[Size] = SIZ
         if not any(side % unit for side in size)
         and all(side > 2 * halo or side >= length for side, length in zip(size, sides, strict=True))
     ]
-    if not fitting:
-        return sides[0] + -sides[0] % unit, sides[1] + -sides[1] % unit
-    return min(fitting, key=cost)
+    one = one_window(sides, unit)
+    best = min(fitting, key=cost, default=one)
+    several = best[0] < sides[0] or best[1] < sides[1]
+    return one if several and cost(best) > _WORTH * cost(one) else best
+
+
+def one_window(sides: Size, unit: int = 1) -> Size:
+    """A window for all of an image: each side the next of four between powers of two, and a
+    multiple of `unit`.
+
+    >>> one_window((1000, 1300), 32)
+    (1024, 1536)
+    """
+    steps = [1 << max(0, (int(side) - 1).bit_length() - 3) for side in sides]
+    height, width = (-(-n // step) * step for n, step in zip(sides, steps, strict=True))
+    return height + -height % unit, width + -width % unit
+
+
+def exactly(tiling: Tiling | None, sides: Size) -> Sequence[Size]:
+    """The sizes of windows to choose from where all images are of one size: that alone."""
+    grid = tiling.grid if tiling else 1
+    return [(sides[0] + -sides[0] % grid, sides[1] + -sides[1] % grid)]
 
 
 def in_windows(
@@ -144,6 +180,14 @@ def in_windows(
             for result, array in zip(whole, found, strict=True):
                 result[0, kept[0][0], kept[1][0]] = array[row, inner[0], inner[1]]
     return jax.tree.unflatten(form, whole)
+
+
+def in_one_window(array: np.ndarray, pixels: int, unit: int) -> Part:
+    """An array [1, h, w, C], whose elements stand for so many pixels, as "whole" in a window of
+    one of `SIZES`, multiples of `unit`, or of `one_window`."""
+    sides = pixels * array.shape[1], pixels * array.shape[2]
+    size = best_size(sides, max(*sides, *map(max, SIZES)), unit)
+    return _part({"whole": (array, pixels)}, [(0, 0)], size)
 
 
 def _part(given, corners: list[Size], size: Size) -> Part:

@@ -83,7 +83,7 @@ def analyse(
     if tiling is None:
         inputs = {"image": image, **condition}
         return jax.device_get(programs.run(_analyse, (codec,), variables, inputs))
-    image = ops.pad_to(image, tiling.factor)
+    image = ops.pad_to(image, tiling.grid)
     sides, weights = image.shape[1:3], _floats(variables)
 
     def front(part: Part):
@@ -98,7 +98,8 @@ def analyse(
         sizes,
         together(variables),
     )
-    return _slices(codec, y) | rest_of(codec, variables, y, condition, sizes)
+    latents = _slices(codec, tiling.segments, y)
+    return latents | rest_of(codec, variables, y, condition, sizes)
 
 
 def rest_of(codec: Codec, variables, y, condition: Mapping, sizes=tiles.SIZES) -> dict[str, Any]:
@@ -130,11 +131,10 @@ def _integers(variables, segment: Segment):
     return variables if own is None else {"integer": {segment.name: own}}
 
 
-def _slices(codec: Codec, y) -> dict[str, Any]:
-    """y as the latents that it consists of, by name."""
-    assert codec.tiling
+def _slices(codec: Codec, names: Sequence[str], y) -> dict[str, Any]:
+    """Latents that stand side by side, by name."""
     channels = {segment.name: segment.shape(1, 1)[2] for segment in codec.segments}
-    names, slices, end = codec.tiling.segments, {}, 0
+    slices, end = {}, 0
     for name in names:
         begin, end = end, end + channels[name]
         slices[name] = y[..., begin:end]
@@ -158,21 +158,22 @@ def output(
     Raises: KeyError with the name of a latent that is needed and not there.
     """
     tiling = codec.tiling
-    if name != "image" or tiling is None:
+    back = next((b for b in tiling.back if b.output == name), None) if tiling else None
+    if tiling is None or back is None:
         static = codec, name, shape, pixels
         return np.asarray(programs.run(_output, static, variables, dict(decoded)))
-    y = np.concatenate([decoded[name] for name in tiling.segments], axis=-1)
-    step = tiling.factor
+    y = np.concatenate([decoded[name] for name in back.segments], axis=-1)
+    factor = tiling.factor
     condition = {name: value for name, value in decoded.items() if name == "quality"}
     weights = _floats(variables)
 
-    def image(part: Part):
-        return programs.run(_image, (codec, pixels), weights, (part, condition))
+    def output_of(part: Part):
+        return programs.run(_output_of_window, (codec, back, pixels), weights, (part, condition))
 
-    sides = y.shape[1] * step, y.shape[2] * step
-    given, halo = {"latent": (y, step)}, step * tiling.back_halo
-    found = tiles.in_windows(image, given, sides, 1, halo, sizes, together(variables))
-    return found[:, : shape[0], : shape[1]]
+    sides = y.shape[1] * factor, y.shape[2] * factor
+    given, halo = {"latent": (y, factor)}, factor * back.halo
+    found = tiles.in_windows(output_of, given, sides, back.step, halo, sizes, together(variables))
+    return found[:, : shape[0], : shape[1]] if back.step == 1 else found
 
 
 def prior(
@@ -224,13 +225,14 @@ def _rest(codec, variables, inputs):
     return {name: latent for name, latent in latents.items() if name not in codec.tiling.segments}
 
 
-def _image(codec, pixels, variables, inputs):
+def _output_of_window(codec, back, pixels, variables, inputs):
     part, condition = inputs
     y, factor = part.arrays["latent"], codec.tiling.factor
     shape = tuple(factor * side for side in y.shape[1:3])
     with tiles.within(part, "latent"):
-        image = codec.outputs["image"](variables, _slices(codec, y) | condition, shape)
-    return _pixels(image) if pixels else image
+        latents = _slices(codec, back.segments, y)
+        found = codec.outputs[back.output](variables, latents | condition, shape)
+    return _pixels(found) if pixels else found
 
 
 def _pixels(image):

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from icm_jax.codecs import bitstream, walk
+from icm_jax.codecs import bitstream, tiles, walk
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.coding import container
 from icm_jax.engine.run import Point
@@ -18,19 +18,25 @@ def through_stream(
     output: str = "feature",
     quality: float | None = None,
     layers: int | None = None,
+    *,
+    same: bool = True,
 ) -> tuple[np.ndarray, list[dict]]:
     """(what the decoder gives, sizes in bytes and times of each image), by way of real bytes.
 
-    With `layers`, files are cut off after so many before they are decoded and measured.
+    Args:
+      layers: cut files off after so many before they are decoded and measured.
+      same: there are more images, and all of one size: then windows are as large as they are.
 
     Raises: IcmError if decoding does not give back the encoder's latents.
     """
+    own = tiles.exactly(frozen.codec.tiling, images.shape[1:3])
+    windows = own if same else tiles.SIZES
     began = time.perf_counter()
-    streams = bitstream.encode(frozen, images, quality=quality)
+    streams = bitstream.encode(frozen, images, quality=quality, windows=windows)
     encoded = time.perf_counter()
     if layers:
         streams = [container.prefix(data, layers) for data in streams]
-    features = bitstream.decode(frozen, streams, output, layers=layers)
+    features = bitstream.decode(frozen, streams, output, layers=layers, windows=windows)
     decoded = time.perf_counter()
     estimated = bitstream.estimate(frozen, images, quality=quality)
     segments = [s for s in frozen.codec.segments if layers is None or s.layer < layers]

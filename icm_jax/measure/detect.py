@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from icm_jax.codecs import bitstream
+from icm_jax.codecs import bitstream, programs, tiles
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.codecs.scalable import DETECTOR, detector_of
 from icm_jax.coding import container
@@ -45,22 +45,20 @@ def finder(
             "this model has no detector; train one with configs/scalable.py and give its "
             "codec.icmc with --model"
         )
-    detector = detector_of(frozen.codec)
-    tail = Part(detector, detector.split)
-
-    @jax.jit
-    def predict(variables, feature):
-        outputs, _ = apply(tail, variables, DETECTOR, feature, False)
-        grids = [raw.shape[1:3] for raw in outputs]
-        shapes = anchors(detector, grids, facts["anchor_scale"])
-        options = facts["limit"], facts["overlap"], least
-        return detections(outputs, shapes, detector.scales, *options)
+    detector, stride = detector_of(frozen.codec), detector_of(frozen.codec).feature.stride
+    static = (frozen.codec, *(facts[key] for key in ("anchor_scale", "limit", "overlap")), least)
+    variables = {
+        name: {DETECTOR: tree[DETECTOR]}
+        for name, tree in frozen.on_device.items()
+        if DETECTOR in tree
+    }
 
     def find(data: bytes) -> dict:
         feature = bitstream.decode(frozen, [data], "feature", layers=1)
         height, width = container.unpack(data, 1).header.shape
-        found = jax.device_get(predict(frozen.on_device, feature))
-        sides = np.array(feature.shape[1:3]) * detector.feature.stride
+        part = tiles.in_one_window(feature, stride, detector.grid)
+        found = jax.device_get(programs.run(_found, static, variables, part))
+        sides = np.array(part.arrays["whole"].shape[1:3]) * stride
         boxes = []
         for row in np.flatnonzero(found.valid[0]):
             box = found.boxes[0, row] * np.tile(sides, 2)
@@ -77,6 +75,16 @@ def finder(
         return {"width": width, "height": height, "boxes": boxes}
 
     return find
+
+
+def _found(codec, scale, limit, overlap, least, variables, part):
+    """Boxes of a feature in a window, as fractions of the window's sides."""
+    detector = detector_of(codec)
+    tail = Part(detector, detector.split)
+    with tiles.within(part, "whole"):
+        outputs, _ = apply(tail, variables, DETECTOR, part.arrays["whole"], False)
+        shapes = anchors(detector, [raw.shape[1:3] for raw in outputs], scale)
+        return detections(outputs, shapes, detector.scales, limit, overlap, least)
 
 
 def coco_results(image_id: str, boxes: Iterable[Mapping[str, Any]]) -> list[dict]:

@@ -323,7 +323,8 @@ def pictures(asked: Asked) -> dict:
     codec = asked.codec()
 
     def through(image: np.ndarray) -> tuple[np.ndarray, dict]:
-        given, (size,) = through_stream(codec, image[None], "image", asked.point.quality)
+        quality, same = asked.point.quality, bool(asked.run.side)
+        given, (size,) = through_stream(codec, image[None], "image", quality, same=same)
         return np.rint(given[0].clip(0, 255)).astype(np.uint8), size
 
     # Coding times are measured: one stream at a time.

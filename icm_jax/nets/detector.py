@@ -183,6 +183,21 @@ def _shape(layer: Layer, before: Shape, inputs: list[Shape]) -> Shape:
     return before
 
 
+def reach(table: tuple[Layer, ...], end: int) -> int:
+    """How many pixels beyond its own an element of the output of layer end - 1 looks, at most."""
+    found, far = shapes(table), [0]
+    for number, layer in enumerate(table[:end]):
+        before, stride = far[-1], found[number - 1].stride if number else 1
+        if layer.kind in ("conv", "maxpool"):
+            far.append(before + layer.kernel // 2 * stride)
+        elif layer.kind == "upsample":
+            far.append(before + stride - stride // layer.stride)
+        else:
+            inputs = [far[i + 1] for i in layer.inputs]
+            far.append(max(inputs if layer.kind == "route" else [before, *inputs]))
+    return far[-1]
+
+
 def _check_outputs(detector: Detector) -> None:
     """Raises IcmError unless anchors and strides are those of the table's outputs."""
     table = detector.table
@@ -278,7 +293,7 @@ class Part(ops.Module):
                 pad = ((layer.kernel - 1) // 2, layer.kernel // 2)
                 window, strides = (layer.kernel,) * 2, (layer.stride,) * 2
                 pads: Any = (pad, pad)  # which Flax takes and types as a word alone
-                x = nn.max_pool(x, window, strides, pads)
+                x = nn.max_pool(ops.inside(x, -jnp.inf), window, strides, pads)
             elif layer.kind == "shortcut":
                 x = end_of_block(x + done[layer.inputs[0]])
             elif layer.kind == "upsample":
@@ -296,6 +311,7 @@ class Part(ops.Module):
 
     def _convolved(self, number, x):
         layer, options = self.detector.table[number], dict(dtype=self.dtype, name=f"layer{number}")
+        x = ops.inside(x) if layer.kernel > 1 else x
         if layer.normalised:
             return Conv(layer.features, layer.kernel, layer.stride, **options)(x)
         pad = ((layer.kernel - 1) // 2, layer.kernel // 2)

@@ -153,7 +153,8 @@ class Up(ops.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, C] -> float [N, 2H, 2W, features]."""
         init = orthogonal_window(1)
-        x = nn.Conv(4 * self.features, (3, 3), dtype=self.dtype, kernel_init=init)(x)
+        conv = nn.Conv(4 * self.features, (3, 3), dtype=self.dtype, kernel_init=init)
+        x = conv(ops.inside(x))
         return ops.depth_to_space(x)
 
 
@@ -193,9 +194,9 @@ class ResidualBlock(ops.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.Conv(self.features, (3, 3), dtype=self.dtype)(nn.relu(x))
-        zeros = nn.initializers.zeros
-        y = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=zeros)(nn.relu(y))
+        y = nn.Conv(self.features, (3, 3), dtype=self.dtype)(ops.inside(nn.relu(x)))
+        last = nn.Conv(self.features, (3, 3), dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        y = last(ops.inside(nn.relu(y)))
         return end_of_block(x + y)
 
 

@@ -157,8 +157,8 @@ class _Residual(ops.Module):
         elif self.down:
             y, x = Down(self.features)(x), Down(self.features, 1)(x)
         else:
-            y = nn.Conv(self.features, (3, 3))(x)
-        y = nn.Conv(self.features, (3, 3))(nn.leaky_relu(y))
+            y = nn.Conv(self.features, (3, 3))(ops.inside(x))
+        y = nn.Conv(self.features, (3, 3))(ops.inside(nn.leaky_relu(y)))
         resampled = self.up or self.down
         return end_of_block(x + (GDN(inverse=self.up)(y) if resampled else nn.leaky_relu(y)))
 
@@ -190,7 +190,7 @@ class ResidualSynthesis(ops.Module):
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         """float [N, h, w, M] -> float32 [N, 16h, 16w, 3] on 0...255, not clipped."""
-        x = nn.Conv(self.widths[-1], (3, 3))(y)
+        x = nn.Conv(self.widths[-1], (3, 3))(ops.inside(y))
         for width in self.widths[::-1]:
             x = _Residual(width, up=True)(_Residual(x.shape[-1])(x))
         return 255.0 * (Up(3)(_Residual(self.widths[0])(x)) + 0.5)
@@ -214,7 +214,7 @@ class BaseAnalysis(ops.Module):
         for number, features in enumerate((self.width, self.width, self.channels)):
             f = GDN()(f) if number else f
             halves = number >= 3 - self.halvings
-            f = Down(features, 5)(f) if halves else nn.Conv(features, (5, 5))(f)
+            f = Down(features, 5)(f) if halves else nn.Conv(features, (5, 5))(ops.inside(f))
         return f
 
 
@@ -231,7 +231,8 @@ class BaseSynthesis(ops.Module):
         for number, features in enumerate((self.width, self.width, self.features)):
             y = GDN(inverse=True)(y) if number else y
             doubles = number >= 3 - self.doublings
-            y = TransposedUp(features, 5)(y) if doubles else nn.Conv(features, (5, 5))(y)
+            conv = TransposedUp(features, 5) if doubles else nn.Conv(features, (5, 5))
+            y = conv(ops.inside(y))
         return y
 
 
@@ -251,7 +252,7 @@ class LatentTransform(ops.Module):
         for number in range(4):
             y = ResidualBlock(self.width)(y)
             y = Up(self.width)(y) if number < self.doublings else y
-        return nn.Conv(self.features, (3, 3))(y)
+        return nn.Conv(self.features, (3, 3))(ops.inside(y))
 
 
 class Prediction(ops.Module):
@@ -277,7 +278,7 @@ class HyperAnalysis(ops.Module):
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Conv(self.channels, (3, 3))(jnp.abs(y)))
+        x = nn.relu(nn.Conv(self.channels, (3, 3))(ops.inside(jnp.abs(y))))
         x = nn.relu(Down(self.channels, 5)(x))
         return Down(self.channels, 5)(x)
 

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from icm_jax import ops
 from icm_jax.errors import IcmError
 from icm_jax.nets.detector import Detector, Part
 from icm_jax.nets.yolo import build_detector
@@ -148,13 +149,16 @@ def detections(
     overlap: float,
     least: float,
 ) -> boxes.Detections:
-    """Boxes of raw outputs; a class's score is objectness times its own probability. `shapes` is
-    what `anchors` gives, `scales` the detector's, the rest is of `boxes.suppress`."""
+    """Boxes of raw outputs; a class's score is objectness times its own probability, and none
+    beyond the border of a window that is traced `ops.within`. `shapes` is what `anchors` gives,
+    `scales` the detector's, the rest is of `boxes.suppress`."""
     n = outputs[0].shape[0]
     found, scores = [], []
     for raw, anchor, scale in zip(outputs, shapes, scales, strict=True):
         found.append(boxes.place(raw, anchor, scale).reshape(n, -1, 4))
         probability = jax.nn.sigmoid(raw[..., 4:5]) * jax.nn.sigmoid(raw[..., 5:])
+        there = ops.inside(jnp.ones((*raw.shape[:3], 1), raw.dtype))[..., None] > 0
+        probability = jnp.where(there, probability, -1.0)
         scores.append(probability.reshape(n, -1, raw.shape[-1] - 5))
     placed, scored = jnp.concatenate(found, axis=1), jnp.concatenate(scores, axis=1)
     return boxes.suppress(placed, scored, limit, overlap, least, candidates=5 * limit)
