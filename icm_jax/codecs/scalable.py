@@ -186,13 +186,9 @@ def scalable_codec(
     run = method_of(module, PART)
     grid = math.lcm(detector.grid, LATENT)
 
-    def detect(variables, part, x, **options):
-        given = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
-        return part.apply(given, x, train=False, **options)
-
     def both(variables, inputs):
         x = ops.pad_to(inputs["image"], grid).astype(jnp.float32)
-        f = inputs["feature"] if "feature" in inputs else detect(variables, front, x / 255.0)
+        f = inputs["feature"] if "feature" in inputs else _detected(variables, front, x / 255.0)
         return run(variables, x, f, method="front")
 
     def analyse(variables, inputs):
@@ -201,7 +197,7 @@ def scalable_codec(
 
     def feature_of(variables, decoded, shape):
         f = run(variables, decoded["y_b"], method="feature_hat")
-        return detect(variables, end, f, raw=True) if raw else f
+        return _detected(variables, end, f, raw=True) if raw else f
 
     def image_of(variables, decoded, shape):
         x = run(variables, decoded["y_b"], decoded["y_e"], method="image")
@@ -215,6 +211,11 @@ def scalable_codec(
         outputs=Outputs(feature=feature_of, image=image_of),
         tiling=_tiling(module, reach(detector.table, detector.split), grid, both),
     )
+
+
+def _detected(variables, part: Part, x, **options):
+    given = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
+    return part.apply(given, x, train=False, **options)
 
 
 def _tiling(module: Scalable, front: int, grid: int, run) -> Tiling:
