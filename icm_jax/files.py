@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -15,7 +16,8 @@ from icm_jax.errors import IcmError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_JSON = {dict: "object", list: "array"}
+SEAL = "crc32"
+_JSON = {dict: "JSON object", list: "JSON array"}
 AT_ONCE = 1 << 26
 """Pixels that are coded at the same time: two pictures of 8K, at about 40 bytes a pixel."""
 
@@ -71,6 +73,29 @@ def make_folder(path: str | os.PathLike) -> None:
         ) from error
 
 
+def sealed(content: dict) -> dict:
+    """What is to be written as JSON, with a CRC-32 of it.
+
+    >>> sealed({"step": 6})
+    {'step': 6, 'crc32': '75c607fa'}
+    """
+    return content | {SEAL: _crc(content)}
+
+
+def unsealed(content: dict) -> dict | None:
+    """What `sealed` was given, or None if that has been altered; what has no CRC-32 as it is.
+
+    >>> unsealed({"step": 6, "crc32": "75c607fa"}), unsealed({"step": 7, "crc32": "75c607fa"})
+    ({'step': 6}, None)
+    """
+    found = {name: value for name, value in content.items() if name != SEAL}
+    return found if content.get(SEAL, _crc(found)) == _crc(found) else None
+
+
+def _crc(content: dict) -> str:
+    return f"{zlib.crc32(json.dumps(content, sort_keys=True).encode()):08x}"
+
+
 def read_json(path: str | os.PathLike, kind: type, remedy: str) -> Any:
     """What `write_json` wrote.
 
@@ -86,7 +111,7 @@ def read_json(path: str | os.PathLike, kind: type, remedy: str) -> Any:
     except UnicodeDecodeError:
         damage = "it is not text"
     except ValueError as error:  # of JSON
-        damage = str(error) if text.strip() else "it is empty"
+        damage = f"it is not whole ({error})" if text.strip() else "it is empty"
     except RecursionError:
         damage = "it is nested too deeply"
     if damage:

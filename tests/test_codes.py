@@ -279,6 +279,65 @@ def test_a_damaged_shard_is_named(tmp_path, codec, photographs, damage):
         coded(tmp_path, photographs, codec, count=3)
 
 
+@pytest.mark.parametrize(
+    "name, content, mode, message",
+    [
+        ("codes.json", b"", "read", "codes.json: it is empty; put back a copy, or remove the file"),
+        ("codes.json", b'{"codec": "', "code", "codes.json: it is not whole (Unterminated string"),
+        ("codes.json", b"\xff\xff", "code", "codes.json: it is not text; put back a copy"),
+        ("codes.json", b"[]", "read", "codes.json: it holds no JSON object; put back a copy"),
+        ("codes.json", b"{}", "code", "codes.json is damaged: it lacks what a folder of codes has"),
+        ("codec.icmc", b"PK", "read", "--mode=code with the same settings writes it anew"),
+        ("dataset_info.json", b"", "read", "--mode=code with the same settings writes it anew"),
+        ("features.json", None, "read", "--mode=code with the same settings writes it anew"),
+        ("train-00001-of-00003.array_record", None, "read", "open() failed: No such file"),
+        (
+            "train-00001-of-00003.array_record",
+            b"",
+            "read",
+            "no whole record file (ArrayRecord file",
+        ),
+        ("train-00001-of-00003.array_record", b"", "code", "remove the file, the same command"),
+        ("codec.icmc", b"PK", "code", ""),
+        ("dataset_info.json", b"", "code", ""),
+        ("features.json", b"{}", "code", ""),
+        ("train-00001-of-00003.array_record", None, "code", ""),
+    ],
+)
+def test_a_damaged_folder_of_codes_says_so_or_is_mended(
+    tmp_path, codec, photographs, whole_codes, name, content, mode, message
+):
+    folder = shutil.copytree(whole_codes, tmp_path / "codes")
+    before = contents(folder)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+
+    def use():
+        if mode == "code":
+            coded(folder, photographs, codec, count=3)
+        source = read(folder)
+        for number in range(source.length):
+            source.load(number)
+
+    if message:
+        with pytest.raises(IcmError) as raised:
+            use()
+        (line,) = str(raised.value).splitlines()
+        assert message in line and name in line
+    else:
+        use()
+        assert contents(folder) == before
+
+
+@pytest.fixture(scope="module")
+def whole_codes(tmp_path_factory, codec, photographs):
+    folder = tmp_path_factory.mktemp("codes")
+    coded(folder, photographs, codec, count=3)
+    return folder
+
+
 def test_a_full_disk_leaves_no_half_shard(tmp_path, codec, photographs):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     coded(tmp_path, photographs, codec, count=2)

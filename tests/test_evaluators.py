@@ -1,7 +1,6 @@
 """Every reported number against a hand-computed or independent answer."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import socket
@@ -15,7 +14,7 @@ import pytest
 import scipy.interpolate
 from strangers import second_data
 
-from icm_jax.engine.run import Point, Run
+from icm_jax.engine.run import Point, Run, read_records
 from icm_jax.engine.train import train
 from icm_jax.errors import IcmError
 from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, evaluate, metrics
@@ -229,7 +228,7 @@ def scored_again(base, count):
         assert worker.returncode == 0, output[-3000:]
     found = {}
     for path in sorted(base.glob("*/records.json")):
-        for record in json.loads(path.read_text()):
+        for record in read_records(path.parent):
             kept = {name: value for name, value in record.items() if not name.endswith("_ms")}
             found[path.parent.name, record["kind"], record["quality"]] = kept
     return found

@@ -13,7 +13,6 @@ An example has "image" (an .icm file), "name" and, where the data set has them, 
 """
 
 import dataclasses
-import json
 import pathlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,13 +22,15 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from icm_jax.data import sources
-from icm_jax.errors import IcmError
-from icm_jax.files import beside
+from icm_jax.errors import IcmError, reason
+from icm_jax.files import beside, read_json
 
 ABOUT = "codes.json"
 CODEC = "codec.icmc"
 VERSION = "1.0.0"
 _NAME = "{SPLIT}-{SHARD_X_OF_Y}.{FILEFORMAT}"
+AGAIN = "--mode=code with the same settings writes it anew"
+_ABOUT_KEYS = {"codec", "quality", "data", "keys", "classes", "mask_classes", "mask_ids", "splits"}
 _AT_ONCE = 64  # records that are read together
 
 
@@ -99,8 +100,8 @@ def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> None:
                 writer.write(data)
             writer.close()
         except (RuntimeError, ValueError) as error:  # as of a full disk; the reason comes first
-            reason = str(error).split(";")[0]
-            raise OSError(f"{reason}; the same command goes on from there") from error
+            why = str(error).split(";")[0]
+            raise OSError(f"{why}; the same command goes on from there") from error
 
 
 def read_shard(path: pathlib.Path, features: Any) -> Iterator[dict]:
@@ -117,8 +118,8 @@ def read_shard(path: pathlib.Path, features: Any) -> Iterator[dict]:
                 yield example
         reader.close()
     except (RuntimeError, ValueError, IndexError) as error:
-        reason = str(error).split(";")[0]
-        raise IcmError(f"{path.name} is no whole record file ({reason})") from error
+        why = reason(error).split(";")[0]
+        raise IcmError(f"{path.name} is no whole record file ({why})") from error
 
 
 def write_info(
@@ -162,10 +163,11 @@ def about(folder: pathlib.Path) -> dict | None:
     path = folder / ABOUT
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise IcmError(f"cannot read {path}: {error}; remove the folder and code again") from error
+    remedy = f"put back a copy, or remove the file, and {AGAIN}"
+    found = read_json(path, dict, remedy)
+    if not found.keys() >= _ABOUT_KEYS or not isinstance(found["splits"], dict):
+        raise IcmError(f"{path} is damaged: it lacks what a folder of codes has; {remedy}")
+    return found
 
 
 def keys(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -186,11 +188,18 @@ def source(config: Mapping[str, Any], split: str) -> sources.Source:
             f"{root} has no whole codes of the split {split!r} (it has "
             f"{', '.join(whole) or 'none yet'}); --mode=code with the same settings goes on"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        builder = _tfds().core.read_only_builder.builder_from_directory(root)
-        names = tuple(found["classes"]), tuple(found["mask_classes"])
-        opened = sources.from_builder(builder, split, *names)
+    names = tuple(found["classes"]), tuple(found["mask_classes"])
+    remedy = f"remove the file, and {AGAIN}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            builder = _tfds().core.read_only_builder.builder_from_directory(root)
+            opened = sources.from_builder(builder, split, *names, remedy)
+    except Exception as error:  # those of TFDS have no common base
+        raise IcmError(
+            f"cannot read what TFDS knows of {root}, dataset_info.json and features.json "
+            f"({reason(error)}); {AGAIN}"
+        ) from error
     ids = found["mask_ids"] and {given: meant for given, meant in found["mask_ids"]}
     return dataclasses.replace(opened, name=str(root), mask_ids=ids, codec=str(root / CODEC))
 

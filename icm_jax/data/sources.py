@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from icm_jax.data import records
 from icm_jax.data.images import read_rgb
 from icm_jax.errors import IcmError
 
@@ -310,7 +311,11 @@ def _objects(boxes=(), labels=(), ignored=()) -> Objects:
 
 
 def from_builder(
-    builder: Any, split: str, classes: tuple[str, ...], mask_classes: tuple[str, ...]
+    builder: Any,
+    split: str,
+    classes: tuple[str, ...],
+    mask_classes: tuple[str, ...],
+    remedy: str = records.PREPARE,
 ) -> Source:
     """A split of a TFDS builder whose files are there; an example's label of -1 is none."""
     import tensorflow_datasets as tfds
@@ -337,6 +342,7 @@ def from_builder(
             loaded["name"] = example["name"].decode()
         return loaded
 
+    load = records.guarded(load, builder, split, remedy)
     return Source(builder.name, len(data), classes, load, mask_classes)
 
 

@@ -58,7 +58,10 @@ def open_source(config: Mapping[str, Any], split: str) -> Source:
 
 @functools.lru_cache(1)
 def _decoder(path: str) -> FrozenCodec:
-    return model_file.load(path, CODECS)
+    try:
+        return model_file.load(path, CODECS)
+    except IcmError as error:
+        raise IcmError(f"{error}; {shards.AGAIN}") from error
 
 
 class Coding(NamedTuple):
@@ -132,8 +135,9 @@ def write(
     }
     first = jax.process_index() == 0
     claim(folder, settings, split, {"images": source.length, "shards": count}, writes=first)
-    if first and not (folder / shards.CODEC).is_file():
-        write_whole(folder / shards.CODEC, pathlib.Path(codec).read_bytes())
+    own, content = folder / shards.CODEC, pathlib.Path(codec).read_bytes()
+    if first and not (own.is_file() and own.read_bytes() == content):
+        write_whole(own, content)
     sharding.as_first(True)  # nobody codes before that is written
     root = str(pathlib.Path(fields.get("path") or "").expanduser())
     return _finish(Coding(folder, split, source, features, root, frozen, quality, count))

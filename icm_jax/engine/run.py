@@ -11,7 +11,7 @@ import ml_collections
 
 from icm_jax.data import data_fields
 from icm_jax.errors import IcmError
-from icm_jax.files import read_json, write_json
+from icm_jax.files import read_json, unsealed, write_json
 
 CODEC = "codec.icmc"
 """The file, in a run's folder, of the codec that it trained."""
@@ -186,8 +186,10 @@ def what_is_done(folder: str | os.PathLike) -> dict | None:
     has not finished, or done.json is damaged: the command of the run then writes it anew."""
     path = pathlib.Path(folder) / DONE
     try:
-        done = read_json(path, dict, "") if path.is_file() else {}
+        done = unsealed(read_json(path, dict, "")) if path.is_file() else None
     except IcmError:
+        return None
+    if done is None:
         return None
     fits = isinstance(done.get("step"), int) and isinstance(done.get("metrics"), dict)
     return done if fits else None
@@ -203,9 +205,10 @@ def read_records(folder: str | os.PathLike) -> list[dict]:
         return []
     remedy = "the command of the run, without --mode=report, scores it anew"
     records = read_json(path, list, remedy)
-    if all(isinstance(record, dict) and "kind" in record for record in records):
-        return records
-    raise IcmError(f"{path} holds something else than records; {remedy}")
+    whole = [unsealed(record) if isinstance(record, dict) else None for record in records]
+    if all(record and "kind" in record for record in whole):
+        return [record for record in whole if record]
+    raise IcmError(f"{path} does not hold the records that were written; {remedy}")
 
 
 def codec_path(run: Run, base: str | os.PathLike) -> pathlib.Path | None:

@@ -28,7 +28,7 @@ from icm_jax.engine.log import Log
 from icm_jax.engine.run import DONE, Run, claim, what_is_done
 from icm_jax.engine.stopping import stop_request
 from icm_jax.errors import IcmError
-from icm_jax.files import make_folder, write_json
+from icm_jax.files import make_folder, sealed, write_json
 from icm_jax.nets.convolution import compiler_options
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
@@ -118,7 +118,7 @@ def train(run: Run, base: str | os.PathLike) -> dict:
         if run.codec_file is not None:
             trained = checkpoint.read_variables(folder, run.steps)
             frozen.write_codec(task.codec, trained, run, base)
-        write_json(folder / DONE, {"step": run.steps, "metrics": metrics})
+        write_json(folder / DONE, sealed({"step": run.steps, "metrics": metrics}))
     sharding.as_first(True)  # nobody goes on before that is written
     return metrics
 

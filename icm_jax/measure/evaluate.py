@@ -49,7 +49,7 @@ from icm_jax.engine.frozen import check_same, load_codec
 from icm_jax.engine.run import RECORDS, Point, Run, load_run, read_records
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
-from icm_jax.files import cores, write_json
+from icm_jax.files import cores, sealed, write_json
 from icm_jax.measure import (
     Accuracy,
     AveragePrecision,
@@ -135,7 +135,7 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
         asked = Asked(point, run, base, source, config, task, variables, frozen)
         records.append(record | SCORERS[point.kind](asked))
     if jax.process_index() == 0:
-        write_json(kept, records)
+        write_json(kept, [sealed(record) for record in records])
     return records
 
 
