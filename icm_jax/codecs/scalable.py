@@ -200,8 +200,7 @@ def scalable_codec(
         return _detected(variables, end, f, raw=True) if raw else f
 
     def image_of(variables, decoded, shape):
-        x = run(variables, decoded["y_b"], decoded["y_e"], method="image")
-        return ops.crop_to(x, *shape)
+        return ops.crop_to(run(variables, decoded["y_b"], decoded["y_e"], method="image"), *shape)
 
     return Codec(
         parts=(PART, DETECTOR),
