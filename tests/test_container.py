@@ -85,7 +85,7 @@ def test_a_prefix_with_a_whole_layer_is_read_up_to_it():
     for length in range(end, len(data)):
         prefix = container.unpack(data[:length], layers=1)
         assert prefix.layers == whole.layers[:1]
-        with pytest.raises(IcmError, match="the first 1 can still be decoded"):
+        with pytest.raises(IcmError, match="the first 1 is whole"):
             container.unpack(data[:length])
     with pytest.raises(IcmError, match="layer 1 of 2"):
         container.unpack(data[: end - 1], layers=1)

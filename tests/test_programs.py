@@ -145,7 +145,8 @@ def test_processes_share_a_folder(folder, tmp_path):
     assert {process.returncode for process in running} == {0}
     assert len({out for out, _ in said}) == 1 and all(not errors for _, errors in said)
     # Of the image to y, y to z, priors of three slices, and back.
-    assert len(list(folder.glob("*.program"))) == len(list(folder.iterdir())) == 6
+    assert len(list(folder.glob("*.program"))) == 6
+    assert len(list(folder.glob("*.passed"))) == 1 and len(list(folder.iterdir())) == 7
 
 
 @keeps

@@ -57,7 +57,7 @@ def test_layers_decode_to_what_test_mode_gives(frozen):
         bitstream.decode(frozen, first, "feature", layers=1),
         bitstream.decode(frozen, streams, "feature"),
     )
-    with pytest.raises(IcmError, match="the first 1 can still be decoded"):
+    with pytest.raises(IcmError, match="the first 1 is whole"):
         bitstream.decode(frozen, first, "image")
     with pytest.raises(IcmError, match="later layer"):
         bitstream.decode(frozen, streams, "image", layers=1)

@@ -150,7 +150,7 @@ def test_a_detector_is_data():
         (lambda: changed(0, features=0), "layer 0 .conv. .* has 0 features"),
         (lambda: changed(0, activation="swish"), "activation 'swish'"),
         (lambda: changed(2, stride=3), "stride 3 and"),
-        (lambda: changed(1, stride=0), "stride 0; both begin at 1"),
+        (lambda: changed(1, stride=0), "stride 0; both are 1 to 16"),
         (lambda: changed(5, inputs=(5,)), r"layer 5 \(route\) .* takes layers \(5,\); only"),
         (lambda: changed(7, inputs=(5, 1)), "of the same stride"),
         (lambda: changed(7, kind="shortcut"), "one layer of the same shape"),

@@ -14,12 +14,14 @@ import numpy as np
 
 from icm_jax import ops
 from icm_jax.codecs import priors
-from icm_jax.codecs.codec import Codec, Outputs, builder, method_of
+from icm_jax.codecs.codec import Codec, Outputs, builder, method_of, require_dtype
 from icm_jax.coding import tables
 from icm_jax.errors import IcmError
 from icm_jax.nets.autoencoder import Centres, CodeAnalysis, CodeSynthesis
 
 PART = "autoencoder"
+_RANGES = (1, 1024), (1, 1024), (2, 256), (0, 64)
+"""Of width, channels, centres and blocks."""
 _MOMENTUM = 0.99  # of the running histogram
 _LEAST = 2.0**-16  # share of a symbol: what the coder's tables can express
 
@@ -79,13 +81,16 @@ def autoencoder_codec(
       learned: whether they are trained; else they are integers. blocks: residual blocks each way.
       dtype: of the networks.
 
-    Raises: IcmError for numbers below 1, or a single centre.
+    Raises: IcmError for numbers below 1 or too large, a single centre, or an unknown dtype.
     """
-    if min(width, channels, blocks + 1) < 1 or not 2 <= centres <= 256:
+    given = (width, channels, centres, blocks)
+    if any(not low <= n <= high for n, (low, high) in zip(given, _RANGES, strict=True)):
         raise IcmError(
             f"no autoencoder of width {width}, channels {channels}, centres {centres}, blocks "
-            f"{blocks}: they are at least 1, 1, 2 (and at most 256) and 0"
+            f"{blocks}: they are from {tuple(low for low, _ in _RANGES)} to "
+            f"{tuple(high for _, high in _RANGES)}"
         )
+    require_dtype(dtype)
     module = Autoencoder(width, channels, centres, learned, blocks, dtype)
 
     run = method_of(module, PART, ("params", "batch_stats"))

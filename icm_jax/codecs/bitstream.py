@@ -316,7 +316,8 @@ def _synthesised(
         if layers is None:
             raise
         raise IcmError(
-            f"{output!r} needs the latent {missing}, which is in a later layer"
+            f"{output!r} needs the latent {missing}, which is in a later layer than the first "
+            f"{layers}; outputs of this codec are {', '.join(frozen.codec.outputs)}"
         ) from missing
 
 

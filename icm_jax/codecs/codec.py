@@ -11,6 +11,8 @@ passes, on its own elements of the passes before:
 
 import functools
 import inspect
+import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +25,11 @@ from icm_jax.codecs import tiles
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
 from icm_jax.nets.integer import Reach
+
+LARGEST, LONGEST = 1 << 14, 1 << 9
+"""Number, and tuple, among the arguments of a codec."""
+DTYPES = ("float32", "bfloat16", "float16")
+_BUILT = 256  # codecs of a builder that are kept, with their compiled programs
 
 
 class Prior(NamedTuple):
@@ -60,6 +67,9 @@ class Segment(NamedTuple):
         None for a single one. Within the segment's prior `decoded` then has two entries more: its
         own name, [N, h, w, C] with the elements of earlier passes and 0 elsewhere, and "known",
         float32 [N, h, w, C] with 1 at these elements.
+      rows: of its tables, or None for what only `freeze` knows.
+      integers: (shapes of the arrays in `variables["integer"][name]`, channels of each latent) ->
+        {(array of arrays, array): (shape, dtype)}, what `exact` needs of them; None: not checked.
       reach: what the exact prior looks at, so that it can be had in windows; of none, if that is
         the same everywhere. `decoded` then has "bounds", as `integer.run` takes them. None: the
         prior is computed of whole latents, by a program for each size.
@@ -74,6 +84,8 @@ class Segment(NamedTuple):
     spent: tuple[str, ...] = ()
     passes: Callable[[tuple[int, ...]], np.ndarray] | None = None
     reach: Reach | None = None
+    rows: int | None = None
+    integers: Callable[..., dict[tuple[str, str], tuple[tuple[int, ...], str]]] | None = None
 
 
 class Codec(NamedTuple):
@@ -116,13 +128,13 @@ def builder(name: str) -> Callable[[Callable[..., Codec]], Callable[..., Codec]]
 
     Its arguments, defaults included, become `Codec.config`, lists as tuples; called twice with
     equal arguments it returns the same Codec. The result raises IcmError for other arguments than
-    the function has.
+    the function has, or of other types than it says, or with numbers that no codec has.
     """
 
     def decorated(function):
         signature = inspect.signature(function)
 
-        @functools.cache
+        @functools.lru_cache(_BUILT)
         def built(items):
             return function(**dict(items))._replace(config=(name, items))
 
@@ -135,16 +147,53 @@ def builder(name: str) -> Callable[[Callable[..., Codec]], Callable[..., Codec]]
                     error
                 )
             given.apply_defaults()
-            return built(tuple((key, tupled(value)) for key, value in given.arguments.items()))
+            items = tuple((key, tupled(value)) for key, value in given.arguments.items())
+            hints = typing.get_type_hints(function)
+            for key, value in items:
+                if not _fits(value, hints.get(key)) or not _sane(value):
+                    hint = signature.parameters[key].annotation
+                    kind = getattr(hint, "__name__", hint)
+                    raise IcmError(
+                        f"the codec {name!r} takes {key}: {kind}, of numbers from 0 to {LARGEST}, "
+                        f"not {repr(value)[:80]}"
+                    )
+            return built(items)
 
         return build
 
     return decorated
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: numbers, text, tuples; others see for themselves."""
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            inner = inner[:1] * len(value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    return hint not in (int, bool, str, float) or type(value) in (hint, *[int] * (hint is float))
+
+
+def _sane(value: Any) -> bool:
+    """Whether no number in it is so large, nor a list so long, that it is no codec's."""
+    if isinstance(value, tuple):
+        return len(value) <= LONGEST and all(map(_sane, value))
+    return not isinstance(value, int | float) or 0 <= value <= LARGEST
+
+
 def tupled(value):
     """`value` with tuples in place of lists, as JSON does not know them."""
     return tuple(tupled(item) for item in value) if isinstance(value, list) else value
+
+
+def require_dtype(dtype: str) -> None:
+    """Raises: IcmError for a type in which no transform is computed."""
+    if dtype not in DTYPES:
+        raise IcmError(f"transforms are computed in {', '.join(DTYPES)}, not {dtype[:40]!r}")
 
 
 def method_of(module, part: str, collections: tuple[str, ...] = ("params",)) -> Callable:

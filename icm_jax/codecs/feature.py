@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from icm_jax import entropy, ops
 from icm_jax.codecs import priors
-from icm_jax.codecs.codec import Codec, Outputs, builder, method_of
+from icm_jax.codecs.codec import Codec, Outputs, builder, method_of, require_dtype
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.transforms import (
@@ -88,7 +88,8 @@ def filter_codec(
 
     `dtype` is that of the filter's encoder and decoder; y, bits and f' are float32.
     """
-    _require_widths("filter", widths, 3)
+    _require_numbers("the filter's", (width, channels, *widths))
+    require_dtype(dtype)
     head = resnet.Head(variant, width)
     module = InformationFilter(resnet.feature_channels(variant, width), channels, widths, dtype)
 
@@ -131,7 +132,7 @@ def feature_codec(
 
     `analyse` also takes {"feature": f'}, where it has been computed already.
     """
-    _require_widths("codec", widths, 2)
+    _require_numbers("the codec's", (width, channels, *widths, hyper_channels))
     inner = filter_codec(variant, width, filter_channels, filter_widths)
     features = resnet.feature_channels(variant, width)
     module = FeatureCodec(features, channels, widths, hyper_channels)
@@ -182,9 +183,9 @@ def filtered(inner: Codec, variables, inputs) -> jax.Array:
     return inner.outputs["feature"](variables, latents, shape)
 
 
-def _require_widths(name, widths, count):
-    if len(widths) != count or min(widths) < 1:
-        raise IcmError(f"{name}_widths needs {count} positive numbers, not {widths}")
+def _require_numbers(whose, numbers):
+    if min(numbers) < 1:
+        raise IcmError(f"{whose} widths and channels are at least 1, not {numbers}")
 
 
 def _feature(head, variables, inputs):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from icm_jax import entropy, ops
 from icm_jax.codecs import priors
-from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
+from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of, require_dtype
 from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
 from icm_jax.nets.transforms import (
@@ -131,7 +131,8 @@ def image_codec(
       dtype: of analysis and synthesis.
       last: side of the kernels between 1/8 and 1/16 of the image's sides, the largest of all.
 
-    Raises: IcmError for an unknown kind, numbers below 1, or kernels that are not 3 or 5.
+    Raises: IcmError for an unknown kind, numbers below 1, an unknown dtype, or
+      kernels that are not 3 or 5.
     """
     widths = width if isinstance(width, tuple) else (width,) * 4
     if kind not in KINDS or len(widths) != 4 or min(*widths, channels, levels) < 1:
@@ -141,6 +142,7 @@ def image_codec(
         )
     if last not in (3, 5):
         raise IcmError(f"the kernels of an image codec's last layer have sides 3 or 5, not {last}")
+    require_dtype(dtype)
     hyper, mean = kind != "factorised", kind == "mean_scale_hyperprior"
     module = ImageCodec(widths, channels, levels, hyper, mean, last, dtype)
 

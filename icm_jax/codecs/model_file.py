@@ -14,6 +14,7 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from icm_jax.codecs import needs
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.codecs.codec import Codec, tupled
 from icm_jax.codecs.scalable import upgraded
@@ -52,7 +53,7 @@ def save(
         "licence": licence,
         "description": description,
     } | ({"detector": dict(detector)} if detector else {})
-    arrays["model.json"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    arrays[archive.ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     stored = io.BytesIO()
     np.savez_compressed(stored, **arrays)
     write_whole(path, stored.getvalue())
@@ -63,37 +64,34 @@ def load(path: str | os.PathLike | None, builders: Mapping[str, Callable]) -> Fr
 
     Args: path: None is the model in the package.
 
-    Raises: IcmError as `archive.describe`, for a codec without a builder, or if the weights do not
-      match. Nothing in it is executed.
+    Raises: IcmError as `archive.read`, for a codec without a builder or with arguments that it does
+      not take, or if an array is not what the codec needs. Nothing in the file is executed.
     """
-    path = archive.BOXED if path is None else path
-    name = archive.read(path, lambda file: archive.about(file)["codec"][0])[1]
+    return archive.read(archive.BOXED if path is None else path, lambda f: _frozen(f, builders))
+
+
+def _frozen(file: archive.Archive, builders: Mapping[str, Callable]) -> FrozenCodec:
+    name = file.about["codec"][0]
     if name not in builders:
         raise IcmError(
-            f"{path} holds a codec {name!r}, here are {', '.join(builders)}; put its builder among "
-            "them first: icm_jax.codecs.CODECS"
+            f"it holds a codec {name[:40]!r}, here are {', '.join(builders)}; put its builder "
+            "among them first: icm_jax.codecs.CODECS"
         )
-    about, frozen = archive.read(path, lambda file: _build(file, builders))
-    if frozen.fingerprint.hex() != about["fingerprint"]:
-        raise IcmError(f"{path} is damaged: its content does not match its fingerprint")
-    return frozen
-
-
-def _build(file, builders) -> FrozenCodec:
-    config = archive.about(file)["codec"]
-    codec = _codec(config, builders)
-    arrays = {
-        tuple(key.split("/")[1:]): _widened(file[key])
-        for key in file.files
+    codec = _codec(file.about["codec"], builders)
+    needs.require(codec, file.arrays)
+    weights = {
+        tuple(key.split("/")[1:]): _widened(array.read())
+        for key, array in file.arrays.items()
         if key.startswith("variables/")
     }
-    tables = {
-        segment.name: Tables(
-            file[f"tables/{segment.name}/cdf"], file[f"tables/{segment.name}/offsets"]
-        )
-        for segment in codec.segments
-    }
-    return FrozenCodec(codec, flax.traverse_util.unflatten_dict(arrays), tables)
+    tables = {}
+    for segment in codec.segments:
+        cdf, offsets = (file.arrays[f"tables/{segment.name}/{key}"] for key in ("cdf", "offsets"))
+        tables[segment.name] = Tables(cdf.read(), offsets.read())
+    frozen = FrozenCodec(codec, flax.traverse_util.unflatten_dict(weights), tables)
+    if frozen.fingerprint.hex() != file.about["fingerprint"]:
+        raise IcmError("it is damaged: its content does not match its fingerprint")
+    return frozen
 
 
 def _codec(config, builders) -> Codec:

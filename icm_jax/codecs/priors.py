@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import entropy, ops
+from icm_jax.codecs import needs
 from icm_jax.codecs.codec import Prior, Segment, pass_masks, seen
 from icm_jax.coding import tables
 from icm_jax.nets import integer
@@ -50,6 +51,7 @@ def per_channel(
         lambda variables, _: (make(variables), None),
         layer=layer,
         reach=integer.Reach((), 0),
+        rows=shape(1, 1)[2],
     )
 
 
@@ -129,11 +131,15 @@ def conditional(
         arrays = integer.quantise(network.nodes, weights, samples, ranges)
         return tables.gaussian_tables(), arrays
 
+    def integers(shapes, channels):
+        inputs = network.inputs(dict(channels) | {"known": shape(1, 1)[2]})
+        return needs.of_network(network.nodes, shapes, inputs, shape(1, 1)[2] * (1 + mean))
+
     reach = integer.reach(network.nodes)
     factors = tuple((network.renamed.get(name, name), factor) for name, factor in reach.factors)
     reach = reach._replace(factors=factors)
     segment = Segment(name, shape, prior, freeze, exact, layer, network.path, passes, reach)
-    return segment
+    return segment._replace(rows=len(tables.SCALES), integers=integers)
 
 
 def sample_of_passes(segment: Segment, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -31,7 +31,7 @@ FOLDER = "ICM_CACHE_DIR"
 """Environment variable: where programs are kept, or "off"."""
 LIMIT = 1 << 28
 """Bytes that a folder of programs may take; the longest unused go first."""
-_SUFFIX = ".program"
+_SUFFIX, _PASSED = ".program", ".passed"
 _QUICK: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
 """Of programs of integers: half the time to compile, as fast to run. Floats could come out other in
 their last bits, and files with them."""
@@ -122,6 +122,24 @@ def _kept(job: _Job, described: str):
     return program
 
 
+def once(codec, facts: str, check: Callable[[], None]) -> None:
+    """`check()`, unless it has passed before, in a process of the same sources and versions, for
+    the same configuration of the codec and the same `facts`."""
+    folder = folder_of_programs() if _can_be_kept(codec) else None
+    if folder is None:
+        check()
+        return
+    about = (check.__qualname__, json.dumps(codec.config), facts, *_software())
+    path = folder / f"{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:40]}{_PASSED}"
+    if not path.exists():
+        check()
+    with contextlib.suppress(IcmError, OSError):  # a full disk: it is checked again next time
+        if path.exists():
+            os.utime(path)  # the longest unused go first
+        else:
+            write_whole(path, b"")
+
+
 def _compiled(job: _Job):
     bound = functools.partial(job.function, *job.static)
     lowered = jax.jit(bound).lower(job.variables, job.inputs)
@@ -164,13 +182,19 @@ def _can_be_kept(codec) -> bool:
 @functools.cache
 def _surroundings(device) -> tuple[str, ...]:
     """Everything but the function and its inputs that a program depends on."""
+    flags = [f"{key}={value}" for key, value in sorted(os.environ.items()) if "XLA" in key]
+    machine = (device.device_kind, str(device.id), device.client.platform_version)
+    return *_software(), *flags, *machine, _processor(), str(os.cpu_count())
+
+
+@functools.cache
+def _software() -> tuple[str, ...]:
+    """The package's sources, and versions of what they stand on."""
     sources = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         sources.update(str(path.relative_to(_PACKAGE)).encode() + path.read_bytes())
-    flags = [f"{key}={value}" for key, value in sorted(os.environ.items()) if "XLA" in key]
     versions = (jax.__version__, jaxlib.version.__version__, flax.__version__, sys.version)
-    machine = (device.device_kind, str(device.id), device.client.platform_version)
-    return sources.hexdigest(), *versions, *flags, *machine, _processor(), str(os.cpu_count())
+    return sources.hexdigest(), *versions
 
 
 def _processor() -> str:
@@ -262,7 +286,7 @@ def _write(path: pathlib.Path, program) -> None:
 def _prune(folder: pathlib.Path) -> None:
     """Removes the longest unused programs beyond `LIMIT`; another process may do so, too."""
     found = []
-    for path in folder.glob(f"*{_SUFFIX}"):
+    for path in (*folder.glob(f"*{_SUFFIX}"), *folder.glob(f"*{_PASSED}")):
         try:
             about = path.stat()
             found.append((about.st_mtime, about.st_size, path))

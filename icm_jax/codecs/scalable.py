@@ -48,6 +48,8 @@ from icm_jax.nets.yolo import yolov3
 PART, DETECTOR = "scalable", "detector"
 KINDS = ("disentangled", "split", "residual")
 BACKBONES = ("balle2018", "cheng2020")
+FINEST = 256
+"""Grid of a detector, to multiples of which the sides of images are padded."""
 LATENT = 16
 """Of the sides of y_b and y_e, which are at 1/16, to the image's."""
 _PICTURE = {
@@ -286,6 +288,8 @@ def _require(kind, widths, channels, hypers, backbone, detector) -> None:
             f"hyperpriors; kinds are {', '.join(KINDS)}, width is one number or four, the numbers "
             "at least 1, hyperpriors 1 or 2"
         )
+    if detector.grid > FINEST:
+        raise IcmError(f"sides of images would be multiples of {detector.grid}; {FINEST} at most")
     if detector.feature.stride not in (2, 4, 8, 16):
         raise IcmError(
             f"the feature of the detector is at 1/{detector.feature.stride} of the image's sides; "

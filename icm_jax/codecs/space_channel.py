@@ -19,7 +19,7 @@ import numpy as np
 
 from icm_jax import entropy, ops
 from icm_jax.codecs import priors
-from icm_jax.codecs.codec import Codec, Segment, builder
+from icm_jax.codecs.codec import Codec, Segment, builder, require_dtype
 from icm_jax.codecs.hyperprior import Gain, of_module
 from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
@@ -28,6 +28,8 @@ from icm_jax.nets.integer import Node
 from icm_jax.nets.transforms import EntropyParameters
 
 PART = "space_channel"
+DEEPEST = 16
+"""Blocks at a scale, and slices."""
 _HYPER_WIDTH = 64
 
 
@@ -146,7 +148,7 @@ def space_channel_codec(
       levels: of quality; with more than one the rate is chosen when encoding.
       dtype: of analysis and synthesis.
 
-    Raises: IcmError for other counts of numbers, or numbers below 1.
+    Raises: IcmError for other counts of numbers, numbers below 1 or too large, or an unknown dtype.
     """
     module = SpaceChannelCodec(
         widths, slices, checkered, blocks, back_blocks, inner, hyper_channels, side, levels, dtype
@@ -162,13 +164,17 @@ def _check(module: SpaceChannelCodec) -> None:
     widths, slices, blocks, back = module.widths, module.slices, module.blocks, module.back_blocks
     numbers = (*widths, *slices, *blocks, *back, module.inner, module.hyper_channels, module.side)
     counts = len(widths), len(blocks), len(back)
-    if counts != (2, 3, 3) or not slices or min(*numbers, module.levels) < 1:
+    deepest, checkered = max(*blocks, *back, len(slices)), module.checkered
+    fits = min(*numbers, module.levels) >= 1 and deepest <= DEEPEST and checkered <= len(slices)
+    if counts != (2, 3, 3) or not slices or not fits:
         raise IcmError(
             f"no codec with widths {widths}, slices {slices}, blocks {blocks} and {back}, inner "
             f"{module.inner}, hyper_channels {module.hyper_channels}, side {module.side}, levels "
-            f"{module.levels}: two widths, one slice or more, twice three numbers of blocks, all "
-            "at least 1"
+            f"{module.levels}, {checkered} checkered: two widths, 1 to {DEEPEST} slices, twice "
+            f"three numbers of blocks up to {DEEPEST}, all at least 1, and no more checkered than "
+            "there are"
         )
+    require_dtype(module.dtype)
 
 
 def _tiling(module: SpaceChannelCodec, front) -> Tiling:

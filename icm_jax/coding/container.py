@@ -243,7 +243,7 @@ def _read_layers(data: bytes, at: int, directory, wanted: int) -> tuple[Layer, .
         if not whole or data[at : at + 2] != _crc16(data[body:end]):
             raise IcmError(
                 f"layer {number + 1} of {len(directory)} is truncated or altered: its checksum "
-                "differs" + (f"; the first {number} can still be decoded" if number else "")
+                f"differs{_of_those_before(number)}"
             )
         strings = []
         for length in lengths:
@@ -252,6 +252,16 @@ def _read_layers(data: bytes, at: int, directory, wanted: int) -> tuple[Layer, .
         found.append(Layer(tuple(strings), int.from_bytes(data[at + 2 : at + 6], "little")))
         at = end
     return tuple(found)
+
+
+def _of_those_before(number: int) -> str:
+    """What a damaged layer leaves; what can be made of it, the model knows."""
+    if not number:
+        return ""
+    whole = "1 is" if number == 1 else f"{number} are"
+    return (
+        f"; the first {whole} whole, for what needs no more: icm detect, verify --layers {number}"
+    )
 
 
 def prefix(data: bytes, layers: int) -> bytes:

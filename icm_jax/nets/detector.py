@@ -20,6 +20,8 @@ from icm_jax.errors import IcmError
 from icm_jax.nets.layers import end_of_block
 from icm_jax.nets.resnet import BatchNorm, Conv
 
+MOST_LAYERS, MOST_CHANNELS, MOST_TAPS = 1 << 9, 1 << 14, 1 << 4
+"""Of a table; of a layer; of the side of a kernel, or of a stride."""
 KINDS = ("conv", "maxpool", "shortcut", "upsample", "route", "detect")
 ACTIVATIONS = {
     "leaky": functools.partial(nn.leaky_relu, negative_slope=0.1),
@@ -136,6 +138,8 @@ def shapes(table: tuple[Layer, ...], channels: int = 3) -> tuple[Shape, ...]:
 
     Raises: IcmError that names the layer which is of an unknown kind or cannot be where it is.
     """
+    if len(table) > MOST_LAYERS:
+        raise IcmError(f"a detector of {len(table)} layers; at most {MOST_LAYERS}")
     found: list[Shape] = []
     for number, layer in enumerate(table):
         try:
@@ -143,6 +147,8 @@ def shapes(table: tuple[Layer, ...], channels: int = 3) -> tuple[Shape, ...]:
                 raise IcmError(f"takes layers {layer.inputs}; only those before it are there")
             before = found[-1] if found else Shape(channels, 1)
             found.append(_shape(layer, before, [found[i] for i in layer.inputs]))
+            if max(found[-1]) > MOST_CHANNELS:
+                raise IcmError(f"would have {found[-1]}; numbers go up to {MOST_CHANNELS}")
         except IcmError as error:
             raise IcmError(f"layer {number} ({layer.kind}) of the detector {error}") from error
     return tuple(found)
@@ -151,8 +157,13 @@ def shapes(table: tuple[Layer, ...], channels: int = 3) -> tuple[Shape, ...]:
 def _shape(layer: Layer, before: Shape, inputs: list[Shape]) -> Shape:
     if layer.kind not in KINDS:
         raise IcmError(f"is of an unknown kind; there are {', '.join(KINDS)}")
-    if min(layer.kernel, layer.stride) < 1:
-        raise IcmError(f"has kernel {layer.kernel} and stride {layer.stride}; both begin at 1")
+    numbers = layer.kernel, layer.stride, layer.features
+    if not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise IcmError(f"has other numbers than whole ones: {numbers}"[:200])
+    if not (1 <= layer.kernel <= MOST_TAPS and 1 <= layer.stride <= MOST_TAPS):
+        raise IcmError(
+            f"has kernel {layer.kernel} and stride {layer.stride}; both are 1 to {MOST_TAPS}"
+        )
     if layer.kind == "conv":
         if layer.features < 1 or layer.stride > 2 or layer.activation not in ACTIVATIONS:
             raise IcmError(

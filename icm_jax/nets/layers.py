@@ -10,11 +10,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from icm_jax import ops
+from icm_jax.errors import IcmError
 from icm_jax.nets.convolution import down_by_two, plus_bias, product, up_by_two
 
 BLOCK = "block"
 """The name of what `end_of_block` marks, for `icm_jax.engine.train.REMAT`."""
 _PEDESTAL = 2.0**-36
+_MOST_PAIRS = 1 << 19  # of an input and an output of a resampling layer
 
 
 def end_of_block(x: jax.Array) -> jax.Array:
@@ -99,11 +101,13 @@ def haar_cascade(widths: tuple[int, ...]) -> list[np.ndarray]:
     channel that holds detail are alike. Where there is room for more than all bands, the windows of
     the surplus are zero. The transpose of each window, [2, 2, F, C], goes back. A quarter of the
     orthonormal scale between first and last window keeps GDN with its first parameters near 1.
+
+    Raises: IcmError if a window would have more than 2^19 pairs of channels.
     """
     bands = 0.5 * np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
     smooth_share, detail_share = (3.7, 0.13, 0.13, 0.04), (1.0, 1.0, 1.0, 1.0)
     colours = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
-    mix = colours / np.linalg.norm(colours, axis=1, keepdims=True)  # of the first layer alone
+    mix = colours / np.linalg.norm(colours, axis=1, keepdims=True)  # in the first layer
     channels = [(1.0, True), (0.05, True), (0.02, True)]  # (energy, is smooth)
     windows = []
     for width in widths:
@@ -113,13 +117,20 @@ def haar_cascade(widths: tuple[int, ...]) -> list[np.ndarray]:
             for band, share in enumerate(shares):
                 found.append((energy * share, smooth and band == 0, number, band))
         found = sorted(found, key=lambda item: -item[0])[:width]
-        window = np.zeros((2, 2, len(mix[0]), width), np.float32)
+        if len(channels) * width > _MOST_PAIRS:
+            raise IcmError(
+                f"a transform from {len(channels)} to {width} channels; their product is at most "
+                f"{_MOST_PAIRS}"
+            )
+        window = np.zeros((2, 2, len(channels), width), np.float32)
         for place, (_, _, number, band) in enumerate(found):
-            window[..., place] = bands[band].reshape(2, 2, 1) * mix[number]
+            if windows:
+                window[:, :, number, place] = bands[band].reshape(2, 2)
+            else:
+                window[..., place] = bands[band].reshape(2, 2, 1) * mix[number]
         windows.append(window)
         channels = [(energy, smooth) for energy, smooth, _, _ in found]
         channels += [(0.0, False)] * (width - len(found))
-        mix = np.eye(width)
     windows[0], windows[-1] = 0.25 * windows[0], 4.0 * windows[-1]
     return windows
 

@@ -18,6 +18,7 @@ ANCHORS = (
     ((10, 13), (16, 30), (33, 23)),
 )
 """Of YOLOv3 per output, coarsest first, for images of 416 × 416 pixels."""
+_MOST = 4
 _BLOCKS, _CHANNELS = (1, 2, 8, 8, 4), (64, 128, 256, 512, 1024)
 
 
@@ -33,10 +34,10 @@ def yolov3(classes: int, width: float = 1.0, depth: float = 1.0, split: int = 0)
 
     Raises: IcmError if K or a factor is not positive.
     """
-    if classes < 1 or width <= 0 or depth <= 0:
+    if classes < 1 or not 0 < width <= _MOST or not 0 < depth <= _MOST:
         raise IcmError(
             f"no detector of {classes} classes, width {width:g}, depth {depth:g}: give at least "
-            "one class and positive factors"
+            f"one class and positive factors, at most {_MOST}"
         )
 
     def wide(channels):
