@@ -4,6 +4,7 @@
     icm decompress photo.icm                photo.png
     icm info photo.icm                      what the header says; needs no model
     icm detect photo.icm -m scalable.icmc   boxes, from the first layer of the file alone
+    icm detect photo.jpg -m NAME.weights    boxes on an ordinary picture, here by Darknet's weights
     icm verify *.icm                        do they decode to what was encoded?
     icm eval FOLDER                         rate and distortion beside JPEG, WebP, ...
     icm completion bash                     a script that completes all this in the shell
@@ -103,8 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     own = command(
         "detect",
         _detect,
-        "boxes of what .icm files show, one JSON object per file, read from the first layer alone",
-        "FILE.icm",
+        "boxes of what files show, one JSON object per file: of .icm files read from the first "
+        "layer alone, of ordinary pictures by the whole detector of the same codec, or of Darknet "
+        "(--model NAME.weights)",
+        "FILE",
     )
     _detect_options(own)
     own = command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
@@ -141,6 +144,10 @@ def _output_options(parser, text):
 def _detect_options(parser):
     text = "least score of a box (0.4)"
     parser.add_argument("--least", type=_number("score", 0, 1), default=0.4, help=text)
+    text = "with --model NAME.weights, the network; default: one built in by that NAME, or NAME.cfg"
+    _names_files(parser.add_argument("--cfg", metavar="FILE.cfg", default="", help=text))
+    text = "with --model NAME.weights, a line for each class; default: COCO's, if there are 80"
+    _names_files(parser.add_argument("--names", metavar="FILE", default="", help=text))
     text = "also write COCO results to FILE.json; an image's id is the file's name without suffix"
     _names_files(parser.add_argument("--coco", metavar="FILE.json", help=text))
     text = "also draw the boxes into FOLDER/NAME.png: on the picture, or on grey where the file "
@@ -270,37 +277,20 @@ def _short(value, length: int = 500) -> str:
 
 
 def _detect(options) -> int:
-    from icm_jax.coding import archive, container
-    from icm_jax.data.images import write_image
-    from icm_jax.measure import detect
+    from icm_jax.coding import archive
+    from icm_jax.measure import darknet, detect
 
-    stems = ["stdin" if name == "-" else pathlib.Path(name).stem for name in options.files]
-    drawings = [pathlib.Path(options.draw or "") / f"{stem}.png" for stem in stems]
-    outputs = [*(drawings if options.draw else ()), *filter(None, (options.coco,))]
-    if len(set(stems)) < len(stems) and outputs:
-        raise IcmError("two files of one name cannot be told apart in what is written; rename one")
-    for path in map(pathlib.Path, outputs):
-        if path.exists() and not options.force:
-            raise IcmError(f"{path} exists; --force overwrites it")
-    codec = _load(options.model)
-    about = {} if options.model is None else archive.describe(options.model)
-    find = detect.finder(codec, about.get("detector"), options.least)
-    failed, results = 0, []
-    for name, stem, drawing in zip(options.files, stems, drawings, strict=True):
-        try:
-            data = read(name, None if options.draw else lambda file: container.receive(file, 1))
-            facts = {"file": name, **find(data)}
-            if options.draw:
-                image = detect.drawn(detect.picture(codec, data), facts["boxes"])
-                write_whole(drawing, write_image(image, ".png"))
-        except IcmError as error:
-            failed += _failed(name, error)
-            continue
-        print(json.dumps(facts), flush=True)
-        results += detect.coco_results(stem, facts["boxes"])
-    if options.coco:
-        write_whole(pathlib.Path(options.coco), json.dumps(results).encode())
-    return int(failed > 0)
+    written = detect.writes(options.files, options.draw, options.coco, options.force)
+    codec, model = None, options.model
+    if str(model).endswith(".weights"):
+        find = darknet.finder(model, options.cfg, options.names, options.least)
+    elif options.cfg or options.names:
+        raise IcmError("--cfg and --names go with Darknet's weights: --model NAME.weights")
+    else:
+        codec = _load(model)
+        about = {} if model is None else archive.describe(model)
+        find = detect.finder(codec, about.get("detector"), options.least)
+    return detect.each(find, codec, options.files, written, _failed)
 
 
 def _verify(options) -> int:

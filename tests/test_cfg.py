@@ -1,18 +1,23 @@
 """Darknet's .cfg files: published networks, a forward pass in NumPy, and files that cannot be."""
 
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from icm_jax import cli
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
-from icm_jax.measure import AveragePrecision
+from icm_jax.measure import AveragePrecision, detect
 from icm_jax.nets import cfg, yolo
 from icm_jax.nets.detector import Part
 from icm_jax.tasks import boxes
+from icm_jax.tasks.boxes import Detections
 from icm_jax.tasks.detection import anchors, detections
 from icm_jax.weights import darknet
 
@@ -287,6 +292,70 @@ def test_a_config_may_name_a_file(tmp_path):
         yolo.build_detector(kept, 80)
     with pytest.raises(IcmError, match=r"cannot read .*mine.cfg"):
         yolo.build_detector(config, 2)
+
+
+def run_detect(capsys, *arguments):
+    code = cli.main(["detect", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def test_the_command_takes_weights_and_pictures(tmp_path, capsys):
+    text = SMALL.replace("width=416", "width=32").replace("height=416", "height=64")
+    found = cfg.parse(text, "small.cfg")
+    variables = drawn(found.detector)
+    darknet.write(tmp_path / "small.weights", variables)
+    (tmp_path / "small.cfg").write_text(text)
+    (tmp_path / "names").write_text("cat\n\nsea lion\n")
+    picture = np.random.default_rng(2).integers(0, 256, (20, 10, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    options = "-m", tmp_path / "small.weights", "--least", 0.0
+    code, (given,), errors = run_detect(capsys, tmp_path / "picture.png", *options)
+    assert (code, errors, given["width"], given["height"]) == (0, "", 10, 20)
+    assert len(given["boxes"]) > 1
+    for left, top, width, height in (box["bbox"] for box in given["boxes"]):
+        assert 0 <= left <= left + width <= 10.01 and 0 <= top <= top + height <= 20.01
+    assert {box["name"] for box in given["boxes"]} <= {"class 0", "class 1"}
+    _, (named,), _ = run_detect(
+        capsys, tmp_path / "picture.png", *options, "--names", tmp_path / "names"
+    )
+    assert {box["name"] for box in named["boxes"]} <= {"cat", "sea lion"}
+    assert [box["bbox"] for box in named["boxes"]] == [box["bbox"] for box in given["boxes"]]
+    for more, message in (
+        (("--names", tmp_path / "small.cfg"), "names; the network has 2 classes"),
+        (("--cfg", tmp_path / "absent.cfg"), "cannot read .*absent.cfg"),
+        (("--cfg", tmp_path / "names"), "names, line 1: expected .section."),
+    ):
+        code, _, errors = run_detect(capsys, tmp_path / "picture.png", *options, *more)
+        assert code == 2 and re.search(message, errors)
+    (tmp_path / "small.cfg").write_text(SMALL.replace("width=416", "width=30"))
+    code, _, errors = run_detect(capsys, tmp_path / "picture.png", *options)
+    assert code == 2 and "are 416 and 30; both are multiples of 4, from 4 on" in errors
+    (tmp_path / "small.cfg").unlink()
+    code, _, errors = run_detect(capsys, tmp_path / "picture.png", *options)
+    assert code == 2 and "name the network's file with --cfg" in errors
+
+
+def test_boxes_come_back_to_the_picture():
+    """A picture of 20 × 10 in the middle of 64 × 32: 64 × 32 of it, or with bars beside it."""
+    boxes = np.array([[[0.25, 0.25, 0.5, 0.75], [0, 0, 1, 0.2]]], np.float32)
+    rows = Detections(boxes, np.ones((1, 2)), np.zeros((1, 2), int), np.ones((1, 2), bool))
+    extent = 0, 16, 64, 32
+    found = detect.described(rows, ["it"], (64, 64), extent, (20, 10))
+    # x: 16...48 of 64, so all 10 columns; the other box lies in the bar and is none.
+    assert [box["bbox"] for box in found["boxes"]] == [[0.0, 5.0, 10.0, 5.0]]
+
+
+def test_published_weights_name_what_is_in_a_photograph(real_data, capsys):
+    file = real_data / "darknet/yolov3-tiny.weights"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    photograph = real_data / "detect/images/000000002006.jpg"  # a bus, a person beside it
+    code, (found,), _ = run_detect(capsys, photograph, "-m", file)
+    assert code == 0 and (found["width"], found["height"]) == (640, 480)
+    boxes = {box["name"]: box["bbox"] for box in found["boxes"]}
+    np.testing.assert_allclose(boxes["bus"], [0, 70, 580, 360], atol=15)
+    np.testing.assert_allclose(boxes["person"], [15, 250, 30, 113], atol=15)
 
 
 def test_published_weights_on_photographs_of_coco(real_data):

@@ -260,6 +260,34 @@ def test_detection_reads_the_first_layer_alone(disentangled, tmp_path, capsys, m
     assert code == 2 and "has no detector; train one" in errors
 
 
+def test_ordinary_pictures_are_for_the_whole_detector(disentangled, tmp_path, capsys):
+    own, folder = disentangled
+    picture = images(1, 40, 70, 3)[0]
+    path = tmp_path / "picture.png"
+    Image.fromarray(picture).save(path)
+    code, (found,), errors = run_detect(
+        capsys, path, "-m", folder / "codec.icmc", "--least", 0.0, "--draw", tmp_path / "out"
+    )
+    assert (code, errors, found["width"], found["height"]) == (0, "", 70, 40)
+    given = detector_of(own.codec)
+    padded = np.pad(picture, ((0, 24), (0, 26), (0, 0)), mode="edge")[None] / np.float32(255)
+    trees = {name: tree["detector"] for name, tree in own.variables.items() if "detector" in tree}
+    outputs = Part(given).apply(trees, jnp.float32(padded), False)
+    shapes = anchors(given, [raw.shape[1:3] for raw in outputs], 0.1)
+    expected = detections(outputs, shapes, given.scales, 5, 0.5, 0.0)
+    scores = [box["score"] for box in found["boxes"]]
+    np.testing.assert_allclose(scores, np.asarray(expected.scores)[0, : len(scores)], atol=1e-4)
+    top, left, bottom, right = np.clip(
+        np.asarray(expected.boxes)[0, 0] * [64, 96, 64, 96], 0, [40, 70, 40, 70]
+    )
+    box = [left, top, right - left, bottom - top]
+    np.testing.assert_allclose(found["boxes"][0]["bbox"], box, atol=0.02)
+    with Image.open(tmp_path / "out" / "picture.png") as drawing:
+        assert drawing.size == (70, 40)
+    code, found, errors = run_detect(capsys, folder / "codec.icmc", "-m", folder / "codec.icmc")
+    assert (code, found) == (1, []) and "cannot read the image" in errors
+
+
 def test_a_file_without_its_enhancement_gives_no_picture(disentangled, tmp_path, capsys):
     _, folder = disentangled
     path = tmp_path / "cut.icm"

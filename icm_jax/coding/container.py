@@ -165,16 +165,17 @@ def describe(data: bytes) -> dict:
     } | missing
 
 
-def receive(file, layers: int) -> bytes:
+def receive(file, layers: int, begun: bytes = b"") -> bytes:
     """The beginning of a stream with its first `layers` layers, read from a binary file.
 
     Of a pipe no more is waited for than these layers take: they can be decoded while the rest is
-    still on its way. Only the length of the last layer of all is that of the whole file.
+    still on its way. Only the length of the last layer of all is that of the whole file. `begun` is
+    what was read of it before.
 
     Raises: IcmError as `unpack` for a header that is none; a layer that ends too early is left to
       `unpack`.
     """
-    data = b""
+    data = begun
     while True:
         more = file.read(1)
         data += more

@@ -6,6 +6,7 @@ yolov3.cfg, so that 107 layers and the order of a .weights file follow from one 
 
 import functools
 import inspect
+from collections.abc import Callable
 
 from icm_jax.errors import IcmError
 from icm_jax.files import read
@@ -122,7 +123,9 @@ def from_cfg(classes: int, text: str, path: str = "the .cfg", split: int = 0) ->
     return found
 
 
-DETECTORS = {"yolov3": yolov3, "yolov3-tiny": yolov3_tiny, "cfg": from_cfg}
+PUBLISHED: dict[str, Callable[..., Detector]] = {"yolov3": yolov3, "yolov3-tiny": yolov3_tiny}
+"""Name of a .weights file -> what builds its network of so many classes."""
+DETECTORS: dict[str, Callable[..., Detector]] = PUBLISHED | {"cfg": from_cfg}
 """Name -> builder; it takes the number of classes and what a config says besides."""
 
 
