@@ -8,6 +8,7 @@ from collections.abc import Callable
 import ml_collections
 
 from icm_jax import data
+from icm_jax.errors import IcmError
 from icm_jax.measure.classical import FORMATS
 
 
@@ -18,7 +19,7 @@ def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.Con
     def get_config(arg: str = next(iter(known))) -> ml_collections.ConfigDict:
         """Settings of one scale; every field can be overridden on the command line."""
         if arg not in known:
-            raise ValueError(f"there is no scale {arg!r}; choose one of {', '.join(known)}")
+            raise IcmError(f"there is no scale {arg!r}; choose one of {', '.join(known)}")
         return overridable(known[arg]())
 
     return get_config

@@ -46,6 +46,7 @@ import ml_collections
 
 from configs import common
 from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
+from icm_jax.errors import IcmError
 
 CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")
@@ -166,6 +167,12 @@ get_config = common.scales(demo, photos, streets, imagenet, voc, tiny)
 def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """All runs, in the order in which they depend on each other."""
     keys, listed = common.label_keys(config), []
+    for arm in config.arms:
+        if arm not in VARIANTS:
+            raise IcmError(f"--config.arms has {arm!r}; it may have {', '.join(VARIANTS)}")
+    for point in config.points:
+        if not isinstance(point, tuple) or len(point) != 2:
+            raise IcmError(f"--config.points has {point!r}; a point is (bits per pixel, channels)")
     for seed in config.seeds:
         for point, channels in config.points:
             listed += point_runs(config, keys, seed, point, channels)

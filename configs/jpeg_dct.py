@@ -35,6 +35,7 @@ import ml_collections
 
 from configs import common
 from icm_jax.engine.run import Labels, Point, Run, make_run
+from icm_jax.errors import IcmError
 
 WIRINGS = (
     "upsampling",
@@ -118,7 +119,9 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 
 def network_run(config, seed: int, arm: str) -> Run:
     """One network."""
-    given, network = arm.split("-")
+    given, _, network = arm.partition("-")
+    if not network or given.partition("_")[0] not in ("rgb", "ycbcr", "jpeg", "dct", "random"):
+        raise IcmError(f"--config.arms has {arm!r}; an arm is input-network, as 'rgb-50'")
     network, _, factor = network.partition("@")
     task = dict(config.model, name="coefficient_classification", input=given, network=network)
     task |= dict(width=config.model.width * float(factor or 1))

@@ -6,18 +6,28 @@ The same command resumes what was interrupted and skips what is done. With `--mo
 the experiment's data set instead, and with `--mode=plan` it says what training needs.
 """
 
-import importlib.util
 import os
 import pathlib
 import sys
 import traceback
-import types
 import warnings
 from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from icm_jax.data.fields import FieldError
+from icm_jax.engine.experiment import (
+    check_names,
+    config_of,
+    load_experiment,
+    named,
+    runs_of,
+    split_scale,
+    telling,
+)
+from icm_jax.errors import IcmError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment, e.g. configs/omni_icm.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/<name>.")
@@ -62,41 +72,24 @@ DISTRIBUTED = flags.DEFINE_bool(
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0 where nothing tells; implies --distributed."
 )
-PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.")
-PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: the number of this one.")
+PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: how many there are.", 1)
+PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: the number of this one.", 0)
 HEARTBEAT = 30  # seconds after which processes give up on one that does not answer
 REPORTING = 3600  # seconds that the others wait at the end, while process 0 writes the report
 
 
+MODES = {"only": "plan", "topology": "plan", "compare": "plan"}
+MODES |= dict.fromkeys(("codec", "quality", "split", "shards"), "code")
+"""Flags that belong to one mode."""
+
+
 def main(argv: list[str]) -> None:
     """Parses, starts JAX, walks the runs; one line and exit code 2 on input that cannot be used."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     import jax
 
-    from icm_jax.data import check_fields
-    from icm_jax.errors import IcmError
-
-    path, _ = split_scale(config_flags.get_config_filename(flags.FLAGS["config"]))
-    experiment = load_experiment(path)
-    config = CONFIG.value
-    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name).absolute()
-    given = config_flags.get_override_values(flags.FLAGS["config"])
     try:
-        fields = [f.removeprefix("data.") for f in given if f.startswith("data.")]
-        check_fields(config.data.name, fields)
-        if MODE.value == "plan":
-            plan_experiment(experiment, config, workdir)
-            return
-        if DISTRIBUTED.value or COORDINATOR.value:
-            start_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        if keeps_programs():
-            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-        if MODE.value == "code":
-            code_data_set(config, workdir)
-            return
-        run_experiment(experiment, config, workdir, train=MODE.value == "train")
+        check_flags(argv)
+        start(CONFIG.value)
     except IcmError as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(2)
@@ -108,6 +101,59 @@ def main(argv: list[str]) -> None:
             raise
         traceback.print_exc()
         _leave(1)
+
+
+def start(config: ml_collections.ConfigDict) -> None:
+    """What the mode asks for. Raises: IcmError for all input that cannot be used."""
+    path, _ = split_scale(config_flags.get_config_filename(flags.FLAGS["config"]))
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    for name in ("name", "data"):
+        if not config.get(name):
+            raise IcmError(f"the config {path} has no field {name}, or an empty one")
+    try:
+        start_mode(load_experiment(path), path, config, given)
+    except FieldError as error:
+        raise named(error, config, given) from error
+
+
+def start_mode(experiment, path: str, config: ml_collections.ConfigDict, given) -> None:
+    """See `start`; of a field that cannot be used, the name is the run's."""
+    import jax
+
+    from icm_jax.data import check_fields
+
+    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name).absolute()
+    fields = [f.removeprefix("data.") for f in given if f.startswith("data.")]
+    check_fields(config.data.name, fields)
+    if MODE.value == "plan":
+        plan_experiment(runs_of(experiment, path, config, given), workdir)
+        return
+    if DISTRIBUTED.value or COORDINATOR.value:
+        start_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    if keeps_programs():
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if MODE.value == "code":
+        code_data_set(config, workdir)
+        return
+    runs = runs_of(experiment, path, config, given)
+    with telling(path):
+        notes = experiment.notes(config) if hasattr(experiment, "notes") else []
+    run_experiment(config, runs, workdir, notes, train=MODE.value == "train")
+
+
+def check_flags(argv: list[str]) -> None:
+    """Raises IcmError for arguments that are no flags, or flags that say nothing here."""
+    if len(argv) > 1:
+        raise IcmError(f"unexpected arguments: {' '.join(argv[1:])}; settings are --config.x=...")
+    for name, mode in MODES.items():
+        if flags.FLAGS[name].present and MODE.value != mode:
+            raise IcmError(f"--{name} goes with --mode={mode} alone")
+    count, number = PROCESSES.value, PROCESS.value
+    if COORDINATOR.value is None and (count, number) != (None, None):
+        raise IcmError("--processes and --process go with --coordinator=HOST:PORT, of process 0")
+    if number is not None and count is not None and number >= count:
+        raise IcmError(f"--process={number}: of {count} processes the last one is {count - 1}")
 
 
 def keeps_programs() -> bool:
@@ -139,7 +185,7 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
 
     import jax
 
-    from icm_jax.errors import IcmError, reason
+    from icm_jax.errors import reason
 
     options: dict[str, Any] = {"coordinator_address": coordinator, "num_processes": processes}
     options |= {"process_id": process}
@@ -156,15 +202,18 @@ def start_distributed(coordinator=None, processes=None, process=None) -> None:
         ) from error
 
 
-def plan_experiment(experiment, config, workdir: pathlib.Path) -> list[dict]:
+def plan_experiment(runs: list, workdir: pathlib.Path) -> list[dict]:
     """Compiles the step of every run for --topology; prints a table and writes plan.json."""
     from icm_jax.engine import plan
     from icm_jax.files import make_folder, write_json
 
     plan.prepare_host(TOPOLOGY.value)
     target = plan.open_target(TOPOLOGY.value)
-    records = []
-    for run in plan.distinct(experiment.runs(config), ONLY.value):
+    records, chosen = [], plan.distinct(runs, ONLY.value)
+    if not chosen:
+        some = ", ".join(run.name for run in runs[:4])
+        raise IcmError(f"--only={ONLY.value} is the name of no run; names are {some} ...")
+    for run in chosen:
         print(f"compiling {run.name} for {target.name} ...", file=sys.stderr, flush=True)
         records += plan.compare(run, target) if COMPARE.value else [plan.plan(run, target)]
     make_folder(workdir)
@@ -195,30 +244,26 @@ def code_data_set(config, workdir: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def run_experiment(experiment, config, workdir: pathlib.Path, train: bool = True) -> pathlib.Path:
+def run_experiment(
+    config, runs: list, workdir: pathlib.Path, notes=(), train: bool = True
+) -> pathlib.Path:
     """Trains and evaluates every run, then writes the report; returns its path."""
     import jax
 
-    from icm_jax.engine.optim import make_optimiser
-    from icm_jax.engine.run import check_starts
     from icm_jax.engine.train import train as train_run
     from icm_jax.files import make_folder, write_json
-    from icm_jax.measure.evaluate import check_points, evaluate
+    from icm_jax.measure.evaluate import evaluate
+    from icm_jax.measure.ready import check_ready
     from icm_jax.report.page import write_report
 
     first = jax.process_index() == 0
     if first:
         print(f"work directory: {workdir}", flush=True)
     make_folder(workdir)
-    runs = experiment.runs(config)
-    notes = experiment.notes(config) if hasattr(experiment, "notes") else []
     for note in notes if first else ():
         print(f"{config.name}: {note}", file=sys.stderr, flush=True)
-    if train:
-        check_starts(runs, workdir)
-    for run in runs:  # what is wrong with the last run is said before the first is trained
-        make_optimiser(run.optim, run.steps, run.batch_size)
-        check_points(run)
+    if train:  # what is wrong with the last run is said before the first is trained
+        check_ready(runs, workdir)
     for number, run in enumerate(runs, 1):
         if train:
             if first:
@@ -238,56 +283,13 @@ class ExperimentParser(flags.ArgumentParser):
     file by itself, which then cannot import what lies beside it."""
 
     def parse(self, argument: str) -> ml_collections.ConfigDict:
-        """The locked config; ValueError, OSError or whatever the file raises."""
-        path, scale = split_scale(argument)
-        config = load_experiment(path).get_config(*([scale] if scale else []))
-        return config.lock()
+        """The locked config, which has all fields that the command names. Raises: IcmError."""
+        config = config_of(argument)
+        check_names(config, sys.argv)
+        return config
 
 
 flags.FLAGS["config"].parser = ExperimentParser()
-
-
-def split_scale(argument: str) -> tuple[str, str]:
-    """("FILE.py", "scale") of "FILE.py:scale"; without a colon no scale."""
-    stem, _, scale = argument.partition(".py:")
-    return stem.removesuffix(".py") + ".py", scale
-
-
-def load_experiment(path: str | pathlib.Path) -> types.ModuleType:
-    """The config file as a module: it has `get_config(scale)` and `runs(config)`, and may have
-    `notes(config)`, sentences for the report on what is left out.
-
-    A file in a package may import what lies beside it by the package's name, wherever the command
-    is given: `from configs import common`.
-
-    Raises: ValueError where the package's name is taken by another one; whatever the file raises.
-    """
-    path = pathlib.Path(path).resolve()
-    package = path.parent
-    while (package.parent / "__init__.py").is_file():
-        package = package.parent
-    if (package / "__init__.py").is_file():
-        _import_file(package.name, package / "__init__.py")
-    return _import_file("experiment", path, again=True)
-
-
-def _import_file(name: str, path: pathlib.Path, again: bool = False) -> types.ModuleType:
-    """A file as the module `name`. Of a package its name alone becomes visible, not what lies
-    beside it, as on `sys.path`: a clone's `icm_jax` must not stand in for the installed one."""
-    present = sys.modules.get(name)
-    if present and not again:
-        if pathlib.Path(present.__file__ or "").resolve() != path:
-            raise ValueError(
-                f"the config lies in the package {path.parent}, but {name!r} is already "
-                f"{present.__file__}; give the folder another name"
-            )
-        return present
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _command() -> dict:
@@ -305,15 +307,17 @@ def cli() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with one line in place of a traceback where a config field does not exist."""
+    """absl's parser, with one line in place of usage and tracebacks."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError, OSError) as error:
-        text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-        if isinstance(error, ImportError):
-            text += "; a config that imports its neighbours must stay in their folder"
-        print(f"error: the config cannot be read as asked: {text}", file=sys.stderr)
-        sys.exit(2)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        text = str(error.__context__ if isinstance(error.__context__, IcmError) else error)
+        if CONFIG.name in text and "must have a value" in text:
+            text = "name an experiment, as --config=configs/omni_icm.py"
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = str(error.args[0] if isinstance(error, KeyError) else error)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

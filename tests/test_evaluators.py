@@ -186,6 +186,7 @@ def test_jpeg_tables_are_told_from_the_scan():
 def scored_by(point, **fields):
     """An unfinished run that is to be scored by a point."""
     task = dict(name="classification", frontend="pixels", variant="10", width=8, dtype="float32")
+    task |= dict(mode="linear", size=8, crop=(1.0, 1.0))
     empty = ml_collections.ConfigDict()
     fields |= dict(batch_size=1, steps=1, log_every=1, save_every=1, evaluate=(point,))
     return Run("run", 0, ml_collections.ConfigDict(task), empty, empty, **fields)

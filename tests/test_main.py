@@ -201,7 +201,7 @@ def test_running_again_does_nothing_but_the_report(finished):
         (["--config.data.name=folder"], "data.path is empty"),
         (["--config.data.name=imagenet2012"], "not prepared"),
         (["--config.train.batch_size=7"], "does not divide"),
-        (["--config.stage1.optimiser=sdg"], "unknown optimiser 'sdg'"),
+        (["--config.stage1.optimiser=sdg"], "--config.stage1.optimiser is 'sdg'"),
         (["--config.train.batchsize=7"], "batchsize"),
         (["--config.data.name=folder", "--config.data.train=7"], "folder has no field data.train"),
         (["--config.data.masks=here"], "scenes has no field data.masks; it has path, size"),
@@ -282,7 +282,7 @@ def test_every_task_takes_images_twice_as_wide_as_high(name):
     config = module.get_config("tiny")
     config.data.canvas = (config.data.canvas, 2 * config.data.canvas)
     if name == "cresnet":
-        config.joint.steps = config.segment.steps = 1
+        config.joint.steps = config.segment.steps = 2
     parts = [config.model, config.get("rate"), config.get("detector", {}).get("model")]
     for part in filter(None, parts):
         if "size" in part:
@@ -373,8 +373,11 @@ def test_no_field_of_the_config_is_without_effect(name):
             inner[path[-1]] = value[:-1] or (1,)
         else:
             inner[path[-1]] = value + "x" if isinstance(value, str) else 2 * value + 1
-        if [to_json(run) for run in module.runs(changed)] == plain:
-            ignored.add(".".join(path))
+        try:
+            if [to_json(run) for run in module.runs(changed)] == plain:
+                ignored.add(".".join(path))
+        except IcmError:  # which the value, being out of range, has too
+            pass
     assert ignored == {"name"}  # that of the default work directory
 
 

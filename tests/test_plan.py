@@ -17,7 +17,7 @@ from test_main import ROOT, main
 
 from icm_jax import ops
 from icm_jax.data import DATASETS, open_source, pipeline
-from icm_jax.engine import plan, sharding, train
+from icm_jax.engine import fields, plan, sharding, train
 from icm_jax.engine.run import Run
 from icm_jax.errors import IcmError
 from icm_jax.main import load_experiment
@@ -214,9 +214,9 @@ def test_remat_computes_again_and_changes_no_result(remat):
 
 
 def test_an_unknown_remat_is_refused():
-    config = small_run(remat="all")
-    with pytest.raises(IcmError, match="unknown remat 'all'"):
-        train.make_step(None, optax.sgd(0.1), config)
+    with pytest.raises(IcmError, match="remat is 'all'; it must be one of none, conv"):
+        small_run(remat="all")
+    assert tuple(train.REMAT) == fields.REMAT
 
 
 @pytest.mark.parametrize("topology", ["v9z:4x4", "v5e", "v5e:four", "cpu:"])

@@ -51,7 +51,7 @@ def full_records():
 def experiment(tmp_path):
     """(config, runs, work directory) with one finished run and one that never started."""
     config = ml_collections.ConfigDict(
-        {"name": "trial", "data": {"name": "folder"}, "rate": {"α": 0.5}}
+        {"name": "trial", "data": {"name": "folder", "canvas": 8}, "rate": {"α": 0.5}}
     )
     runs = [
         Run(

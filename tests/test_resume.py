@@ -191,5 +191,5 @@ def test_parameters_are_sharded_over_their_largest_fitting_side():
     assert specs == {"big": (None, None, "fsdp"), "odd": (None, None), "small": (None, None)}
     with pytest.raises(IcmError, match="does not divide"):
         sharding.make_mesh(3)
-    with pytest.raises(IcmError, match="batch size 3"):
+    with pytest.raises(IcmError, match="batch_size is 3"):
         sharding.check_batch(mesh, 3)

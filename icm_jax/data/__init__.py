@@ -1,13 +1,23 @@
 """Data on the host: sources of coded images and resumable batches. No JAX here."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from icm_jax.data import sources
+from icm_jax.data import geometry, sources
+from icm_jax.data.fields import SCENES, SHARES, SIZE, Field, Table, one_of, optional, whole
 from icm_jax.errors import IcmError
 
-BATCH_FIELDS = ("canvas", "boxes", "letterbox", "coefficients", "crop")
+_FORMS = one_of("", "file", *map(str, range(1, 101)))
+BATCHES: Table = {
+    "canvas": SIZE,
+    "boxes": optional(whole()),
+    "letterbox": optional(one_of(*geometry.LETTERBOXES)),
+    "coefficients": optional(_FORMS._replace(expected='"", "file" or a quality from "1" to "100"')),
+    "crop": optional(SHARES),
+}
 """Fields of a run's data that say what its batches are, whatever the set; see `pipeline`."""
+BATCH_FIELDS = tuple(BATCHES)
 
 
 class Dataset(NamedTuple):
@@ -22,6 +32,7 @@ class Dataset(NamedTuple):
         -> that, where it depends on the files; see `label_keys`.
       open: (every field of the set -> value, split) -> Source.
       fields: the set's own fields and their defaults; a string stays one, whatever is given.
+      table: what those that are no strings may be.
       classes, mask_classes: how many there are, where that does not depend on the files.
     """
 
@@ -30,6 +41,7 @@ class Dataset(NamedTuple):
     fields: Mapping[str, Any] = {"path": ""}
     classes: int | None = None
     mask_classes: int = 0
+    table: Mapping[str, Field] = MappingProxyType({})
 
 
 _SCENES = {"path": "", "size": 96, "train": 5000, "validation": 800, "seed": 0, "quality": 95}
@@ -37,7 +49,7 @@ _MASKS = {"path": "", "images": "images", "masks": "masks", "image_suffix": "", 
 _MASKS |= {"mask_ids": ()}
 _VOC = {"path": "", "list": "train", "masks": "SegmentationClass"}
 DATASETS = {
-    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, _SCENES, 12, 13),
+    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, _SCENES, 12, 13, SCENES),
     "folder": Dataset(("label",), sources.folder),
     "photos": Dataset((), sources.photos),
     "codes": Dataset(sources.keys_of_codes, sources.codes),

@@ -30,13 +30,13 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import tensorflow_datasets as tfds
 
+from icm_jax.data import fields
 from icm_jax.errors import IcmError
 
 SHAPES = ("disc", "square", "triangle", "star")
 TEXTURES = ("stripes", "checks", "rings")
 CLASSES = tuple(f"{texture}_{shape}" for shape in SHAPES for texture in TEXTURES)
 SPLITS = ("train", "validation")
-LEAST = {"size": 32, "train": 1, "validation": 1, "seed": 0, "quality": 1}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -110,10 +110,7 @@ def prepared(data_dir: str | os.PathLike, **sizes) -> tfds.core.DatasetBuilder:
     Raises: IcmError for sizes that cannot be drawn or a folder that cannot be written.
     """
     config = ScenesConfig(name="custom", **sizes)
-    for field, least in LEAST.items():
-        value = getattr(config, field)
-        if not isinstance(value, int) or value < least:
-            raise IcmError(f"data.{field} of scenes must be a whole number >= {least}, not {value}")
+    fields.check(dataclasses.asdict(config), fields.SCENES, "data")
     name = "px{size}_n{train}_{validation}_s{seed}_q{quality}".format(**dataclasses.asdict(config))
     drawn = zlib.crc32(draw(config.seed, "train", 0, 64)["image"].tobytes())
     config = dataclasses.replace(config, name=f"{name}_{drawn:08x}")

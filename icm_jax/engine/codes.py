@@ -155,8 +155,8 @@ def claim(folder: pathlib.Path, settings: dict, split: str, sizes: dict, *, writ
     changed = changes(json.loads(json.dumps({name: there[name] for name in given})), given)
     if changed:
         raise IcmError(
-            f"{folder} holds codes of other settings ({changed}); choose another --workdir or "
-            "remove that folder"
+            f"{folder} holds codes of other settings ({'; '.join(changed.values())}); choose "
+            "another --workdir or remove that folder"
         )
     if split not in about["splits"] and writes:
         write_json(folder / shards.ABOUT, about | {"splits": about["splits"] | {split: sizes}})

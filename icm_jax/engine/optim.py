@@ -6,6 +6,7 @@ import optax.contrib
 
 from icm_jax.errors import IcmError
 
+OPTIMISERS = ("sgd", "adam", "adamw", "lars", "lamb")
 SCHEDULES = ("constant", "cosine", "linear", "plateau")
 SCALINGS = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 """Rules for the learning rate of large batches: powers of the batch's size."""

@@ -10,6 +10,8 @@ from typing import Any
 import ml_collections
 
 from icm_jax.data import data_fields
+from icm_jax.data.fields import leaves
+from icm_jax.engine.fields import check_run, defaults
 from icm_jax.errors import IcmError
 from icm_jax.files import read_json, unsealed, write_json
 
@@ -23,9 +25,12 @@ SCHEDULE = ("plateau", "rate_scaling", "rate_batch")
 """Settings of the learning rate that not every experiment has; see `icm_jax.engine.optim`."""
 
 
-HARMLESS = ("log_every", "save_every", "keep_every", "fsdp", "remat", "evaluate")
-HARMLESS += ("labels.title", "labels.colour", "labels.marker", "labels.reference")
+FREE = ("log_every", "save_every", "keep_every", "fsdp", "remat", "evaluate", "labels")
 """Fields that may differ when a run is resumed: they do not change what is computed."""
+SCORED = ("labels.curve", "side", "detector", "codec_file", "data.validation")
+SCORED += ("task.least", "task.overlap", "task.limit")
+"""Fields that may differ, for training does not read them: what was scored is scored anew, and a
+codec file written anew. All others are what a run is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run. Raises FieldError where a field is not as `icm_jax.engine.fields` has it.
 
     Attributes:
       name: its folder, in the work directory. seed: of weights, order of examples and random keys.
@@ -137,6 +142,9 @@ class Run:
     codec_file: Mapping[str, str] | None = None
     detector: str = ""
     side: int | tuple[int, int] = 0
+
+    def __post_init__(self):
+        check_run(self)
 
 
 def to_json(run: Run) -> dict:
@@ -310,43 +318,60 @@ def _tupled(value):
 
 
 def claim(folder: pathlib.Path, run: Run, writes: bool = True) -> None:
-    """Checks that a folder's run is this one; a folder without one gets its config.json, if this
-    process `writes`.
+    """Checks that a folder's run is this one, and if this process `writes`, writes its config.json.
+    Where fields of `SCORED` differ, what depends on them is removed, to be made anew.
 
     Raises: IcmError if it is another.
     """
+    differing = scored_changes(folder, run)
+    if writes:
+        if differing:
+            outdate(folder, any(name.startswith("codec_file") for name in differing))
+        write_json(folder / "config.json", to_json(run))
+
+
+def outdate(folder: pathlib.Path, codec: bool) -> None:
+    """Removes what was scored, and the `codec` file if it is to be written anew."""
+    for name in (RECORDS, *([CODEC] if codec else [])):
+        (folder / name).unlink(missing_ok=True)
+
+
+def scored_changes(folder: pathlib.Path, run: Run) -> list[str]:
+    """Which fields of `SCORED` differ in the run that a folder holds; none without a run.
+
+    Raises: IcmError that names the others that differ, if any do: it is another run.
+    """
     path = folder / "config.json"
-    given = to_json(run)
-    if path.is_file():
-        kept = _config_of(folder)
-        changed = changes(kept, given, HARMLESS)
-        if changed:
-            raise IcmError(
-                f"{folder} holds a run with another config ({changed}); "
-                "choose another --workdir or remove that folder"
-            )
-    elif writes:
-        write_json(path, given)
+    if not path.is_file():
+        return []
+    absent = json.loads(json.dumps(defaults(run), default=_plain))
+    differing = changes(_config_of(folder), to_json(run), absent)
+    scored = [name for name in differing if _below(name, SCORED)]
+    others = [name for name in differing if not _below(name, SCORED + FREE)]
+    if others:
+        said = "; ".join(differing[name] for name in others)
+        raise IcmError(
+            f"{folder} holds a run with another config: {said}; give these back, or choose another "
+            "--workdir, or remove that folder"
+        )
+    return scored
 
 
-def changes(kept: dict, given: dict, harmless: Iterable[str] = ()) -> str:
-    """Which fields of two trees differ, and how the first does; "" if none but `harmless` ones."""
-    before, now = _leaves(kept), _leaves(given)
-    differing = [
-        name
+def _below(name: str, fields: Iterable[str]) -> bool:
+    return any(name == field or name.startswith(field + ".") for field in fields)
+
+
+def changes(kept: Mapping, given: Mapping, absent: Mapping | None = None) -> dict[str, str]:
+    """{dotted name: "name was 1, is 2"} of the fields in which two trees of JSON differ. What one
+    lacks is taken for its value in `absent`.
+
+    >>> changes({"a": {"b": 1}}, {"a": {"b": 2, "c": 0}}, {"a": {"c": 0}})
+    {'a.b': 'a.b was 1, is 2'}
+    """
+    known = dict(leaves(absent or {}))
+    before, now = (known | dict(leaves(tree)) for tree in (kept, given))
+    return {
+        name: f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
         for name in sorted({*before, *now})
-        if name not in harmless and before.get(name) != now.get(name)
-    ]
-    if not differing:
-        return ""
-    name = differing[0]
-    listed = ", ".join(differing[:6])
-    return f"{listed} differ: {name} was {before.get(name)!r}, is {now.get(name)!r}"
-
-
-def _leaves(tree: dict, prefix: str = "") -> dict:
-    found = {}
-    for name, value in tree.items():
-        nested = isinstance(value, dict)
-        found |= _leaves(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return found
+        if before.get(name) != now.get(name)
+    }

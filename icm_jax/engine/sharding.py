@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from icm_jax.errors import IcmError
+from icm_jax.data.fields import FieldError
 
 T = TypeVar("T")
 AXES = ("data", "fsdp")
@@ -24,7 +24,7 @@ def make_mesh(fsdp: int = 1, devices=None) -> Mesh:
     devices = np.asarray(jax.devices() if devices is None else devices)
     count = devices.size
     if fsdp < 1 or count % fsdp:
-        raise IcmError(f"train.fsdp is {fsdp}, which does not divide the {count} devices")
+        raise FieldError(("fsdp",), fsdp, f"is {fsdp}, which does not divide {devices_of(count)}")
     return Mesh(devices.reshape(count // fsdp, fsdp), AXES)
 
 
@@ -62,7 +62,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises IcmError if the devices do not divide the batch."""
     if batch_size % mesh.size:
-        raise IcmError(f"batch size {batch_size} does not divide over {mesh.size} devices")
+        told = f"is {batch_size}, which does not divide over {devices_of(mesh.size)}"
+        raise FieldError(("batch_size",), batch_size, told)
+
+
+def devices_of(count: int) -> str:
+    """ "one device", "4 devices"."""
+    return "one device" if count == 1 else f"{count} devices"
 
 
 def global_batch(mesh: Mesh, batch: dict) -> dict:

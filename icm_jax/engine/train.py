@@ -274,14 +274,9 @@ matrix products, or those of whole blocks; the rest is computed again."""
 
 def make_step(task: Task, optimiser, run):
     """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient. Of a run
-    it takes remat, ema and optim.accumulate.
-
-    Raises: IcmError for an unknown `run.remat`.
-    """
+    it takes remat, ema and optim.accumulate."""
     optimiser = optax.with_extra_args_support(optimiser)
     remat = run.remat
-    if remat not in REMAT:
-        raise IcmError(f"unknown remat {remat!r}; choose one of {', '.join(REMAT)}")
 
     def step(state: TrainState, batch, key):
         params = state.variables["params"]

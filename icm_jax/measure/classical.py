@@ -16,6 +16,7 @@ import subprocess
 import numpy as np
 from PIL import Image, features
 
+from icm_jax.data.fields import Field, number
 from icm_jax.errors import IcmError
 
 FORMATS = {
@@ -27,6 +28,16 @@ FORMATS = {
     "jxl": {},
     "vvc": {},
 }
+
+
+def _steps(most: int) -> Field:
+    whole = lambda value: number(0, most).fits(value) and value == int(value)  # noqa: E731
+    return Field(f"a whole number from 0 to {most}", whole)
+
+
+QUALITIES = dict.fromkeys(FORMATS, _steps(100))
+QUALITIES |= {"jpeg2000": number(above=0, most=120), "vvc": _steps(63)}
+"""What qualities there are; see `encode`."""
 _FEATURES = {"jpeg": "jpg", "webp": "webp", "avif": "avif", "jpeg2000": "jpg_2000"}
 
 

@@ -43,6 +43,7 @@ import tqdm
 from icm_jax import ops
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.data import geometry, pipeline
+from icm_jax.data.fields import check
 from icm_jax.engine import checkpoint, sharding
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.frozen import check_same, load_codec
@@ -60,6 +61,7 @@ from icm_jax.measure import (
     throughput,
 )
 from icm_jax.measure.coded import of_sizes, through_file, through_stream
+from icm_jax.measure.points import left, no_codec, scored_label, written_here
 from icm_jax.tasks import build_task, views
 from icm_jax.tasks.task import Task
 
@@ -91,10 +93,7 @@ class Asked(NamedTuple):
     def codec(self) -> FrozenCodec:
         """The codec file. Raises: IcmError if the run has none."""
         if self.frozen is None:
-            raise IcmError(
-                f"{self.run.name} is to be scored by {str(self.point)!r}, but neither trains a "
-                "codec (codec_file) nor stands on one (start)"
-            )
+            raise no_codec(self.run, self.point)
         return self.frozen
 
 
@@ -109,16 +108,20 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     """
     check_points(run)
     folder = pathlib.Path(base) / run.name
-    kept = folder / RECORDS
+    kept, labels = folder / RECORDS, dataclasses.asdict(run.labels) if run.labels else {}
+    looks = {name: value for name, value in labels.items() if name != "curve"}
     try:
-        records = read_records(folder) if sharding.as_first(kept.is_file()) else []
-        there = [Point(**record["asked"]) for record in records]
+        read = read_records(folder) if sharding.as_first(kept.is_file()) else []
+        records = [record | looks for record in read]
+        points = [point for point in left(run, records) if written_here(point)]
     except (IcmError, KeyError, TypeError) as error:
         if jax.process_index() == 0:
             print(f"{run.name} is scored anew: {kept} is damaged ({error})", file=sys.stderr)
-        records, there = [], []
-    points = [point for point in run.evaluate if point not in there and written_here(run, point)]
+        read, records = [], []
+        points = [point for point in run.evaluate if written_here(point)]
     if not points:
+        if records != read and jax.process_index() == 0:
+            write_json(kept, records)
         return records
     source = open_source(run.data, "validation")
     config = complete(run.task, source)
@@ -128,8 +131,7 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     if frozen is not None:
         check_same(variables, frozen, run)
     for point in points:
-        record = dataclasses.asdict(run.labels) if run.labels else {}
-        record |= {"run": run.name, "seed": run.seed, "asked": dataclasses.asdict(point)}
+        record = labels | {"run": run.name, "seed": run.seed, "asked": dataclasses.asdict(point)}
         record |= {"kind": point.kind, "quality": point.quality}
         record |= {"fingerprint": frozen.fingerprint.hex()} if frozen is not None else {}
         asked = Asked(point, run, base, source, config, task, variables, frozen)
@@ -140,21 +142,17 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
 
 
 def check_points(run: Run) -> None:
-    """Raises IcmError if a point of the run has a kind that no scorer knows."""
+    """Raises IcmError if a point of the run has a kind that no scorer knows, or a quality that its
+    format does not have."""
     for point in run.evaluate:
         if point.kind not in SCORERS:
             raise IcmError(
                 f"{run.name} is to be scored by {str(point)!r}, which is none of "
                 f"{', '.join(SCORERS)}"
             )
-
-
-def written_here(run: Run, point: Point) -> bool:
-    """Whether a point can be scored on this machine; names it if its format is not installed."""
-    there = point.kind not in classical.FORMATS or classical.available(point.kind)
-    if not there:
-        print(f"{run.name}: {point} is left out, nothing here writes it", file=sys.stderr)
-    return there
+        if point.kind in classical.QUALITIES:
+            table = {point.kind: classical.QUALITIES[point.kind]}
+            check({point.kind: point.quality}, table, "evaluate", run=run.name)
 
 
 def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, list]]) -> dict:
@@ -216,13 +214,7 @@ def _tally(asked: Asked) -> Callable[[], Score]:
         "objects": lambda: AveragePrecision(asked.config.classes),
         "label": Accuracy,
     }
-    for key, make in tallies.items():
-        if key in asked.run.needs:
-            return make
-    raise IcmError(
-        f"{asked.run.name} is to be scored by {str(asked.point)!r}, but needs none of "
-        f"{', '.join(tallies)}; there is nothing to compare its predictions with"
-    )
+    return tallies[scored_label(asked.run, asked.point)]
 
 
 def unchanged(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:

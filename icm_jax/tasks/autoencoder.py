@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from icm_jax.codecs.autoencoder import PART, relaxed
 from icm_jax.codecs.codec import Codec, forward
+from icm_jax.data.fields import FieldError
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.tasks import views
@@ -113,12 +114,11 @@ def build_autoencoder(config: ConfigDict) -> Codec:
 
 
 def codec_constants(config: ConfigDict) -> dict:
-    """H_t and β for the collection `constants`. Raises: IcmError if they make no sense."""
-    if any(side % 8 for side in views.sides(config.size)) or config.target_bpp <= 0:
-        raise IcmError(
-            f"size {config.size} and target_bpp {config.target_bpp}: the size of a view is a "
-            "multiple of 8, the target above 0"
-        )
+    """H_t and β for the collection `constants`. Raises: FieldError for a size that the code does
+    not divide."""
+    if any(side % 8 for side in views.sides(config.size)):
+        told = f"is {config.size}; the size of a view is a multiple of 8"
+        raise FieldError(("task", "size"), config.size, told)
     bits = config.target_bpp * 64 / config.codec.channels
     return {"target": jnp.float32(bits), "beta": jnp.float32(config.beta)}
 

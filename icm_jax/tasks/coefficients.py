@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from icm_jax import ops
+from icm_jax.data.fields import FieldError
 from icm_jax.errors import IcmError
 from icm_jax.nets import dct, resnet
 from icm_jax.tasks import views
@@ -36,7 +37,8 @@ def coefficient_classification(config: ConfigDict) -> Task:
     if config.input not in INPUTS:
         raise IcmError(f"unknown input {config.input!r}; choose one of {', '.join(INPUTS)}")
     if any(side % 16 for side in views.sides(config.size)):
-        raise IcmError(f"views have sides of multiples of 16, not {config.size}")
+        told = f"is {config.size}; views have sides of multiples of 16"
+        raise FieldError(("task", "size"), config.size, told)
     dtype = jnp.dtype(config.dtype)
     build = pixel_trunk if config.input in ("rgb", "ycbcr") else coefficient_trunk
     init_trunk, features = build(config, dtype)

@@ -17,6 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from icm_jax import ops
+from icm_jax.data.fields import FieldError
 from icm_jax.errors import IcmError
 from icm_jax.nets.detector import Detector, Part
 from icm_jax.nets.yolo import build_detector
@@ -60,10 +61,8 @@ def detection(config: ConfigDict) -> Task:
     """
     detector = build_detector(config.detector, config.classes)
     if any(side % detector.grid for side in views.sides(config.size)):
-        raise IcmError(
-            f"the detector takes images whose sides are multiples of {detector.grid}, not "
-            f"{config.size}"
-        )
+        told = f"is {config.size}; the detector takes sides that are multiples of {detector.grid}"
+        raise FieldError(("task", "size"), config.size, told)
     dtype = jnp.dtype(config.dtype)
     whole, tail = Part(detector, dtype=dtype), Part(detector, detector.split, dtype=dtype)
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from icm_jax import ops
 from icm_jax.codecs.codec import Codec, forward
+from icm_jax.data.fields import FieldError
 from icm_jax.errors import IcmError
 from icm_jax.tasks import views
 from icm_jax.tasks.task import TRAIN, Aux, Task, build_codec, require_output
@@ -85,11 +86,13 @@ def _checked_weights(config: ConfigDict, codec: Codec, lambdas: list[float]) -> 
     if config.metric not in weights:
         raise IcmError(f"unknown metric {config.metric!r}; choose one of {', '.join(weights)}")
     if min(lambdas, default=0) <= 0 or len(lambdas) != 1 + codec.qualities:
-        raise IcmError(
-            f"lambdas {lambdas} for a codec {'with' if codec.qualities else 'without'} qualities: "
-            "give the two ends of λ to a codec of several quality levels, and one λ to a codec of "
-            "one; all positive"
+        told = (
+            f"is {config.lambdas!r} for a codec {'with' if codec.qualities else 'without'} "
+            "qualities: give the two ends of λ to a codec of several quality levels, and one λ to "
+            "a codec of one; all positive"
         )
+        raise FieldError(("task", "lambdas"), config.lambdas, told)
     if weights[config.metric][1] and min(views.sides(config.size)) < 176:
-        raise IcmError(f"MS-SSIM needs views of at least 176 pixels, not {config.size}")
+        told = f"is {config.size}; MS-SSIM needs views of at least 176 pixels"
+        raise FieldError(("task", "size"), config.size, told)
     return weights[config.metric]

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.scalable import DETECTOR
+from icm_jax.data.fields import FieldError
 from icm_jax.nets.detector import Part
 from icm_jax.nets.yolo import build_detector
 from icm_jax.tasks import views
@@ -29,6 +30,9 @@ def scalable_compression(config: ConfigDict) -> Task:
     """
     detector = build_detector(config.detector, config.classes)
     codec = build_codec(dict(config.codec, detector=detector))
+    if any(side % detector.grid for side in views.sides(config.size)):
+        told = f"is {config.size}; the detector takes sides that are multiples of {detector.grid}"
+        raise FieldError(("task", "size"), config.size, told)
     front = Part(detector, end=detector.split)
 
     def loss(variables, batch, key, step):

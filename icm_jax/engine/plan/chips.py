@@ -35,6 +35,7 @@ GPUS = {
     "H200": Chip(989e12, 141e9, 4800e9, 450e9, _GPU + "h200"),
 }
 """By what their names contain; SXM forms, without sparsity."""
+MOST = 8_960  # chips of a topology: a whole v5p pod
 RESERVED = 0.25 * GIB
 """Of the memory, for the system: XLA gives programs 15.75 GiB of a v5e's 16."""
 
@@ -59,10 +60,15 @@ def prepare_host(topology: str) -> None:
         kinds = ", ".join(f"{name}:AxB" for name in CHIPS)
         raise IcmError(f"no topology {topology!r}; write {kinds} (chips), cpu:N or local")
     if not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise IcmError(f"{topology!r} has no shape; write {kind}:16x16, say")
+        raise IcmError(
+            f"{topology!r} has no shape; write {kind}:{'8' if kind == 'cpu' else '16x16'}"
+        )
+    count = math.prod(map(int, shape.split("x")))
+    if not 1 <= count <= MOST:
+        raise IcmError(f"{topology!r} has {count} chips; give it 1 to {MOST:,}")
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
-        flag = f"--xla_force_host_platform_device_count={math.prod(map(int, shape.split('x')))}"
+        flag = f"--xla_force_host_platform_device_count={count}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     # Without these libtpu asks the cloud's metadata server who it is.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

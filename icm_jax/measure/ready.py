@@ -1,0 +1,193 @@
+"""Whether all is there that training, evaluation and report will need: said before the first step.
+
+Without it a mistake in what comes after training would be found hours later.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from icm_jax.data import label_keys, pipeline
+from icm_jax.data.fields import FieldError, check, number, one_of, whole
+from icm_jax.data.sources import Source
+from icm_jax.engine.codes import open_source
+from icm_jax.engine.run import (
+    CODEC,
+    DONE,
+    Point,
+    Run,
+    check_starts,
+    codec_path,
+    outdate,
+    read_records,
+    scored_changes,
+    what_is_done,
+)
+from icm_jax.engine.train import complete, prepare
+from icm_jax.errors import IcmError
+from icm_jax.measure.classical import FORMATS, available
+from icm_jax.measure.evaluate import check_points
+from icm_jax.measure.points import left, no_codec, scored_label
+from icm_jax.tasks import build_task
+from icm_jax.tasks.task import Task, require_output
+from icm_jax.weights import READERS
+
+MARKERS = tuple("ovsP*XDdp^<>hH8.+x1234|_")
+"""Of Matplotlib, for points of a curve."""
+
+
+def check_ready(runs: Sequence[Run], base: str | os.PathLike) -> None:
+    """Checks all runs of an experiment; opens the data of those that are not finished, but trains
+    nothing. Names the formats that are left out, for nothing here writes them.
+
+    Raises: IcmError that names the run or the field, and what is missing.
+    """
+    check_starts(runs, base)
+    changed = {run.name: scored_changes(pathlib.Path(base) / run.name, run) for run in runs}
+    for run in runs:
+        check_points(run)
+        _check_labels(run)
+        if run.weights is not None:
+            _check_weights(run, *run.weights)
+    first = jax.process_index() == 0
+    for run in runs if first else ():  # what was scored with a detector that is now asked otherwise
+        if changed.get(run.detector):
+            outdate(pathlib.Path(base) / run.name, codec=True)
+    unfinished = [run for run in runs if changed[run.name] or not _finished(run, base)]
+    kinds = {point.kind for run in unfinished for point in run.evaluate}
+    absent = [kind for kind in FORMATS if kind in kinds and not available(kind)]
+    if absent and first:
+        hint = "nothing here writes them; see pip install 'icm_jax[formats]'"
+        print(f"left out: {', '.join(absent)}; {hint}", file=sys.stderr, flush=True)
+    opened: dict[str, list[Source]] = {}
+    for run in unfinished:
+        _check_needs(run)
+        sources = _sources(run, opened)
+        _check_data(run, sources)
+        task = build_task(complete(run.task, sources[0]))
+        prepare(run, task)
+        _check_codec(run, task, base)
+        for point in run.evaluate:
+            _check_point(run, point, task, base, [other.name for other in runs])
+
+
+def _finished(run: Run, base: str | os.PathLike) -> bool:
+    """Whether nothing of a run is left to be done."""
+    folder = pathlib.Path(base) / run.name
+    if what_is_done(folder) is None or (run.codec_file is not None and not _has(folder, CODEC)):
+        return False
+    if not run.evaluate:
+        return True
+    try:
+        return not left(run, read_records(folder))
+    except (IcmError, KeyError, TypeError):  # damaged: scored anew
+        return False
+
+
+def _has(folder: pathlib.Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _check_labels(run: Run) -> None:
+    if run.labels is None and run.evaluate:
+        raise IcmError(f"{run.name} is to be scored, but its field labels is None")
+    if run.labels is not None:
+        table = {"marker": one_of("", *MARKERS)}
+        check({"marker": run.labels.marker}, table, "labels", run=run.name)
+
+
+def _check_weights(run: Run, reader: str, path: str) -> None:
+    check({"reader": reader}, {"reader": one_of(*READERS)}, "weights", run=run.name)
+    if not pathlib.Path(path).is_file():
+        raise FieldError(("weights", "path"), path, f"is {path!r}, which is no file", run.name)
+
+
+def _sources(run: Run, opened: dict[str, list[Source]]) -> list[Source]:
+    """The training split of a run's data and, if it is scored, the other; opened once for all."""
+    name = run.data.to_json_best_effort()
+    given = opened.setdefault(name, [])
+    for split in ("train", "validation")[len(given) : 1 + bool(run.evaluate)]:
+        given.append(open_source(run.data, split))
+    return given
+
+
+def _check_needs(run: Run) -> None:
+    """That the data have what the run learns from."""
+    pipeline.batch_spec(run.data, run.batch_size)
+    keys = label_keys(run.data)
+    for need in run.needs:
+        if need not in keys:
+            there = ", ".join(keys) or "nothing"
+            raise IcmError(
+                f"{run.name} needs {need} of each image; the data set {run.data.name} has {there}"
+            )
+    if "objects" in run.needs and not run.data.get("boxes"):
+        raise IcmError(f"{run.name} learns from objects: say with data.boxes how many an image has")
+
+
+def _check_data(run: Run, sources: Sequence[Source]) -> None:
+    """That the splits have examples, and the same classes, of which there is a choice."""
+    for source, split in zip(sources, ("training", "validation"), strict=False):
+        if not source.length:
+            raise IcmError(f"{source.name} has no examples for {split}")
+    for kind in ("classes", "mask_classes"):
+        names = [getattr(source, kind) for source in sources]
+        if names[0] != names[-1]:
+            more = [name for name in names[-1] if name not in names[0]]
+            what = (
+                f"classes that training lacks: {', '.join(more[:5])}" if more else "other classes"
+            )
+            raise IcmError(
+                f"{sources[-1].name} has {what}; training has {len(names[0])}, validation "
+                f"{len(names[-1])}, and both must have the same in the same order"
+            )
+    counts = {"label": len(sources[0].classes), "mask": len(sources[0].mask_classes)}
+    for need in run.needs:
+        if counts.get(need, 2) < 2:
+            raise IcmError(
+                f"{run.name} tells classes apart, and {sources[0].name} has {counts[need]}; "
+                "give it two or more"
+            )
+
+
+def _check_codec(run: Run, task: Task, base: str | os.PathLike) -> None:
+    """That a codec file can be written, and that one is there where it is needed."""
+    if run.codec_file is not None and task.codec is None:
+        raise IcmError(f"{run.name} is to write a codec file, but its task has no codec")
+    if run.decode_once and not any(start.codec for start in run.start):
+        raise IcmError(f"{run.name} is to decode once, but none of its `start` is its codec")
+    if run.decode_once and tuple(run.data.get("crop", (1, 1))) != (1, 1):
+        raise IcmError(f"{run.name} is to decode once, and data.crop would need other pixels")
+    for point in run.evaluate:
+        if point.kind in ("stream", "picture", "detect"):
+            if codec_path(run, base) is None or task.codec is None:
+                raise no_codec(run, point)
+
+
+def _check_point(
+    run: Run, point: Point, task: Task, base: str | os.PathLike, names: Sequence[str]
+) -> None:
+    """That a point fits the run's task and codec; `names` are those of all runs."""
+    kind, codec = point.kind, task.codec
+    place: dict[str, Any] = {"run": run.name}
+    if kind in ("stream", "pixels") or (kind in FORMATS and run.needs):
+        scored_label(run, point)
+    if kind == "speed":
+        check({kind: point.quality or 1}, {kind: whole(1)}, "evaluate", **place)
+    if kind == "picture" and codec is not None:
+        require_output(codec, "image", f"{run.name} {point}")
+        if codec.qualities:
+            check({"quality": point.quality}, {"quality": number(0, 100)}, "evaluate", **place)
+        elif point.quality is not None:
+            told = f"is {point.quality:g}, but the codec has one rate; leave it out"
+            raise FieldError(("evaluate", "quality"), point.quality, told, run.name)
+    if kind in ("stream", "detect") and codec is not None and codec.qualities:
+        raise IcmError(f"{run.name} {point} needs a codec of one rate, and this one has qualities")
+    if kind == "detect":
+        there = run.detector in names or _has(pathlib.Path(base) / run.detector, DONE)
+        if not run.detector or not there:
+            raise IcmError(f"{run.name} is scored by a detector, but no run is {run.detector!r}")
