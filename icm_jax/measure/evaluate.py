@@ -121,7 +121,7 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
         points = [point for point in run.evaluate if written_here(point)]
     if not points:
         if records != read and jax.process_index() == 0:
-            write_json(kept, records)
+            write_json(kept, [sealed(record) for record in records])
         return records
     source = open_source(run.data, "validation")
     config = complete(run.task, source)
