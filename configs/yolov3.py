@@ -86,7 +86,7 @@ def tiny_coco() -> dict:
     """YOLOv3-tiny at 416 pixels as Darknet runs it, for its published weights."""
     config = coco()
     config["data"].update(name="coco_json", letterbox="centre")
-    config["model"]["detector"] = dict(name="yolov3-tiny")
+    config["model"]["detector"] = dict(name="yolov3-tiny", split=0)  # 0: where its builder cuts
     return config
 
 

@@ -22,7 +22,7 @@ from icm_jax.coding import archive, container
 from icm_jax.errors import IcmError
 from icm_jax.measure import detect
 from icm_jax.nets.detector import Detector, Layer, Part, reach
-from icm_jax.nets.yolo import yolov3
+from icm_jax.nets.yolo import yolov3, yolov3_tiny
 from icm_jax.tasks import build_task
 from icm_jax.tasks.detection import anchors, detections
 
@@ -138,6 +138,25 @@ def test_a_feature_too_fine_or_coarse_is_refused(halvings):
     detector = Detector(table, (((9, 9),),), (2**halvings,), halvings + 1)
     with pytest.raises(IcmError, match=f"at 1/{2**halvings} of the image"):
         scalable_codec("split", 4, 2, 2, 2, detector)
+
+
+@pytest.mark.parametrize("split, channels, stride", [(7, 128, 8), (9, 256, 16)])
+@pytest.mark.parametrize("kind", ["disentangled", "split", "residual"])
+def test_a_published_detector_is_cut_where_it_is_asked(kind, split, channels, stride):
+    """After YOLOv3-tiny's layer 6 or 8; the base latents are at 1/16 for both."""
+    built = scalable_codec(kind, 4, 3, 2, 2, yolov3_tiny(80, split))
+
+    def coded(image):
+        variables = built.init(jax.random.key(0), image)
+        latents = built.analyse(variables, {"image": image})
+        feature = built.outputs["feature"](variables, latents, (60, 90))
+        tail = Part(yolov3_tiny(80, split), split)
+        parts = {name: t["detector"] for name, t in variables.items() if "detector" in t}
+        return latents["y_b"], feature, tail.apply(parts, feature, False)
+
+    y, f, outputs = jax.eval_shape(coded, jax.ShapeDtypeStruct((1, 60, 90, 3), jnp.uint8))
+    assert y.shape == (1, 4, 6, 3) and f.shape == (1, 64 // stride, 96 // stride, channels)
+    assert [o.shape for o in outputs] == [(1, 2, 3, 3, 85), (1, 4, 6, 3, 85)]
 
 
 def test_files_of_before_detectors_were_data_are_read(disentangled, tmp_path):

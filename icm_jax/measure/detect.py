@@ -162,7 +162,9 @@ def drawn(picture: np.ndarray, boxes: Iterable[Mapping[str, Any]]) -> np.ndarray
         left, top, width, height = box["bbox"]
         colour = f"hsl({137 * box['class'] % 360}, 90%, 55%)"  # far apart for neighbours
         draw.rectangle((left, top, left + width, top + height), outline=colour, width=2)
-        draw.text((left + 3, top + 1), f"{box['name']} {box['score']:.2f}", fill=colour)
+        text, place = f"{box['name']} {box['score']:.2f}", (left + 3, top + 2)
+        draw.rectangle(draw.textbbox(place, text), fill=colour, outline=colour, width=2)
+        draw.text(place, text, fill="black")
     return np.asarray(image)
 
 

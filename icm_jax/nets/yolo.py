@@ -77,7 +77,7 @@ TINY_MASKS = (3, 4, 5), (1, 2, 3)
 
 
 @functools.cache
-def yolov3_tiny(classes: int, split: int = 7) -> Detector:
+def yolov3_tiny(classes: int, split: int = 0) -> Detector:
     """YOLOv3-tiny: 24 layers, outputs at 1/32 and 1/16, cut after its convolution with 128 channels
     at 1/8, or with split=9 after the one with 256 at 1/16.
 
@@ -86,7 +86,7 @@ def yolov3_tiny(classes: int, split: int = 7) -> Detector:
     mAP@.5 is 29.5 % in place of 44.7 %.
 
     Args:
-      classes: K. split: see `Detector`.
+      classes: K. split: see `Detector`; 0: 7.
 
     Raises: IcmError if K is not positive, or for a cut that loses something.
     """
@@ -106,7 +106,7 @@ def yolov3_tiny(classes: int, split: int = 7) -> Detector:
     table += Layer("route", inputs=(19, 8)), Layer("conv", 256, 3)
     table += linear(TINY_MASKS[1]), Layer("detect")
     anchors = [[TINY_ANCHORS[i] for i in mask] for mask in TINY_MASKS]
-    return Detector(table, anchors, (32, 16), split, TINY_MASKS)
+    return Detector(table, anchors, (32, 16), split or 7, TINY_MASKS)
 
 
 def from_cfg(classes: int, text: str, path: str = "the .cfg", split: int = 0) -> Detector:
