@@ -217,7 +217,7 @@ def test_what_was_interrupted_goes_on(tmp_path, codec, photographs, monkeypatch)
         (dict(quality=30), r"quality was 50\.0, is 30"),
         (dict(count=3), r"shards was 12, is 3"),
         (dict(path="elsewhere"), r"data\.path was"),
-        (dict(other=True), "codec differ"),
+        (dict(other=True), "codec was"),
     ],
 )
 def test_codes_of_other_settings_are_refused(tmp_path, codec, photographs, change, message):
