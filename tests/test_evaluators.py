@@ -53,6 +53,10 @@ def test_mean_iou_by_hand():
 
 def scored(found, truth, ignored=(), parts=1):
     """Average precision of images: found [(label, score, box)...], truth [(label, box)...]."""
+    return tallied(found, truth, ignored, parts).result()
+
+
+def tallied(found, truth, ignored=(), parts=1):
     score, rows = AveragePrecision(3), 4
     for own in np.array_split(np.arange(len(found)), parts):
         n = len(own)
@@ -71,7 +75,7 @@ def scored(found, truth, ignored=(), parts=1):
                 given["labels"][row, i], given["boxes"][row, i] = label, box
                 given["scores"][row, i], given["valid"][row, i] = certainty, True
         score.update(given, batch)
-    return score.result()
+    return score
 
 
 LEFT, RIGHT, WHOLE = (0, 0, 1, 0.5), (0, 0.5, 1, 1), (0, 0, 1, 1)
@@ -100,6 +104,23 @@ def test_average_precision_by_hand():
     assert beyond["map"] == pytest.approx(1)
     near = scored([[(0, 0.9, NEAR)]], [[(0, LEFT)]])
     assert near["map50"] == pytest.approx(1) and near["map"] == pytest.approx(0.5, abs=0.11)
+
+
+def test_average_precision_of_images_drawn_again():
+    """It is that of a data set which holds them so often."""
+    rng = np.random.default_rng(0)
+    truth = [[(int(rng.integers(3)), LEFT), (int(rng.integers(3)), RIGHT)] for _ in range(6)]
+    found = [
+        [(int(rng.integers(3)), rng.random(), box) for box in (LEFT, NEAR, RIGHT, WHOLE)]
+        for _ in range(6)
+    ]
+    drawn = tallied(found, truth).resampled()
+    for images in (np.arange(6), np.array([5, 0, 0, 3, 3, 3]), np.full(6, 2)):
+        expected = scored([found[i] for i in images], [truth[i] for i in images])
+        assert drawn(images) | {"examples": 6} == pytest.approx(expected)
+    low, high = metrics.bootstrap(lambda images: drawn(images)["map50"], 6, draws=50)
+    assert low < scored(found, truth)["map50"] < high
+    assert metrics.bootstrap(lambda i: drawn(i)["map"] - drawn(i)["map"], 6, draws=9) == (0, 0)
 
 
 def test_ignored_boxes_are_neither_hits_nor_misses():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.stats
 
 from icm_jax import ops
 from icm_jax.errors import IcmError
@@ -117,3 +118,44 @@ def test_the_loss_is_the_metric():
 def test_decibels_of_similarity():
     assert metrics.decibels(0.99) == pytest.approx(20.0)
     assert metrics.decibels(1.0) == float("inf")
+
+
+def test_bootstrap_intervals_are_those_of_the_binomial():
+    """Hits of images drawn again: Binomial(n, k / n), whose percentiles are known."""
+    hits = np.arange(200) < 60
+    found = metrics.bootstrap(lambda images: hits[images].sum(), 200, draws=4000, level=0.9)
+    expected = scipy.stats.binom(200, 0.3).ppf([0.05, 0.95])
+    np.testing.assert_allclose(found, expected, atol=1)
+    again = metrics.bootstrap(lambda images: hits[images].sum(), 200, draws=4000, level=0.9)
+    assert found == again != metrics.bootstrap(lambda i: hits[i].sum(), 200, draws=4000, seed=1)
+    # What a difference has in common falls out.
+    assert metrics.bootstrap(lambda i: hits[i].mean() - (hits[i] - 0.25).mean(), 200) == (
+        pytest.approx(0.25),
+        pytest.approx(0.25),
+    )
+    assert np.isnan(metrics.bootstrap(lambda images: float("nan"), 9)).all()
+    some = metrics.bootstrap(lambda i: i.mean() if 0 in i else float("nan"), 200, draws=99)
+    assert np.isnan(some).all()  # a third of all draws is without it
+
+
+def test_intervals_of_bd_rates():
+    rates, quality = np.array([0.25, 0.5, 1.0, 2.0]), np.array([28.0, 31.0, 34.0, 37.0])
+    share = np.random.default_rng(0).uniform(0.5, 0.9, 50)  # of the rate that an image takes
+    anchor = np.stack(
+        np.broadcast_arrays(
+            rates[:, None],
+            quality[:, None],
+        ),
+        -1,
+    )
+    anchor = np.repeat(anchor, 50, axis=1)
+    curve = anchor.copy()
+    curve[..., 0] *= share
+    found = metrics.bd_rate_interval(anchor, curve, draws=500)
+    expected = metrics.bootstrap(lambda images: 100 * (share[images].mean() - 1), 50, draws=500)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    middle, error = 100 * (share.mean() - 1), 1.96 * 100 * share.std() / np.sqrt(50)
+    np.testing.assert_allclose(found, [middle - error, middle + error], atol=0.5)
+    assert found[0] < metrics.bd_rate(anchor.mean(1), curve.mean(1)) < found[1]
+    with pytest.raises(IcmError, match="over 50 and 49 images"):
+        metrics.bd_rate_interval(anchor, curve[:, 1:])

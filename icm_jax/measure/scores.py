@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import os
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -144,6 +145,14 @@ class AveragePrecision(Score):
         self._images += other._images
 
     def result(self):
+        return self.resampled()(np.arange(self._images)) | {"examples": self._images}
+
+    def resampled(self) -> Callable[[np.ndarray], dict[str, float]]:
+        """A function (numbers of images, each as often as it counts) -> {"map", "map50"}, for
+        `metrics.bootstrap`; there are always as many as have been scored. NaN without a box.
+
+        Raises: IcmError if no image has a box.
+        """
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
@@ -151,7 +160,7 @@ class AveragePrecision(Score):
             raise IcmError("no box to find in the validation split; average precision needs some")
         truth = [dict(_annotation(*row[:3]), iscrowd=int(row[3])) for row in self._truth]
         found = [dict(_annotation(*row[:3]), score=row[3]) for row in self._found]
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with _silence():
             given, predicted = COCO(), COCO()
             for coco, rows in ((given, truth), (predicted, found)):
                 dataset: Any = {
@@ -161,15 +170,28 @@ class AveragePrecision(Score):
                 }
                 coco.dataset = dataset
                 coco.createIndex()
-            scoring = COCOeval(given, predicted, "bbox")
+            scoring: Any = COCOeval(given, predicted, "bbox")
+            scoring.params.areaRng, scoring.params.areaRngLbl = [[0, 1e10]], ["all"]
+            scoring.params.maxDets = [100]
             scoring.evaluate()
-            scoring.accumulate()
-            scoring.summarize()
-        return {
-            "map": float(scoring.stats[0]),
-            "map50": float(scoring.stats[1]),
-            "examples": self._images,
-        }
+        single = np.array([*scoring.evalImgs, None], object)[:-1].reshape(-1, self._images)
+
+        def score(images: np.ndarray) -> dict[str, float]:
+            scoring.evalImgs = list(single[:, images].ravel())
+            with _silence():
+                scoring.accumulate()
+            precision = scoring.eval["precision"]  # [IoU, recall, class, 1, 1], -1 without a box
+            of = lambda p: float(p[p > -1].mean()) if (p > -1).any() else float("nan")  # noqa: E731
+            return {"map": of(precision), "map50": of(precision[0])}
+
+        return score
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what pycocotools prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def _annotation(image: int, label: int, box, unit: float = 1000.0) -> dict:
