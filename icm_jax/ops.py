@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -74,9 +75,15 @@ def inside(x: jax.Array, fill: float = 0.0) -> jax.Array:
     Convolutions call it on what they take: they find the zeros there that padding would give them
     on the whole image. Of what has 2^k times fewer rows, the part of the image is rounded up.
     """
+    bounds = _bounds_of(x)
+    return x if bounds is None else clear_outside(x, bounds, fill)
+
+
+def _bounds_of(x: jax.Array) -> jax.Array | None:
+    """What of x [N, h, w, C] is of the image, int32 [N, 4], where a window is traced `within`."""
     found = _window.get()
     if found is None:
-        return x
+        return None
     size, bounds = found
     ends = []
     for axis in (0, 1):
@@ -84,7 +91,38 @@ def inside(x: jax.Array, fill: float = 0.0) -> jax.Array:
         rows, whole = x.shape[1 + axis], size[axis]
         up, down = max(rows // whole, 1), max(whole // rows, 1)
         ends += [begin // down * up, -(-end // down) * up]
-    return clear_outside(x, jnp.stack(ends, axis=1), fill)
+    return jnp.stack(ends, axis=1)
+
+
+def mirrored(x: jax.Array, before: int, after: int) -> jax.Array:
+    """x [N, h, w, C] with so many rows and columns more in front and behind, mirrored at its edges;
+    of a window that is traced `within`, at the image's border."""
+    bounds = _bounds_of(x)
+    x = jnp.pad(x, ((0, 0), (before, after), (before, after), (0, 0)), mode="reflect")
+    if bounds is None:
+        return x
+    for axis in (1, 2):
+        end = bounds[:, 2 * axis - 1]
+        places = jnp.full_like(end, -before), end
+        for first, count in zip(places, (before, after), strict=True):
+            x = _mirrored_at(x, axis, first, count, end, before)
+    return x
+
+
+def _mirrored_at(x, axis: int, first, count: int, end, before: int):
+    """x with rows (axis 1) or columns (axis 2) from `first` on mirrored, of an image that ends at
+    `end`, both int32 [N]; `before` rows stand in front of its own."""
+    if not count:
+        return x
+    place = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+    period = jnp.maximum(2 * (end[:, None] - 1), 1)
+    source = jnp.minimum(place % period, period - place % period) + before
+    across = [-1 if at == axis else 1 for at in (1, 2)]
+    strips = jnp.take_along_axis(x, source.reshape(len(x), *across, 1), axis=axis)
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+    if len(x) == 1:  # in place, on CPUs
+        return put(x[0], strips[0], first[0] + before)[None]
+    return jax.vmap(put)(x, strips, first + before)
 
 
 def reduced(x: jax.Array, height: int, width: int) -> jax.Array:

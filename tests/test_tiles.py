@@ -227,9 +227,15 @@ def test_a_halo_wider_than_all_windows_takes_one_of_few_sizes():
 
 @pytest.mark.parametrize(
     ("kind", "window", "size"),
-    [("disentangled", 192, (150, 390)), ("split", 192, (150, 390)), ("residual", 640, (600, 780))],
+    [
+        ("disentangled", 192, (150, 390)),
+        ("split", 192, (150, 390)),
+        ("residual", 640, (600, 780)),
+        ("autoencoder", 128, (129, 301)),
+        ("autoencoder", 64, (8, 17)),
+    ],
 )
-def test_scalable_codecs_see_in_windows_what_they_see_of_the_whole(kind, window, size):
+def test_codecs_see_in_windows_what_they_see_of_the_whole(kind, window, size):
     """Latents, feature and picture; weights that begin at zero are others here, so that every
     layer looks around."""
     frozen = small_codec(kind)

@@ -15,6 +15,7 @@ import numpy as np
 from icm_jax import ops
 from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, builder, method_of, require_dtype
+from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.coding import tables
 from icm_jax.errors import IcmError
 from icm_jax.nets.autoencoder import Centres, CodeAnalysis, CodeSynthesis
@@ -106,9 +107,9 @@ def autoencoder_codec(
         collections = module.init(key, jnp.zeros((1, 16, 16, 3)))
         return {name: {PART: tree} for name, tree in collections.items()}
 
-    def analyse(variables, inputs):
+    def symbols(variables, inputs):
         image = ops.pad_to(inputs["image"], 8).astype(jnp.float32)
-        return {"y": run(variables, image, method="symbols")}
+        return run(variables, image, method="symbols")
 
     def image_of(variables, decoded, shape):
         return ops.crop_to(run(variables, decoded["y"], method="decode"), *shape)
@@ -116,7 +117,7 @@ def autoencoder_codec(
     return Codec(
         parts=(PART,),
         init=init,
-        analyse=analyse,
+        analyse=lambda variables, inputs: {"y": symbols(variables, inputs)},
         segments=(
             priors.per_channel(
                 "y",
@@ -129,7 +130,15 @@ def autoencoder_codec(
             image=image_of,
             feature=lambda variables, decoded, shape: run(variables, decoded["y"], method="code"),
         ),
+        tiling=_tiling(symbols, blocks),
     )
+
+
+def _tiling(front, blocks: int) -> Tiling:
+    # Layers look 2 + 4 + 8 pixels far, back 8 + 4 + 2, each way with blocks of twice 4.
+    halo = 14 + 8 * blocks + -(14 + 8 * blocks) % 8
+    back = (Back("image", ("y",), 1, halo // 8), Back("feature", ("y",), 8, 0))
+    return Tiling(("y",), front, 8, 8, halo, back)
 
 
 def relaxed(codec: Codec, variables, image: jax.Array):

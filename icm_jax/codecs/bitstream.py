@@ -180,7 +180,8 @@ def encode(
       images: uint8 [N, H, W, 3] or, greyscale, [N, H, W]; any H, W >= 1.
       coder: "native" or "tfc".
       quality: 0 to 100, in steps of 1/100; for codecs with qualities, and needed there.
-      windows: sizes of windows to choose from; see `tiles`.
+      windows: sizes of windows to choose from, see `tiles`; with none, transforms are of whole
+        images, by a program for each size.
 
     Raises:
       IcmError: the codec was not frozen, images or quality are not as above, or a latent is not
@@ -294,7 +295,7 @@ def decode(
 ) -> np.ndarray:
     """The named output of each stream, stacked along the batch axis: float32 [N, ...].
 
-    Args: windows: sizes of windows to choose from; see `tiles`.
+    Args: windows: as of `encode`.
 
     Raises: IcmError as `decode_latents` does, or for an output that the codec does not have or
       that needs more than the first `layers` layers.

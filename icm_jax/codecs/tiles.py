@@ -132,12 +132,6 @@ def one_window(sides: Size, unit: int = 1) -> Size:
     return height + -height % unit, width + -width % unit
 
 
-def exactly(tiling: Tiling | None, sides: Size) -> Sequence[Size]:
-    """The sizes of windows to choose from where all images are of one size: that alone."""
-    grid = tiling.grid if tiling else 1
-    return [(sides[0] + -sides[0] % grid, sides[1] + -sides[1] % grid)]
-
-
 def in_windows(
     run: Callable[[Part], Any],
     given: Mapping[str, tuple[np.ndarray, int]],

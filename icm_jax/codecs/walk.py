@@ -77,10 +77,12 @@ def analyse(
 ) -> dict[str, np.ndarray]:
     """The latents of an image, uint8 [1, H, W, 3], on the host.
 
-    Args: condition: "quality", where the codec has qualities.
+    Args:
+      condition: "quality", where the codec has qualities.
+      sizes: of windows, see `tiles`; of none, the whole image in one program.
     """
     tiling = codec.tiling
-    if tiling is None:
+    if tiling is None or not sizes:
         inputs = {"image": image, **condition}
         return jax.device_get(programs.run(_analyse, (codec,), variables, inputs))
     image = ops.pad_to(image, tiling.grid)
@@ -153,13 +155,15 @@ def output(
 ) -> np.ndarray:
     """An output of the decoded latents of an image of `shape`, float32 [1, ...], on the host.
 
-    Args: pixels: of an image, clipped and rounded to uint8 where it is computed: less to move.
+    Args:
+      sizes: of windows, see `tiles`; of none, the whole image in one program.
+      pixels: of an image, clipped and rounded to uint8 where it is computed: less to move.
 
     Raises: KeyError with the name of a latent that is needed and not there.
     """
     tiling = codec.tiling
     back = next((b for b in tiling.back if b.output == name), None) if tiling else None
-    if tiling is None or back is None:
+    if tiling is None or back is None or not sizes:
         static = codec, name, shape, pixels
         return np.asarray(programs.run(_output, static, variables, dict(decoded)))
     y = np.concatenate([decoded[name] for name in back.segments], axis=-1)
@@ -201,7 +205,7 @@ def prior(
         return programs.run(_prior_of_window, (codec, number), weights, part, integers=exact)
 
     sides = _ELEMENT * shape[1], _ELEMENT * shape[2]
-    halo, squares = _ELEMENT * reach.halo, tiles.squares(sizes)
+    halo, squares = _ELEMENT * reach.halo, tiles.squares(sizes or tiles.SIZES)
     return tiles.in_windows(of_window, given, sides, _ELEMENT, halo, squares, together(variables))
 
 

@@ -50,9 +50,8 @@ class MirrorConv(ops.Module):
         kernel = self.param("kernel", init, (size, size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
-        pads = [(size // 2 - (self.stride == 2), size // 2)] * 2
         shape = [side // self.stride for side in x.shape[1:3]]
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)), mode="reflect")
+        x = ops.mirrored(x, size // 2 - (self.stride == 2), size // 2)
         if self.stride == 2:  # its own zero padding makes one output more in front, one behind
             y = down_by_two(x, kernel)[:, 1 : shape[0] + 1, 1 : shape[1] + 1]
         else:
