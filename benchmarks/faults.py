@@ -32,13 +32,10 @@ import warnings
 from collections.abc import Iterator
 from unittest import mock
 
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-)
-
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 
 import icm_jax
 from icm_jax.engine import checkpoint
@@ -49,6 +46,7 @@ from icm_jax.main import keeps_programs, load_experiment, run_experiment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUN = pathlib.PurePath("seed0", "factorised")
+UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 STOPPED = 4  # of 6 steps, one checkpoint a step
 TIMED = ("images_per_second", "input_wait", "device_wait", "encode_ms", "decode_ms")
 OUTCOMES = ("same", "same, one line", "refused, one line", "same, other log", "WRONG")
@@ -73,14 +71,13 @@ def main() -> int:
     parser.add_argument("--folder", help="where work directories are kept (default: temporary)")
     parser.add_argument("--once", help=argparse.SUPPRESS)  # the process that is killed
     options = parser.parse_args()
+    os.environ.setdefault("XLA_FLAGS", UNOPTIMISED)
     quiet()
     if options.once:
         train(pathlib.Path(options.once))
         return 0
     folder = pathlib.Path(options.folder or tempfile.mkdtemp())
-    if keeps_programs():
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    keep_programs(folder / "compiled")
     expected, counted = prepare(folder), collections.Counter()
     for number in range(options.first, options.first + options.runs):
         name, place, outcome = disturbed(folder, expected, options.seed, number)
@@ -96,14 +93,22 @@ def quiet() -> None:
     logging.set_verbosity(logging.ERROR)
 
 
-def train(workdir: pathlib.Path) -> None:
+def keep_programs(folder: pathlib.Path | None) -> None:
+    """Compiles what every run needs once."""
+    if keeps_programs():
+        jax.config.update("jax_compilation_cache_dir", folder and str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1 if folder else 1.0)
+        compilation_cache.reset_cache()
+
+
+def train(workdir: pathlib.Path, **options) -> None:
     """The experiment, from the beginning or from what is there, with evaluation and report."""
     experiment = load_experiment(ROOT / "configs" / "hyperprior.py")
     config = experiment.get_config("tiny")
     config.model.kinds, config.qualities, config.files = ("factorised",), (50,), {"jpeg": (10,)}
     config.train.save_every = config.train.log_every = 1
     with contextlib.redirect_stdout(None):
-        run_experiment(experiment, config, workdir)
+        run_experiment(experiment, config, workdir, **options)
 
 
 def prepare(folder: pathlib.Path) -> dict:
@@ -250,14 +255,14 @@ def errors() -> Iterator[list[str]]:
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield said
+            with open(2, "w", closefd=False) as printed, contextlib.redirect_stderr(printed):
+                yield said
         finally:
-            sys.stderr.flush()
             os.dup2(before, 2)
             os.close(before)
             file.seek(0)
-            printed = re.split(r"[\r\n]+", file.read().decode(errors="replace"))
-            said += [line for line in printed if line.strip() and "%|" not in line]  # no bars
+            lines = re.split(r"[\r\n]+", file.read().decode(errors="replace"))
+            said += [line for line in lines if line.strip() and "%|" not in line]  # no bars
 
 
 def table(counted: collections.Counter) -> str:

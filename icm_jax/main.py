@@ -301,9 +301,17 @@ def cli() -> None:
     """Entry point: quiet libraries, then absl."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", category=UserWarning)
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what orbax tells of a full disk comes as an error, too
+    sys.unraisablehook = _unraisable
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=_parse)
+
+
+def _unraisable(problem: Any) -> None:
+    """Where reading or writing one array fails, orbax closes its event loop, and each of the others
+    complains of that."""
+    if "Event loop is closed" not in str(problem.exc_value):
+        sys.__unraisablehook__(problem)
 
 
 def _parse(argv: list[str]) -> list[str]:

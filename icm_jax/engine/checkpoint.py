@@ -21,6 +21,7 @@ from absl import logging
 from icm_jax.engine import digests, sharding
 from icm_jax.engine.run import DONE, what_is_done
 from icm_jax.errors import IcmError, reason
+from icm_jax.files import make_folder
 
 ITEM = "default"  # orbax's name of what a checkpoint holds
 
@@ -50,6 +51,7 @@ def manager(folder: str | os.PathLike, keep: int = 2, period: int = 0):
         max_to_keep=keep, keep_period=period or None, enable_async_checkpointing=True
     )
     path = _place(folder)
+    make_folder(path)
     with _writing(path), _quiet():
         checkpoints = ocp.CheckpointManager(path, options=options, item_handlers=_Handler())
     try:
