@@ -108,7 +108,7 @@ def train(workdir: pathlib.Path, **options) -> None:
     config.model.kinds, config.qualities, config.files = ("factorised",), (50,), {"jpeg": (10,)}
     config.train.save_every = config.train.log_every = 1
     with contextlib.redirect_stdout(None):
-        run_experiment(experiment, config, workdir, **options)
+        run_experiment(config, experiment.runs(config), workdir, **options)
 
 
 def prepare(folder: pathlib.Path) -> dict:
