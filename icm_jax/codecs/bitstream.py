@@ -143,7 +143,7 @@ def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float
     }
     kept = jax.tree.map(np.asarray, jax.device_get(kept))
     if weights == "float16":
-        kept = jax.tree.map(_as_float16, kept)
+        kept = jax.tree.map(as_float16, kept)
     inputs = {"image": _require_images(images)}
     if codec.qualities:
         inputs["quality"] = np.linspace(0, 1, len(images), dtype=np.float32)
@@ -372,7 +372,7 @@ def _require_sides(shape: tuple[int, int]) -> None:
         )
 
 
-def _as_float16(leaf: np.ndarray) -> np.ndarray:
+def as_float16(leaf: np.ndarray) -> np.ndarray:
     """Rounded to half precision, in its own dtype."""
     limit = np.finfo(np.float16).max
     return leaf.clip(-limit, limit).astype(np.float16).astype(leaf.dtype)

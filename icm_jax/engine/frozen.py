@@ -84,14 +84,19 @@ def parts_of(frozen: FrozenCodec) -> tuple[str, ...]:
 
 
 def check_same(variables: Mapping[str, Any], frozen: FrozenCodec, run: Run) -> None:
-    """That a run's variables and the codec file hold the same weights.
+    """That a run's variables and the codec file hold the same weights; of the run that wrote the
+    file in half precision, the same when they are rounded to it.
 
     Raises: IcmError if the run's have drifted: streams would not be what it was trained on.
     """
     leaves: dict = flax.traverse_util.flatten_dict(jax.device_get(dict(variables)))
     stored: dict = flax.traverse_util.flatten_dict(dict(frozen.variables))
+    half = (run.codec_file or {}).get("weights") == "float16"
     for path, value in stored.items():
-        if path in leaves and not np.array_equal(leaves[path], value):
+        if path not in leaves:  # of integer networks
+            continue
+        own = bitstream.as_float16(leaves[path]) if half else leaves[path]
+        if not np.array_equal(own, value):
             raise IcmError(
                 f"{run.name} does not have the weights of its codec file, model "
                 f"{frozen.fingerprint.hex()}: {'/'.join(path)} differs. Start it from the run that "

@@ -25,7 +25,7 @@ from icm_jax.data import geometry, pipeline
 from icm_jax.engine import checkpoint, frozen, optim, sharding
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.log import Log
-from icm_jax.engine.run import DONE, Run, claim, what_is_done
+from icm_jax.engine.run import CODEC, DONE, Run, claim, what_is_done
 from icm_jax.engine.stopping import stop_request
 from icm_jax.errors import IcmError
 from icm_jax.files import make_folder, sealed, write_json
@@ -130,7 +130,9 @@ def whole(run: Run, base: str | os.PathLike) -> bool:
     if not (folder / DONE).is_file():
         return False
     damage = "" if what_is_done(folder) else f"{folder / DONE} is damaged"
-    if run.codec_file is not None and not damage:
+    if run.codec_file is not None and not damage and not (folder / CODEC).is_file():
+        damage = "it has no codec file"
+    elif run.codec_file is not None and not damage:
         try:
             frozen.load_codec(run, base)
         except IcmError as error:

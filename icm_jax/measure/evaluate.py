@@ -46,7 +46,7 @@ from icm_jax.data import geometry, pipeline
 from icm_jax.data.fields import check
 from icm_jax.engine import checkpoint, sharding
 from icm_jax.engine.codes import open_source
-from icm_jax.engine.frozen import check_same, load_codec
+from icm_jax.engine.frozen import check_same, load_codec, with_file
 from icm_jax.engine.run import RECORDS, Point, Run, load_run, read_records
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
@@ -130,6 +130,7 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
     frozen = load_codec(run, base)
     if frozen is not None:
         check_same(variables, frozen, run)
+        variables = with_file(variables, frozen)
     for point in points:
         record = labels | {"run": run.name, "seed": run.seed, "asked": dataclasses.asdict(point)}
         record |= {"kind": point.kind, "quality": point.quality}
