@@ -59,6 +59,10 @@ def demo() -> dict:
         name="scalable",
         seeds=(0,),
         **detector("demo"),
+        # Where codecs learn, where pictures are judged, and where detection is scored once more.
+        codec_data=dict(name=""),  # "": `data`, whose classes the detector knows
+        picture_data=dict(name=""),  # "": as codec_data
+        second_data=dict(name=""),  # "": nowhere
         model=dict(
             # "split-cheng2020" is Choi and Bajić's original: the transforms of Cheng et al. 2020.
             kinds=("disentangled", "split", "residual"),
@@ -126,6 +130,10 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
     listed = []
     for first in yolov3.runs(with_data):
         listed.append(first)
+        second = common.own_data(config, "second_data", like="data")
+        if second:
+            again = (*first.evaluate, Point("pixels", data=second))
+            listed[-1] = dataclasses.replace(first, evaluate=again)
         codecs = []
         for kind in config.model.kinds:
             tasks = [scalable_task(config, kind, lmbda) for lmbda in config.model.lambdas]
@@ -133,7 +141,8 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
         tasks = [single_task(config, lmbda) for lmbda in config.single.lambdas]
         codecs += sweep(config, first, "single", config.single.lambdas, tasks)
         if codecs:  # pictures in classical formats, once a seed
-            points = codecs[0].evaluate + file_points(config.detector.files)
+            pictures = common.own_data(config, "picture_data")
+            points = codecs[0].evaluate + file_points(config.detector.files, pictures)
             codecs[0] = dataclasses.replace(codecs[0], evaluate=points)
         listed += codecs
     return listed
@@ -169,6 +178,10 @@ def single_task(config, lmbda: float) -> dict:
 def sweep(config, found: Run, arm: str, lambdas, tasks: list[dict]) -> list[Run]:
     """The codecs of one arm; `found` is the detector's run."""
     listed, train = [], config.train
+    given, pictures = (common.own_data(config, name) for name in ("codec_data", "picture_data"))
+    second = common.own_data(config, "second_data", like="data")
+    points = Point("detect"), Point("picture", data=pictures)
+    points += (Point("detect", data=second),) if second else ()
     for lmbda, task in zip(lambdas, tasks, strict=True):
         scalable, steps = task["name"] == "scalable_compression", train.steps
         start = [Start(found.name, DETECTOR)] if scalable else []
@@ -182,14 +195,15 @@ def sweep(config, found: Run, arm: str, lambdas, tasks: list[dict]) -> list[Run]
             name=f"seed{found.seed}/{arm}-{lmbda:g}",
             seed=found.seed,
             task=task,
-            data=dict(config.data, boxes=0),
+            data=given or dict(config.data, boxes=0),
+            classes_of=found.data if given else None,
             weight_decay=0.0,
             steps=steps,
             keep_every=train.keep_every,
             start=tuple(start),
             detector=found.name,
             codec_file={},
-            evaluate=(Point("detect"), Point("picture")),
+            evaluate=points,
             labels=Labels("image", arm, f"{lmbda:g}", **ARMS.get(arm, {})),
         )
         listed.append(run)

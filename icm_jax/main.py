@@ -123,8 +123,10 @@ def start_mode(experiment, path: str, config: ml_collections.ConfigDict, given) 
     from icm_jax.data import check_fields
 
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / config.name).absolute()
-    fields = [f.removeprefix("data.") for f in given if f.startswith("data.")]
-    check_fields(config.data.name, fields)
+    for name in config:
+        if (name == "data" or name.endswith("_data")) and config[name].name:
+            fields = [f.partition(".")[2] for f in given if f.startswith(f"{name}.")]
+            check_fields(config[name].name, fields)
     if MODE.value == "plan":
         plan_experiment(runs_of(experiment, path, config, given), workdir)
         return

@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from icm_jax import main
+from icm_jax.engine import run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SINGLE = """
@@ -25,6 +26,7 @@ PARSE = """
 import sys
 from absl import flags
 from icm_jax import main
+from icm_jax.engine import run
 flags.FLAGS(sys.argv)
 print(main.CONFIG.value.name, main.CONFIG.value.get("arg"), main.CONFIG.value.get("number"))
 """
@@ -129,3 +131,47 @@ def test_a_command_of_the_documentation_fits_its_config(file, arguments):
         flags.DEFINE_string(name, None, "", flag_values=known)
     known(argv)
     assert main.load_experiment(ROOT / main.split_scale(config[9:])[0]).runs(known.config)
+
+
+def loaded(*argv):
+    """(the experiment, its config) of a command's arguments."""
+    known = flags.FlagValues()
+    argv = ["main", *argv]
+    config_flags.DEFINE_config_file("config", None, flag_values=known, sys_argv=argv)
+    known["config"].parser = main.ExperimentParser()
+    known(argv)
+    return main.load_experiment(ROOT / "configs" / "scalable.py"), known.config
+
+
+def test_codec_detector_and_pictures_have_data_of_their_own():
+    """Each set keeps its own fields; the detector's are what a second set is seen as."""
+    experiment, config = loaded(
+        f"--config={ROOT}/configs/scalable.py:tiny",
+        *("--config.data.name=coco_json", "--config.data.path=street"),
+        *("--config.data.letterbox=centre", "--config.picture_data.name=photos"),
+        *("--config.codec_data.name=vimeo90k", "--config.codec_data.path=vimeo"),
+        *("--config.codec_data.canvas=128", "--config.picture_data.path=kodak"),
+        *("--config.picture_data.whole=True", "--config.second_data.name=coco_json"),
+        *("--config.second_data.path=more", "--config.second_data.annotations=train.json"),
+    )
+    found, codec = experiment.runs(config)
+    street = dict(name="coco_json", path="street", canvas=64, boxes=4, letterbox="centre")
+    assert found.data.to_dict() == street and found.classes_of is None
+    assert codec.data.to_dict() == dict(name="vimeo90k", path="vimeo", canvas=128)
+    assert codec.classes_of.to_dict() == street
+    more = street | dict(path="more", annotations="train.json")
+    kodak = dict(name="photos", path="kodak", whole=True)
+    asked = [(point.kind, point.data) for point in codec.evaluate]
+    assert asked[:3] == [("detect", None), ("picture", kodak), ("detect", more)]
+    assert {kind: data for kind, data in asked[3:]} == {"jpeg": kodak, "webp": kodak}
+    assert found.evaluate[-1].data == more
+    again = run.from_json(run.to_json(codec))
+    assert again.evaluate == codec.evaluate and run.to_json(again) == run.to_json(codec)
+    assert str(again.evaluate[2]) == "detect on more, train.json"
+
+
+def test_without_other_data_all_is_as_before():
+    experiment, config = loaded(f"--config={ROOT}/configs/scalable.py:tiny")
+    found, codec = experiment.runs(config)
+    assert codec.data.to_dict() == found.data.to_dict() | {"boxes": 0}
+    assert codec.classes_of is None and not any(point.data for point in codec.evaluate)

@@ -228,7 +228,7 @@ def test_points_of_an_unknown_kind_are_refused():
 )
 def test_points_that_a_run_cannot_have_are_refused(tmp_path, point, needs, message):
     run = scored_by(point, needs=needs)
-    asked = evaluate.Asked(point, run, tmp_path, None, run.task, None, {}, None)
+    asked = evaluate.Asked(point, run, tmp_path, run.data, None, run.task, None, {}, None)
     with pytest.raises(IcmError, match=message):
         evaluate.SCORERS[point.kind](asked)
 

@@ -53,7 +53,7 @@ def test_streets_of_another_data_set_are_trained_and_scored_whole(tmp_path, monk
     assert batch["image"].shape == (16, 32, 64, 3) and batch["mask"].shape == (16, 32, 64)
     assert (batch["mask"][:, :30, :10] == 2).all() and (batch["mask"][:, :30, -10:] == 2).all()
     assert set(np.unique(batch["mask"])) == {0, 1, 2, 255}
-    predict = jax.jit(build_task(complete(run.task, source)).predict)
+    predict = jax.jit(build_task(complete(run, source)).predict)
     found = predict(checkpoint.load_variables(tmp_path / run.name), batch)["segments"]
     assert found.shape == batch["mask"].shape
     ends = np.asarray(found)[:, :24, [0, 1, 2, 61, 62, 63]]
@@ -190,7 +190,7 @@ def test_a_pooling_detector_is_trained_coded_for_and_found_in_a_codec_file(
     boxes = json.loads(capsys.readouterr().out)["boxes"]
     assert code == 0 and boxes
     with pytest.raises(IcmError, match="unknown detector 'pooled'"):
-        build_task(complete(first.task, open_source(first.data, "train")))
+        build_task(complete(first, open_source(first.data, "train")))
 
 
 def written(path, arrays):

@@ -297,3 +297,49 @@ def test_a_field_of_another_set_is_refused_by_name(tmp_path):
             "canvas": 8,
             **{f: v for f, v in dict(train=5, list="x").items() if f in known.fields},
         }
+
+
+def test_photos_that_are_only_scored_on(tmp_path):
+    for number in range(7):
+        save(tmp_path / f"{number}.png")
+    for split in ("train", "validation"):
+        assert opened("photos", tmp_path, split, whole=True).length == 7
+
+
+def test_vimeo_90k_as_it_is_unpacked(tmp_path):
+    """Seven frames of each listed sequence, three of triplets, or those that are asked for."""
+    names = {"sep_trainlist.txt": ("00001/0001", "00001/0002"), "sep_testlist.txt": ("00002/0266",)}
+    for number, name in enumerate(sum(names.values(), ())):
+        for frame in range(1, 8):
+            save(tmp_path / "sequences" / name / f"im{frame}.png", value=20 * number + frame)
+    with pytest.raises(IcmError, match=r"neither sep_trainlist\.txt nor tri_trainlist\.txt"):
+        opened("vimeo90k", tmp_path)
+    for name, listed in names.items():
+        (tmp_path / name).write_text("\n".join(listed) + "\n\n")  # theirs end so
+    train, validation = (opened("vimeo90k", tmp_path, split) for split in ("train", "validation"))
+    assert (train.length, validation.length, train.classes) == (14, 7, ())
+    assert train.load(9)["name"].endswith("00001/0002/im3.png")
+    batch = next(pipeline.batches(validation, BatchSpec(7, (8, 8)), seed=0, stop=1))
+    assert sorted(batch["image"][:, 0, 0, 0]) == [40 + frame for frame in range(1, 8)]
+    middle = opened("vimeo90k", tmp_path, frames=(4,))
+    assert [middle.load(i)["name"][-18:] for i in range(2)] == [
+        "00001/0001/im4.png",
+        "00001/0002/im4.png",
+    ]
+    with pytest.raises(IcmError, match="frames are numbers from 1 to 7"):
+        opened("vimeo90k", tmp_path, frames=(8,))
+    for name in names:
+        (tmp_path / name).rename(tmp_path / name.replace("sep", "tri"))
+    assert opened("vimeo90k", tmp_path).length == 6
+
+
+def test_coco_json_of_other_names(tmp_path):
+    save(tmp_path / "images" / "1.png")
+    content = dict(images=[dict(id=1, file_name="1.png", width=10, height=8)], annotations=[])
+    content |= dict(categories=[dict(id=3, name="cat")])
+    (tmp_path / "instances_train2017.json").write_text(json.dumps(content))
+    both, one = "instances_{split}2017.json", "instances_train2017.json"
+    for annotations, split in ((both, "train"), (one, "train"), (one, "validation")):
+        assert opened("coco_json", tmp_path, split, annotations=annotations).length == 1
+    with pytest.raises(IcmError, match=r"instances_val2017\.json"):
+        opened("coco_json", tmp_path, "validation", annotations=both)

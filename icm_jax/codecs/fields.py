@@ -23,7 +23,7 @@ DETECTORS: dict[str, Table] = {
         "depth": optional(number(above=0)),
         "split": optional(whole()),
     },
-    "yolov3-tiny": {"split": optional(whole(1))},
+    "yolov3-tiny": {"split": optional(whole())},
 }
 """Of `icm_jax.nets.yolo.DETECTORS`."""
 CODECS: dict[str, Table] = {

@@ -1,11 +1,23 @@
 """Data on the host: sources of coded images and resumable batches. No JAX here."""
 
+import pathlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from icm_jax.data import geometry, sources
-from icm_jax.data.fields import SCENES, SHARES, SIZE, Field, Table, one_of, optional, whole
+from icm_jax.data import geometry, photographs, sources
+from icm_jax.data.fields import (
+    FLAG,
+    SCENES,
+    SHARES,
+    SIZE,
+    Field,
+    Table,
+    one_of,
+    optional,
+    several,
+    whole,
+)
 from icm_jax.errors import IcmError
 
 _FORMS = one_of("", "file", *map(str, range(1, 101)))
@@ -48,12 +60,14 @@ _SCENES = {"path": "", "size": 96, "train": 5000, "validation": 800, "seed": 0, 
 _MASKS = {"path": "", "images": "images", "masks": "masks", "image_suffix": "", "mask_suffix": ""}
 _MASKS |= {"mask_ids": ()}
 _VOC = {"path": "", "list": "train", "masks": "SegmentationClass"}
+_FRAMES = {"frames": several(whole(1, 7), least=0)}
 DATASETS = {
     "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, _SCENES, 12, 13, SCENES),
     "folder": Dataset(("label",), sources.folder),
-    "photos": Dataset((), sources.photos),
+    "photos": Dataset((), photographs.photos, {"path": "", "whole": False}, 0, 0, {"whole": FLAG}),
+    "vimeo90k": Dataset((), photographs.vimeo90k, {"path": "", "frames": ()}, 0, 0, _FRAMES),
     "codes": Dataset(sources.keys_of_codes, sources.codes),
-    "coco_json": Dataset(("label", "objects"), sources.coco_json),
+    "coco_json": Dataset(("label", "objects"), sources.coco_json, {"path": "", "annotations": ""}),
     "mask_folder": Dataset(("mask",), sources.mask_folder, _MASKS),
     "voc_masks": Dataset(("mask",), sources.voc_masks, _VOC, 0, 21),
 }
@@ -103,6 +117,16 @@ def data_fields(data: Mapping[str, Any]) -> dict[str, Any]:
         return given
     fields = DATASETS[given["name"]].fields
     return {f: value for f, value in given.items() if f in ("name", *BATCH_FIELDS, *fields)}
+
+
+def place_of(data: Mapping[str, Any]) -> str:
+    """A data set in a few words.
+
+    >>> place_of({"name": "coco_json", "path": "../sets/street", "annotations": "train.json"})
+    'street, train.json'
+    """
+    path = pathlib.PurePath(data.get("path") or data["name"])
+    return ", ".join([path.name, *([data["annotations"]] if data.get("annotations") else [])])
 
 
 def open_source(config: Mapping[str, Any], split: str) -> sources.Source:

@@ -99,18 +99,18 @@ def folder(config, split: str) -> Source:
     root = existing(config)
     short = SPLITS[split]
     if (root / f"{short}.txt").is_file():
-        entries = [root / line for line in _lines(root / f"{short}.txt")]
+        entries = [root / line for line in listed_in(root / f"{short}.txt")]
         listed = root / "classes.txt"
-        classes = _lines(listed) if listed.is_file() else _subfolders(root)
+        classes = listed_in(listed) if listed.is_file() else _subfolders(root)
     elif (root / "train").is_dir() or (root / "val").is_dir():
         for name in ("train", short):  # the classes are those of train/
             if not (root / name).is_dir():
                 raise IcmError(f"{root} has no folder {name}/ beside the other; add it")
         classes = _subfolders(root / "train")
-        entries = _images(root / short)
+        entries = images_in(root / short)
     else:
         classes = _subfolders(root)
-        entries = [path for path in _images(root) if (_digest(path) % 5 == 0) == (split != "train")]
+        entries = images_of(root, split)
     number = {name: index for index, name in enumerate(classes)}
     unknown = sorted({path.parent.name for path in entries} - set(number))
     if unknown:
@@ -120,39 +120,22 @@ def folder(config, split: str) -> Source:
 
     def load(index):
         path = entries[index]
-        return {"image": _read(path), "label": number[path.parent.name], "name": str(path)}
+        return {"image": bytes_of(path), "label": number[path.parent.name], "name": str(path)}
 
     return Source(str(root), len(entries), tuple(classes), load)
-
-
-def photos(config, split: str) -> Source:
-    """Images without labels, in a folder and its subfolders.
-
-    `train.txt` and `val.txt` list files, or every fifth image by name hash is kept for validation.
-    """
-    root = existing(config)
-    short = SPLITS[split]
-    if (root / f"{short}.txt").is_file():
-        entries = [root / line for line in _lines(root / f"{short}.txt")]
-    else:
-        entries = [path for path in _images(root) if (_digest(path) % 5 == 0) == (split != "train")]
-    if not entries:
-        raise IcmError(f"no images for {split} in {root}; expected files {SUFFIXES}")
-
-    def load(index):
-        return {"image": _read(entries[index]), "name": str(entries[index])}
-
-    return Source(str(root), len(entries), (), load)
 
 
 def coco_json(config, split: str) -> Source:
     """COCO format: `images/` beside `train.json` and `val.json`; boxes without an area are none.
 
+    The field `annotations` names other files, "{split}" standing for train or val: "train.json", to
+    score on what was trained with.
+
     Widths, heights and boxes are those of the upright image; see `icm_jax.data.images`.
     """
     root = existing(config)
-    file = root / f"{SPLITS[split]}.json"
-    text = _read(file)
+    file = root / (config["annotations"] or "{split}.json").format(split=SPLITS[split])
+    text = bytes_of(file)
     try:
         content = json.loads(text)
         categories = sorted(content["categories"], key=lambda c: c["id"])
@@ -175,7 +158,7 @@ def coco_json(config, split: str) -> Source:
         raise IcmError(f"{file} is not COCO JSON: {type(error).__name__} {error}") from error
 
     def load(index):
-        example = {"image": _read(paths[index]), "name": str(paths[index])}
+        example = {"image": bytes_of(paths[index]), "name": str(paths[index])}
         return example | {"objects": objects[index], "label": largest(objects[index])}
 
     return Source(str(file), len(paths), classes, load)
@@ -202,7 +185,7 @@ def mask_folder(config, split: str) -> Source:
         found[kind] = _named(folder, config[f"{kind}_suffix"])
     listed = root / f"{SPLITS[split]}.txt"
     by_folder = "{split}" in config["images"] and not listed.is_file()
-    names = sorted(found["image"]) if by_folder else _lines(listed)
+    names = sorted(found["image"]) if by_folder else listed_in(listed)
     if not names:
         raise IcmError(f"no images for {split} in {folders[0]}; expected files {SUFFIXES}")
     try:
@@ -211,7 +194,7 @@ def mask_folder(config, split: str) -> Source:
         raise IcmError(
             f"data.mask_ids is a list of pairs (id in the file, class), not {config['mask_ids']!r}"
         ) from error
-    classes = tuple(_lines(root / "classes.txt"))
+    classes = tuple(listed_in(root / "classes.txt"))
     strange = [i for i in (ids or {}).values() if i != 255 and not 0 <= i < len(classes)]
     if strange:
         raise IcmError(
@@ -230,7 +213,7 @@ def _named(folder: pathlib.Path, suffix: str) -> dict[str, pathlib.Path]:
     Raises: IcmError if two have the same name.
     """
     found: dict[str, pathlib.Path] = {}
-    for path in _images(folder):
+    for path in images_in(folder):
         if path.stem.endswith(suffix):
             name = path.stem.removesuffix(suffix)
             if found.setdefault(name, path) is not path:
@@ -252,7 +235,7 @@ def voc_masks(config, split: str) -> Source:
     """
     root = existing(config)
     listed = config["list"] if split == "train" else "val"
-    stems = _lines(root / "ImageSets" / "Segmentation" / f"{listed}.txt")
+    stems = listed_in(root / "ImageSets" / "Segmentation" / f"{listed}.txt")
     folders = root / "JPEGImages", root / config["masks"]
     images, masks = (_named(folder, "") for folder in folders)
     return _with_masks(str(root), stems, images, masks, tuple(VOC_CLASSES.split()), folders)
@@ -268,7 +251,7 @@ def _with_masks(name: str, names, images, masks, classes, folders, hint="") -> S
 
     def load(index):
         path = images[names[index]]
-        return {"image": _read(path), "mask": _read(masks[names[index]]), "name": str(path)}
+        return {"image": bytes_of(path), "mask": bytes_of(masks[names[index]]), "name": str(path)}
 
     return Source(name, len(names), (), load, classes)
 
@@ -372,15 +355,17 @@ def existing(config: Mapping[str, Any]) -> pathlib.Path:
     return root
 
 
-def _lines(path: pathlib.Path) -> list[str]:
+def listed_in(path: pathlib.Path) -> list[str]:
+    """Lines of a list that are not empty. Raises: IcmError if it cannot be read."""
     try:
-        lines = _read(path).decode("utf-8-sig").splitlines()
+        lines = bytes_of(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise IcmError(f"{path} is not UTF-8 text: {error}; save it as such") from error
     return [line.strip() for line in lines if line.strip()]
 
 
-def _read(path: pathlib.Path) -> bytes:
+def bytes_of(path: pathlib.Path) -> bytes:
+    """A file's content. Raises: IcmError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -391,9 +376,15 @@ def _subfolders(root: pathlib.Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
-def _images(root: pathlib.Path) -> list[pathlib.Path]:
+def images_in(root: pathlib.Path) -> list[pathlib.Path]:
+    """Files of images in a folder and its subfolders, by name, those that are hidden left out."""
     found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted(p for p in found if not any(n[0] == "." for n in p.relative_to(root).parts))
+
+
+def images_of(root: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """Those of `images_in` that are of a split: every fifth by name hash is for validation."""
+    return [path for path in images_in(root) if (_digest(path) % 5 == 0) == (split != "train")]
 
 
 def _digest(path: pathlib.Path) -> int:

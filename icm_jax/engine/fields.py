@@ -89,8 +89,10 @@ def check_run(run: Any) -> None:
             raise FieldError(("optim", "warmup_steps"), warmup, told, run.name)
     if run.data.get("name") in data.DATASETS:
         check(run.data, data.BATCHES, "data", **of_run)
-        own = data.DATASETS[run.data.name].table  # all of its fields have defaults
-        check(run.data, {name: optional(own[name]) for name in own}, "data", **of_run)
+    for given in (run.data, run.classes_of, *(point.data for point in run.evaluate)):
+        if given is not None and given.get("name") in data.DATASETS:
+            own = {**data.BATCHES, **data.DATASETS[given["name"]].table}  # all have defaults
+            check(given, {name: optional(own[name]) for name in own}, "data", **of_run)
     check(run.task, of_tasks.TASKS.get(run.task.get("name"), {}), "task", **of_run)
     _check_views(run)
     for point in run.evaluate:

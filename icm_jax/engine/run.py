@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_collections
 
-from icm_jax.data import data_fields
+from icm_jax.data import data_fields, place_of
 from icm_jax.data.fields import leaves
 from icm_jax.engine.fields import check_run, defaults
 from icm_jax.errors import IcmError
@@ -41,13 +41,22 @@ class Point:
       kind: "stream", "pixels", "picture", "detect", "speed" or a format of
         `icm_jax.measure.classical.FORMATS`; see `icm_jax.measure.evaluate`.
       quality: of a file, or of a codec with qualities (0 to 100); of "speed", images of a batch.
+      data: fields of the data set whose validation split is scored; None: the run's own, or for
+        "detect" the detector's.
     """
 
     kind: str
     quality: float | None = None
+    data: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
-        return self.kind if self.quality is None else f"{self.kind} {self.quality:g}"
+        text = self.kind if self.quality is None else f"{self.kind} {self.quality:g}"
+        return text if self.data is None else f"{text} on {place_of(self.data)}"
+
+
+def read_point(tree: Mapping[str, Any]) -> Point:
+    """The point that `to_json` or a record made the tree from. Raises: TypeError if it is none."""
+    return Point(**{name: _tupled(value) for name, value in tree.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +127,8 @@ class Run:
       detector: name of the run whose detector a scalable codec is trained for and scored with.
       side: images are scored as their middle of so many pixels, or (height, width), as a network
         sees them; 0: whole.
+      classes_of: fields of the data set whose classes the task knows; None: those of `data`. So a
+        codec learns from photographs without labels, for a detector that learned elsewhere.
     """
 
     name: str
@@ -142,6 +153,7 @@ class Run:
     codec_file: Mapping[str, str] | None = None
     detector: str = ""
     side: int | tuple[int, int] = 0
+    classes_of: ml_collections.ConfigDict | None = None
 
     def __post_init__(self):
         check_run(self)
@@ -162,7 +174,9 @@ def from_json(tree: Mapping[str, Any]) -> Run:
     try:
         fields |= {k: ml_collections.ConfigDict(fields[k]) for k in ("task", "data", "optim")}
         fields["start"] = tuple(Start(**item) for item in fields["start"])
-        fields["evaluate"] = tuple(Point(**item) for item in fields["evaluate"])
+        fields["evaluate"] = tuple(read_point(item) for item in fields["evaluate"])
+        if fields.get("classes_of") is not None:
+            fields["classes_of"] = ml_collections.ConfigDict(fields["classes_of"])
         fields["labels"] = Labels(**fields["labels"]) if fields["labels"] else None
         return Run(**fields)
     except (KeyError, TypeError) as error:
@@ -248,9 +262,14 @@ def check_starts(runs: Iterable[Run], base: str | os.PathLike) -> None:
         before.add(run.name)
 
 
-def file_points(files: Mapping[str, tuple[float, ...]]) -> tuple[Point, ...]:
-    """The points of {format: qualities}, e.g. {"jpeg": (5, 10), "webp": (0, 25)}."""
-    return tuple(Point(kind, quality) for kind, qualities in files.items() for quality in qualities)
+def file_points(
+    files: Mapping[str, tuple[float, ...]], data: Mapping[str, Any] | None = None
+) -> tuple[Point, ...]:
+    """The points of {format: qualities}, e.g. {"jpeg": (5, 10), "webp": (0, 25)}; `data` as for
+    `Point`."""
+    return tuple(
+        Point(kind, quality, data) for kind, qualities in files.items() for quality in qualities
+    )
 
 
 def make_run(

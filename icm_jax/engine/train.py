@@ -87,7 +87,7 @@ def train(run: Run, base: str | os.PathLike) -> dict:
     if sharding.as_first(jax.process_index() == 0 and whole(run, base)):
         return done["metrics"] if done else {}
     source = open_source(run.data, "train")
-    task = build_task(complete(run.task, source))
+    task = build_task(complete(run, source))
     training = prepare(run, task)
     start = [(checkpoint.load_variables(given.folder(base)), given.parts) for given in run.start]
     standing = any(given.codec for given in run.start)
@@ -172,9 +172,12 @@ def decoded_split(codec: frozen.FrozenCodec | None, source, run: Run) -> np.ndar
     return _decoded[name]
 
 
-def complete(config: ml_collections.ConfigDict, source) -> ml_collections.ConfigDict:
-    """The task's config with the numbers of classes that the data has."""
-    config = config.copy_and_resolve_references()
+def complete(run: Run, source) -> ml_collections.ConfigDict:
+    """The config of a run's task with the numbers of classes that its data, here the source, or
+    those of `run.classes_of` have."""
+    config = run.task.copy_and_resolve_references()
+    if run.classes_of is not None:
+        source = open_source(run.classes_of, "validation")
     with config.unlocked():
         config.classes, config.mask_classes = len(source.classes), len(source.mask_classes)
     return config

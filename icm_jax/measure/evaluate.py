@@ -1,4 +1,4 @@
-"""Scores a finished run on the validation split, with bytes that were really written.
+"""Scores a finished run on validation splits, with bytes that were really written.
 
 Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORERS`:
 
@@ -10,6 +10,7 @@ Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORE
     picture      every image -> bytes of the frozen codec -> decoded image against the original
     detect       the detector of the run `run.detector` on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
+                 (of the detector's data, if the point names no other)
     speed        batches of so many images from files to predictions, timed; see
                  `throughput.measure`
 
@@ -40,7 +41,6 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from icm_jax import ops
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.data import geometry, pipeline
 from icm_jax.data.fields import check
@@ -57,10 +57,10 @@ from icm_jax.measure import (
     MeanIoU,
     Score,
     classical,
-    metrics,
     throughput,
 )
 from icm_jax.measure.coded import of_sizes, through_file, through_stream
+from icm_jax.measure.distortion import distortion
 from icm_jax.measure.points import left, no_codec, scored_label, written_here
 from icm_jax.tasks import build_task, views
 from icm_jax.tasks.task import Task
@@ -73,14 +73,16 @@ class Asked(NamedTuple):
     """What a scorer is given: a point, and the run that it belongs to.
 
     Attributes:
-      base: the work directory. source: the validation split.
-      config: of the task, with the data's numbers of classes. variables: of the trained task.
+      base: the work directory. data: fields of the data set that is scored, the point's or the
+        run's; source: its validation split.
+      config: of the task, with the numbers of classes. variables: of the trained task.
       frozen: the run's codec file, or None.
     """
 
     point: Point
     run: Run
     base: str | os.PathLike
+    data: Mapping[str, Any]
     source: Any
     config: ml_collections.ConfigDict
     task: Task
@@ -124,7 +126,7 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
             write_json(kept, [sealed(record) for record in records])
         return records
     source = open_source(run.data, "validation")
-    config = complete(run.task, source)
+    config = complete(run, source)
     task = build_task(config)
     variables = checkpoint.load_variables(folder)
     frozen = load_codec(run, base)
@@ -132,10 +134,13 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
         check_same(variables, frozen, run)
         variables = with_file(variables, frozen)
     for point in points:
+        data, scored = run.data, source
+        if point.data is not None:
+            data, scored = point.data, open_source(point.data, "validation")
         record = labels | {"run": run.name, "seed": run.seed, "asked": dataclasses.asdict(point)}
         record |= {"kind": point.kind, "quality": point.quality}
         record |= {"fingerprint": frozen.fingerprint.hex()} if frozen is not None else {}
-        asked = Asked(point, run, base, source, config, task, variables, frozen)
+        asked = Asked(point, run, base, data, scored, config, task, variables, frozen)
         records.append(record | SCORERS[point.kind](asked))
     if jax.process_index() == 0:
         write_json(kept, [sealed(record) for record in records])
@@ -175,7 +180,7 @@ def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, 
         return sizes
 
     rows = min(run.batch_size, SCORED_AT_ONCE)
-    spec = pipeline.batch_spec(run.data, rows, masks="mask" in run.needs)
+    spec = pipeline.batch_spec(asked.data, rows, masks="mask" in run.needs)
     return over_batches(str(asked), asked.source, spec, tally, score)
 
 
@@ -266,15 +271,15 @@ def speed(asked: Asked) -> dict:
     """What `throughput.measure` says of one batch of validation images, on the first process."""
     run, task = asked.run, asked.task
     count = int(asked.point.quality or 1)
-    batch = next(pipeline.in_order(asked.source, pipeline.image_spec(run.data, count)))
+    batch = next(pipeline.in_order(asked.source, pipeline.image_spec(asked.data, count)))
     images = _middle(asked, batch)
     if asked.frozen is not None:
         path = throughput.stream_path(
             task.predict, asked.variables, images, asked.frozen, task.reads
         )
     else:
-        form = run.data.get("coefficients", "")
-        quality = int(form) if form.isdecimal() else run.data.get("quality", 95)
+        form = asked.data.get("coefficients", "")
+        quality = int(form) if form.isdecimal() else asked.data.get("quality", 95)
         path = throughput.jpeg_path(task.predict, asked.variables, images, quality, bool(form))
     mine = {number: throughput.measure({run.name: path})[run.name] for number in sharding.share(1)}
     (measured,) = sharding.gathered(mine)
@@ -289,8 +294,10 @@ def detections(asked: Asked) -> dict:
     run, frozen = asked.run, asked.codec()
     folder = pathlib.Path(asked.base) / run.detector
     trained = load_run(folder)
-    source = open_source(trained.data, "validation")
-    config = complete(trained.task, source)
+    data, source = trained.data, open_source(trained.data, "validation")
+    config = complete(trained, source)
+    if asked.point.data is not None:
+        data, source = asked.data, asked.source
     predict = jax.jit(build_task(config).predict)
     variables = jax.device_put(checkpoint.load_variables(folder), jax.local_devices()[0])
     output = "feature" if "feature" in frozen.codec.outputs else "image"
@@ -306,13 +313,13 @@ def detections(asked: Asked) -> dict:
         tally.update(jax.device_get(predict(variables, inputs)), batch)
         return sizes
 
-    spec = pipeline.batch_spec(trained.data, min(run.batch_size, SCORED_AT_ONCE))
+    spec = pipeline.batch_spec(data, min(run.batch_size, SCORED_AT_ONCE))
     found = over_batches(str(asked), source, spec, lambda: AveragePrecision(config.classes), score)
     return {"kind": "stream", "curve": "detect", **found}
 
 
 def pictures(asked: Asked) -> dict:
-    """Rate and distortion of the frozen codec; see `distortion`."""
+    """Rate and distortion of the frozen codec; see `icm_jax.measure.distortion`."""
     codec = asked.codec()
 
     def through(image: np.ndarray) -> tuple[np.ndarray, dict]:
@@ -321,7 +328,7 @@ def pictures(asked: Asked) -> dict:
         return np.rint(given[0].clip(0, 255)).astype(np.uint8), size
 
     # Coding times are measured: one stream at a time.
-    return {"kind": "stream", **distortion(asked, through, workers=1)}
+    return {"kind": "stream", **_distortion(asked, through, workers=1)}
 
 
 def files(asked: Asked) -> dict:
@@ -329,51 +336,13 @@ def files(asked: Asked) -> dict:
     their distortion."""
     if asked.run.needs:
         return predictions(asked, filed)
-    return distortion(asked, lambda image: through_file(image, asked.point), cores())
+    return _distortion(asked, lambda image: through_file(image, asked.point), cores())
 
 
-def distortion(
-    asked: Asked, through: Callable[[np.ndarray], tuple[np.ndarray, dict]], workers: int
-) -> dict:
-    """Rate and distortion over the validation split.
-
-    Images have their full size; with `run.side`, they are fitted to the canvas and their middle is
-    cut out, as for a network, so one compiled program serves all. SSIM and MS-SSIM are left out
-    where an image is too small for them.
-
-    Args:
-      through: uint8 [h, w, 3] -> (the same after coding, its size). workers: threads that call it.
-    """
-    run, source = asked.run, asked.source
-    side, canvas = run.side, geometry.sides(run.data.canvas)
-
-    def code(number: int) -> tuple:
-        """(size, {metric: value}) of an image."""
-        loaded = source.load(number)
-        image = source.read(loaded["image"], loaded["name"], (0, 0))
-        if side:
-            image = np.asarray(views.centre(geometry.fit(image, canvas)[None], side))[0]
-        given, size = through(image)
-        scores = {"psnr": metrics.psnr(image, given)}
-        for name, similarity, least in (
-            ("ssim_db", metrics.ssim, ops.SSIM_WINDOW),
-            ("ms_ssim_db", metrics.ms_ssim, metrics.SMALLEST),
-        ):
-            if min(image.shape[:2]) >= least:
-                scores[name] = metrics.decibels(similarity(image, given))
-        return size, scores
-
-    numbers, hidden = sharding.share(source.length), jax.process_index() > 0
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        results = pool.map(code, numbers)
-        bar = tqdm.tqdm(results, str(asked), len(numbers), unit="image", disable=hidden)
-        mine = dict(zip(numbers, bar, strict=True))
-    sizes, scores = map(list, zip(*sharding.gathered(mine), strict=True))
-    record: dict = {"curve": "image", "images": source.length}
-    for key in ("psnr", "ssim_db", "ms_ssim_db"):
-        values = [found[key] for found in scores if key in found]
-        record |= {key: float(np.mean(values))} if values else {}
-    return record | of_sizes(sizes)
+def _distortion(asked: Asked, through: Callable, workers: int) -> dict:
+    whole = dict(side=asked.run.side, canvas=asked.data.get("canvas", 0))
+    found = distortion(asked.source, through, title=str(asked), workers=workers, **whole)
+    return {"curve": "image", **found}
 
 
 SCORERS: dict[str, Callable[[Asked], dict]] = {

@@ -1,13 +1,13 @@
 """Points of a run: which are left to be scored, and what they need of the run."""
 
-from icm_jax.engine.run import Point, Run
+from icm_jax.engine.run import Point, Run, read_point
 from icm_jax.errors import IcmError
 from icm_jax.measure import classical
 
 
 def left(run: Run, records: list[dict]) -> list[Point]:
     """The points of a run that none of its records is of."""
-    there = [Point(**record["asked"]) for record in records]
+    there = [read_point(record["asked"]) for record in records]
     return [point for point in run.evaluate if point not in there]
 
 

@@ -68,7 +68,9 @@ def check_ready(runs: Sequence[Run], base: str | os.PathLike) -> None:
         _check_needs(run)
         sources = _sources(run, opened)
         _check_data(run, sources)
-        task = build_task(complete(run.task, sources[0]))
+        config = complete(run, sources[0])
+        _check_scored(run, config.classes)
+        task = build_task(config)
         prepare(run, task)
         _check_codec(run, task, base)
         for point in run.evaluate:
@@ -151,6 +153,22 @@ def _check_data(run: Run, sources: Sequence[Source]) -> None:
             raise IcmError(
                 f"{run.name} tells classes apart, and {sources[0].name} has {counts[need]}; "
                 "give it two or more"
+            )
+
+
+def _check_scored(run: Run, classes: int) -> None:
+    """That data sets which points name can be opened, and have the classes of what is scored."""
+    opened: dict[str, Source] = {}
+    for point in run.evaluate:
+        if point.data is None:
+            continue
+        if repr(point.data) not in opened:
+            opened[repr(point.data)] = open_source(point.data, "validation")
+        source = opened[repr(point.data)]
+        if (run.needs or point.kind == "detect") and len(source.classes) != classes:
+            raise IcmError(
+                f"{run.name} cannot be scored by {str(point)!r}: {source.name} has "
+                f"{len(source.classes)} classes, and the network is made for {classes}"
             )
 
 

@@ -31,7 +31,7 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
     source, count = open_source(run.data, "validation"), 6
     spec = pipeline.batch_spec(run.data, count)
     batch = next(pipeline.evaluation_batches(source, spec, limit=count))
-    task = build_task(complete(run.task, source))
+    task = build_task(complete(run, source))
     variables = checkpoint.load_variables(workdir / run.name)
     predict = jax.jit(task.predict)
     captions = [""] * count

@@ -26,7 +26,7 @@ REDUNDANCY_IMAGES = 256
 
 def codec_of(run: Run) -> Codec:
     """The codec that a run trains or stands on."""
-    codec = build_task(complete(run.task, open_source(run.data, "validation"))).codec
+    codec = build_task(complete(run, open_source(run.data, "validation"))).codec
     assert codec
     return codec
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from icm_jax.data import place_of
+
 
 class Look(NamedTuple):
     """A curve's name in words, and its colour; None: the next one of the figure's cycle."""
@@ -51,6 +53,12 @@ def looks_of(records: list[dict]) -> dict[str, Look]:
         else:
             looks[name] = FORMATS.get(name, Look(name))
     return looks
+
+
+def set_of(record: Mapping[str, Any]) -> str:
+    """The data set that a record's point names, in words; "": the run's own."""
+    data = (record.get("asked") or {}).get("data")
+    return place_of(data) if data else ""
 
 
 def title_of(point: str) -> str:

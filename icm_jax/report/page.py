@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ import ml_collections
 
 from icm_jax.engine.run import Run, read_records, what_is_done
 from icm_jax.files import read_json, write_whole
-from icm_jax.report import curves, detections, latents, pictures, speed, tables, training
+from icm_jax.report import curves, detections, latents, looks, pictures, speed, tables, training
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
 ARMS_NOTE = (
@@ -48,7 +49,9 @@ def write_report(
     if missing:
         parts.append(("p", "Not finished yet: " + ", ".join(missing)))
     for measure in curves.MEASURES:
-        parts += _of_curves(records, measure, workdir)
+        for place in dict.fromkeys(map(looks.set_of, records)):
+            of_set = [record for record in records if looks.set_of(record) == place]
+            parts += _of_curves(of_set, measure, workdir, place)
     parts += _of_arms(records, workdir)
     streams = [record for record in records if record["kind"] == "stream"]
     if streams:
@@ -67,19 +70,22 @@ def write_report(
     return workdir / "report.html"
 
 
-def _of_curves(records, measure: curves.Measure, workdir) -> list[tuple[str, object]]:
-    """Figure and tables of one measure over the rate, if any record has it."""
+def _of_curves(records, measure: curves.Measure, workdir, place: str) -> list[tuple[str, object]]:
+    """Figure and tables of one measure over the rate on one data set, if any record has it."""
     scored = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
     if not scored:
         return []
     several = [m.curve for m in curves.MEASURES].count(measure.curve) > 1
-    name = f"rate_{measure.key if several else measure.curve}.png"
+    name = f"rate_{measure.key if several else measure.curve}"
+    if place:
+        measure = measure._replace(title=f"{measure.title}, on {place}")
+        name += "_" + re.sub(r"\W+", "_", place)
     seeds = len({record["seed"] for record in scored})
     spread = "mean and population standard deviation over the seeds"
     compared = tables.bd_table(scored, measure)
     return [
         ("h2", measure.title),
-        ("image", curves.draw_curves(scored, workdir / name, measure)),
+        ("image", curves.draw_curves(scored, workdir / f"{name}.png", measure)),
         ("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}."),
         ("table", tables.curve_table(scored, measure)),
         *([("table", compared)] if len(compared) > 1 else []),

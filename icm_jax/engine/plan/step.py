@@ -25,13 +25,14 @@ from icm_jax.tasks import build_task
 
 def counted(run: Run) -> ml_collections.ConfigDict:
     """The task's config with the numbers of classes; the data is opened only if it must be."""
-    known = DATASETS.get(run.data.name)
+    data = run.data if run.classes_of is None else run.classes_of
+    known = DATASETS.get(data.name)
     config = run.task.copy_and_resolve_references()
     with config.unlocked():
         if known and known.classes is not None:
             config.classes, config.mask_classes = known.classes, known.mask_classes
         else:
-            source = open_source(run.data, "train")
+            source = open_source(data, "train")
             config.classes, config.mask_classes = len(source.classes), len(source.mask_classes)
     return config
 
