@@ -28,6 +28,7 @@ import ml_collections
 
 from configs import common, yolov3
 from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
+from icm_jax.nets.yolo import whole
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
 """The field's λ for the mean squared error on 0...255 (docs/papers.md 3.4)."""
@@ -154,7 +155,7 @@ def scalable_task(config, kind: str, lmbda: float) -> dict:
     codec = dict(config.model.codec, kind=kind, backbone=backbone or "balle2018")
     task = {key: config.model[key] for key in ("feature_weight", "size", "straight_through")}
     task |= dict(name="scalable_compression", codec=codec, lmbda=lmbda)
-    return task | dict(detector=config.detector.model.detector.to_dict())
+    return task | dict(detector=whole(config.detector.model.detector))
 
 
 def single_task(config, lmbda: float) -> dict:

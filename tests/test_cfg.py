@@ -328,6 +328,11 @@ def test_the_command_takes_weights_and_pictures(tmp_path, capsys):
     ):
         code, _, errors = run_detect(capsys, tmp_path / "picture.png", *options, *more)
         assert code == 2 and re.search(message, errors)
+    data = (tmp_path / "small.weights").read_bytes()
+    (tmp_path / "small.weights").write_bytes(data[: 20 + 4 * (4 * 6 + 6 * 3 * 9)])  # one layer
+    code, _, errors = run_detect(capsys, tmp_path / "picture.png", *options)
+    assert code == 2 and "the file is truncated" in errors
+    (tmp_path / "small.weights").write_bytes(data)
     (tmp_path / "small.cfg").write_text(SMALL.replace("width=416", "width=30"))
     code, _, errors = run_detect(capsys, tmp_path / "picture.png", *options)
     assert code == 2 and "are 416 and 30; both are multiples of 4, from 4 on" in errors

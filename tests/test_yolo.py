@@ -244,7 +244,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         darknet.read(tmp_path / "absent", variables)
 
 
-def test_readers_give_what_a_task_has(tmp_path, monkeypatch):
+def test_readers_give_what_a_task_has(tmp_path, monkeypatch, capsys):
     _, _, variables = initial(SMALL)
     path = tmp_path / "small.weights"
     darknet.write(path, variables)
@@ -254,6 +254,15 @@ def test_readers_give_what_a_task_has(tmp_path, monkeypatch):
     assert given["constants"] == task["constants"]
     for name in ("params", "batch_stats"):
         jax.tree.map(np.testing.assert_array_equal, given[name]["detector"], variables[name])
+    assert capsys.readouterr().err == ""
+    data = path.read_bytes()
+    path.write_bytes(data[: 20 + 4 * (4 * 2 + 3 * 2 * 9)])  # the first layer alone, 2 channels
+    given = start_from(task, "darknet", path)
+    np.testing.assert_array_equal(
+        given["params"]["detector"]["layer0"]["kernel"], variables["params"]["layer0"]["kernel"]
+    )
+    assert "lacks batch_stats/detector/norm1/mean and " in capsys.readouterr().err
+    path.write_bytes(data)
     with pytest.raises(IcmError, match="are those of detectors; this task has head"):
         start_from({"params": {"head": {"kernel": jnp.zeros(2)}}}, "darknet", path)
     with pytest.raises(IcmError, match="no reader of weights 'onnx'; choose one of darknet"):

@@ -60,7 +60,7 @@ def finder(
     part = Part(detector)
     image = jax.ShapeDtypeStruct((1, detector.grid, detector.grid, 3), jnp.float32)
     shapes = jax.eval_shape(lambda x: part.init(jax.random.key(0), x, False), image)
-    variables = jax.device_put(darknet.read(weights, shapes))
+    variables = jax.device_put(darknet.read(weights, shapes, whole=True))
 
     @jax.jit
     def predict(variables, image):

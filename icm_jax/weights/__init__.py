@@ -9,6 +9,7 @@ It may leave out what it likes: the rest keeps its random start.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ READERS: dict[str, Callable[[str | os.PathLike, Mapping[str, Any]], Mapping[str,
 
 
 def start_from(variables: Mapping[str, Any], reader: str, path: str | os.PathLike) -> dict:
-    """`variables` with what a file has in their place, as NumPy arrays of the same dtypes.
+    """`variables` with what a file has in their place, as NumPy arrays of the same dtypes. What it
+    lacks of these networks is named on standard error.
 
     Raises: IcmError for an unknown reader, a file that it cannot read, or one that gives nothing,
     or anything that the variables have not, or in another shape.
@@ -49,4 +51,9 @@ def start_from(variables: Mapping[str, Any], reader: str, path: str | os.PathLik
                 f"this task {expected.shape}"
             )
         leaves[place] = np.asarray(value, expected.dtype)
+    networks = {place[:2] for place in given}
+    absent = ["/".join(place) for place in leaves if place[:2] in networks and place not in given]
+    if absent and jax.process_index() == 0:
+        text = f"{path} lacks {absent[0]} and {len(absent) - 1} arrays more, which start at random"
+        print(text, file=sys.stderr)
     return flax.traverse_util.unflatten_dict(leaves)

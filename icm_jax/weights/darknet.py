@@ -39,15 +39,17 @@ def detector(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
     return {collection: {"detector": tree} for collection, tree in trees.items()}
 
 
-def read(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
+def read(path: str | os.PathLike, shapes: Mapping[str, Any], whole: bool = False) -> dict:
     """Variables of a detector from a .weights file.
 
     Args:
       shapes: {"params": ..., "batch_stats": ...} of the whole `icm_jax.nets.detector.Part`, arrays
         or their shapes.
+      whole: whether the file must have all of them.
 
-    Returns: the same, float32 NumPy arrays. A file may end with any layer before the first without
-    BatchNorm (as darknet53.conv.74, a backbone alone, does); it gives the layers that it has.
+    Returns: the same, float32 NumPy arrays. If it need not be whole, a file may end with any layer
+    before the first without BatchNorm (as darknet53.conv.74, a backbone alone, does); it gives the
+    layers that it has.
 
     Raises: IcmError if the file is missing, not Darknet's, or holds another number of weights.
     """
@@ -63,7 +65,7 @@ def read(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
     sizes = [sum(math.prod(shape) for *_, shape in tensors) for tensors in plan]
     ends = [header + 4 * total for total in itertools.accumulate(sizes)]
     normalised = itertools.takewhile(lambda tensors: len(tensors) > 2, plan)
-    allowed = [*ends[: len(list(normalised))], ends[-1]]
+    allowed = [*(() if whole else ends[: len(list(normalised))]), ends[-1]]
     if len(data) not in allowed:
         what = "is truncated" if len(data) < ends[-1] else "is longer than that"
         raise IcmError(
