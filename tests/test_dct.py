@@ -163,7 +163,7 @@ def test_coefficients_of_files_are_the_dct_of_their_pixels():
     "change, message",
     [
         ({"input": "yuv"}, "unknown input 'yuv'"),
-        ({"size": 40}, "multiples of 16, not 40"),
+        ({"size": 40}, "is 40; views have sides of multiples of 16"),
         ({"network": "late"}, "no wiring 'late'"),
         ({"input": "rgb", "network": "late_concat"}, "no ResNet variant 'late_concat'"),
     ],

@@ -105,7 +105,7 @@ def test_a_small_detector_learns_a_batch():
         "boxes": np.tile(np.float32([[[20 / 64, 10 / 96, 60 / 64, 86 / 96]]]), (2, 1, 1)),
     }
     batch |= {"box_labels": np.ones((2, 1), np.int32), "box_valid": np.ones((2, 1), bool)}
-    with pytest.raises(IcmError, match="multiples of 32, not 100"):
+    with pytest.raises(IcmError, match="100; the detector takes sides that are multiples of 32"):
         build_task(ConfigDict(config | dict(size=100)))
     with pytest.raises(IcmError, match="learns from boxes"):
         task.loss({}, {"image": image}, None, None)

@@ -352,9 +352,9 @@ def test_no_field_of_the_config_is_without_effect(name):
     module = load(name)
     config = module.get_config("demo")
     if name == "omni_icm":
-        config.stage3.tasks.update(linear=1, segment=1)
+        config.stage3.tasks.update(linear=100, segment=100)
     if name == "cresnet":
-        config.segment.steps = config.joint.steps = 1
+        config.segment.steps = config.joint.steps = 100
     for tree in (config, config.get("detector", {})):
         if "weights" in tree:
             tree.weights.path = "some.weights"

@@ -100,7 +100,7 @@ def test_a_half_written_folder_is_not_taken_for_whole(tmp_path):
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        (dict(size=8), r"data\.size .* >= 32, not 8"),
+        (dict(size=8), r"data\.size is 8; it must be a whole number of at least 32"),
         (dict(size=64.5), r"data\.size"),
         (dict(train=0), r"data\.train"),
         (dict(validation=-1), r"data\.validation"),

@@ -115,10 +115,13 @@ def build_autoencoder(config: ConfigDict) -> Codec:
 
 def codec_constants(config: ConfigDict) -> dict:
     """H_t and β for the collection `constants`. Raises: FieldError for a size that the code does
-    not divide."""
+    not divide, or a target that is not positive."""
     if any(side % 8 for side in views.sides(config.size)):
         told = f"is {config.size}; the size of a view is a multiple of 8"
         raise FieldError(("task", "size"), config.size, told)
+    if config.target_bpp <= 0:
+        told = f"is {config.target_bpp}; it must be above 0"
+        raise FieldError(("task", "target_bpp"), config.target_bpp, told)
     bits = config.target_bpp * 64 / config.codec.channels
     return {"target": jnp.float32(bits), "beta": jnp.float32(config.beta)}
 
