@@ -254,8 +254,8 @@ def check_starts(runs: Iterable[Run], base: str | os.PathLike) -> None:
                 continue
             if what_is_done(folder) is None:
                 raise IcmError(
-                    f"{run.name} starts from {folder}, where no run has finished; train it first, "
-                    "or give the work directory that holds it"
+                    f"{run.name} starts from {folder}, where no run has finished (or its {DONE} is "
+                    "damaged); train it first, or give the work directory that holds it"
                 )
             if start.codec and not (folder / CODEC).is_file():
                 raise IcmError(f"{run.name} stands on a codec, but {folder} has no {CODEC}")
