@@ -171,7 +171,7 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
         if arm not in VARIANTS:
             raise IcmError(f"--config.arms has {arm!r}; it may have {', '.join(VARIANTS)}")
     for point in config.points:
-        if not isinstance(point, tuple) or len(point) != 2:
+        if not isinstance(point, tuple | list) or len(point) != 2:
             raise IcmError(f"--config.points has {point!r}; a point is (bits per pixel, channels)")
     for seed in config.seeds:
         for point, channels in config.points:
