@@ -216,6 +216,34 @@ def test_a_codec_goes_to_another_process_and_codes_the_same():
     assert again.compress(picture, 30) == codec.compress(picture, 30)
 
 
+FORKED = """
+import os, sys
+import numpy as np
+import icm_jax
+
+codec, image = icm_jax.load(), np.zeros((20, 28, 3), np.uint8)
+data = codec.compress(image, 40)
+if os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+for use in (lambda: codec.compress(image, 40), lambda: codec.decompress(data)):
+    try:
+        use()
+    except icm_jax.IcmError as error:
+        print(error, flush=True)
+os._exit(7)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_a_forked_process_is_told_and_does_not_wait():
+    given = dict(os.environ, PYTHONPATH=str(pathlib.Path(icm_jax.__file__).parent.parent))
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 7, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all('get_context("spawn")' in line for line in lines)
+
+
 def test_results_of_detection_overwrite_nothing_unasked(tmp_path, capsys):
     (tmp_path / "found.json").write_text("mine")
     for folder in ("one", "two"):

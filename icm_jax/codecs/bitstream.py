@@ -20,7 +20,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from icm_jax.codecs import ahead, tiles, walk
+from icm_jax.codecs import ahead, programs, tiles, walk
 from icm_jax.codecs.codec import Codec, frozen_priors
 from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
@@ -73,6 +73,7 @@ class FrozenCodec:
     @functools.cached_property
     def on_device(self):
         """The variables as arrays of the default device."""
+        programs.require_home()
         return jax.device_put(self.variables, jax.local_devices()[0])
 
     def compress(self, image: Any, quality: float | None = None) -> bytes:

@@ -40,6 +40,7 @@ _PACKAGE = pathlib.Path(__file__).parent.parent
 _made: dict[Any, Any] = {}
 _locks: dict[Any, threading.Lock] = {}
 _guard = threading.Lock()
+_home: dict[str, int] = {}
 _thread = threading.local()
 
 
@@ -56,6 +57,7 @@ def run(
       inputs: arrays on the host.
       integers: it computes with integers alone, which no compiler's choice can change.
     """
+    require_home()
     leaves, form = jax.tree.flatten((variables, inputs))
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
     settings = tuple(jax.config.values.items())
@@ -74,6 +76,16 @@ def run(
     if getattr(_thread, "only_makes", False):
         raise _Made
     return program(variables, inputs)
+
+
+def require_home() -> None:
+    """Raises: IcmError in a process that was forked from one where programs ran: JAX would wait
+    there for threads that only the other has."""
+    if _home.setdefault("process", os.getpid()) != os.getpid():
+        raise IcmError(
+            "this process was forked from one in which JAX runs, and JAX cannot go on in it; start "
+            'it otherwise: multiprocessing.get_context("spawn")'
+        )
 
 
 @contextlib.contextmanager
