@@ -373,7 +373,15 @@ def test_every_name_has_its_table():
         assert set(table) == set(arguments) - {"detector"}
         for argument in table:
             assert table[argument].needed == (arguments[argument].default is inspect._empty)
-    assert fields.RUN.keys() | {"task", "data", "optim", "labels", "start", "weights"} | {
+    assert fields.RUN.keys() | {
+        "task",
+        "data",
+        "optim",
+        "labels",
+        "start",
+        "weights",
+        "classes_of",
+    } | {
         "evaluate",
         "codec_file",
     } == {field.name for field in dataclasses.fields(toy_run())}
