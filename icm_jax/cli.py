@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         "FILE",
     )
     _detect_options(own)
-    own = command("verify", _verify, "decode .icm files and check their seals", "FILE.icm")
+    text = "decode .icm files and check that they give the latents that were encoded"
+    own = command("verify", _verify, text, "FILE.icm")
     _layers_option(own)
     own = command(
         "eval",
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         model=False,
     )
     _eval_options(own)
-    text = "print a completion script: put it where your shell looks for such"
+    text = "print a completion script, to be put where your shell looks for them"
     own = commands.add_parser("completion", help=text, description=text)
     own.add_argument("shell", choices=SHELLS)
     own.set_defaults(run=lambda options: _completion(parser, options.shell))
@@ -156,16 +157,17 @@ def _detect_options(parser):
 
 
 def _eval_options(parser):
-    text = "codec file (.icmc), or several, of one rate one curve; default: the package's"
+    text = "codec file (.icmc), or several, each after its own -m: a curve each, but one for all "
+    text += "those of one rate; default: the model in the package"
     _names_files(parser.add_argument("--model", "-m", action="append", help=text))
-    text, quality = f"default: {QUALITIES}", _number("quality", 0, 100)
+    quality, text = _number("quality", 0, 100), f"default: {' '.join(map(str, QUALITIES))}"
     parser.add_argument("--quality", "-q", type=quality, nargs="+", help=text)
     parser.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
     text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
     parser.add_argument("--rivals", type=_listed, help=text)
-    text = "files of other formats at once, on all cores; 1: nothing beside, for times to trust"
+    text = f"files of other formats coded at once; default: {cores()}; 1 for times to be trusted"
     parser.add_argument("--jobs", "-j", type=_count, default=cores(), help=text)
-    text = "bits per pixel, of JPEG and the others, between which BD-rates look (0.15 1.0)"
+    text = "bits per pixel between which BD-rates compare the curves; default: 0.15 1.0"
     parser.add_argument(
         "--rates", type=_number("rate", 1e-6, 1e6), nargs=2, default=(0.15, 1.0), help=text
     )
@@ -180,19 +182,21 @@ def _completion(parser, shell: str) -> int:
 
 
 def _layers_option(parser):
-    parser.add_argument("--layers", type=int, metavar="N", help="read the first N layers only")
+    parser.add_argument("--layers", type=_count, metavar="N", help="read the first N layers only")
 
 
 def _number(what: str, low: float, high: float) -> Callable[[str], float]:
     """Of the command line, a number between two."""
 
     def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value <= high:
+        try:
+            fits = low <= float(text) <= high
+        except ValueError:
+            fits = False
+        if not fits:
             raise argparse.ArgumentTypeError(f"{text} is not a {what} from {low:g} to {high:g}")
-        return value
+        return float(text)
 
-    parse.__name__ = what  # argparse says it of what is no number
     return parse
 
 
@@ -204,7 +208,7 @@ def _listed(text: str) -> list[str]:
 def _count(text: str) -> int:
     """A number from 1 on the command line."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
     return int(text)
 
 
@@ -316,7 +320,7 @@ def _eval(options) -> int:
     names = options.model or [None]
     models = {pathlib.Path(name or "icm").stem: _load(name) for name in names}
     if len(models) < len(names):
-        raise IcmError("two models of one name cannot be told apart; rename one of the files")
+        raise IcmError(f"{', '.join(options.model)}: two have one name; rename one of the files")
     if options.quality and not any(codec.codec.qualities for codec in models.values()):
         raise IcmError("models of one rate take no --quality; leave it out")
     subjects = rate_distortion.ours(models, options.quality or QUALITIES)
@@ -333,7 +337,7 @@ def _each(options, convert, suffixes, suffix: str) -> int:
     files, out = listed(options.files, suffixes, options.recursive), options.out
     many = len(files) > 1 or any(file.place.parent.name for file in files)
     if many and out is not None and not names_folder(out) and pathlib.Path(out).suffix:
-        raise IcmError(f"{len(files)} files do not fit one output {out}; give -o a folder")
+        raise IcmError(f"several files, or a folder, do not fit one output {out}; give -o a folder")
     if many and (out == "-" or any(file.name == "-" for file in files)):
         raise IcmError("standard input and output take one file at a time")
     targets = [target_of(file, out, suffix, many) for file in files]
@@ -346,6 +350,9 @@ def _each(options, convert, suffixes, suffix: str) -> int:
     def one(number: int) -> None:
         file, target = files[number], targets[number]
         if target is not None and target.exists() and not options.force:
+            if target == pathlib.Path(file.name):
+                expected = ", ".join(suffixes)
+                raise IcmError(f"{target} would replace itself; expected {expected}, or -o FILE")
             raise IcmError(f"{target} exists; --force overwrites it")
         content = convert(read(file.name), file.name)
         if target is None:

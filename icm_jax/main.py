@@ -8,6 +8,7 @@ the experiment's data set instead, and with `--mode=plan` it says what training 
 
 import os
 import pathlib
+import re
 import sys
 import traceback
 import warnings
@@ -213,8 +214,8 @@ def plan_experiment(runs: list, workdir: pathlib.Path) -> list[dict]:
     target = plan.open_target(TOPOLOGY.value)
     records, chosen = [], plan.distinct(runs, ONLY.value)
     if not chosen:
-        some = ", ".join(run.name for run in runs[:4])
-        raise IcmError(f"--only={ONLY.value} is the name of no run; names are {some} ...")
+        some = ", ".join(run.name for run in runs[:4]) + (" ..." if runs[4:] else "")
+        raise IcmError(f"--only={ONLY.value} is the name of no run; names are {some}")
     for run in chosen:
         print(f"compiling {run.name} for {target.name} ...", file=sys.stderr, flush=True)
         records += plan.compare(run, target) if COMPARE.value else [plan.plan(run, target)]
@@ -322,6 +323,8 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         text = str(error.__context__ if isinstance(error.__context__, IcmError) else error)
+        text = re.sub(r"invalid literal for int\(\).*", "expected a whole number", text)
+        text = re.sub(r"could not convert string to float.*", "expected a number", text)
         if CONFIG.name in text and "must have a value" in text:
             text = "name an experiment, as --config=configs/omni_icm.py"
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:

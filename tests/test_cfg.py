@@ -255,7 +255,7 @@ def test_centres_may_leave_their_cells():
         ("scale_x_y = 1.2", "new_coords = 1", "new_coords=1 would give other results"),
         ("from = 3", "from = 0", "adds .* it takes one layer of the same shape"),
         ("channels=3", "channels=1", "line 6: images have 3 channels"),
-        ("[net]", "[maxpool]", r"line 1: the first section is \[net\]"),
+        ("[net]", "[maxpool]", r"line 1: the first section must be \[net\]"),
         ("[yolo]", "[region]", r"no layer \[region\]"),
         ("batch=64", "batch 64", r"line 3: expected \[section\] or option=value, not 'batch64'"),
         ("[yolo]", "[yolo", r"a section is \[name\]"),

@@ -186,6 +186,8 @@ def test_commands_import_what_they_need(model, photos, capsys, command, banned):
     [
         (["compress", "absent.png"], 1, "cannot read absent.png: No such file"),
         (["compress", "{a}", "-q", "101"], 2, "not a quality from 0 to 100"),
+        (["compress", "{a}", "-q", "best"], 2, "best is not a quality from 0 to 100"),
+        (["decompress", "{a}"], 1, "a.png would replace itself; expected .icm, or -o FILE"),
         (["compress", "{a}", "{b}", "-o", "one.icm"], 2, "give -o a folder"),
         (["compress", "{a}", "-", "-o", "-"], 2, "one file at a time"),
         (["decompress", "{a}", "-o", "{empty}/x.png"], 1, "not an .icm file"),
@@ -195,7 +197,7 @@ def test_commands_import_what_they_need(model, photos, capsys, command, banned):
             2,
             "cannot write 'gif' here; formats that can be",
         ),
-        (["eval", "{a}", "--jobs", "0"], 2, "0 is not a number from 1"),
+        (["eval", "{a}", "--jobs", "0"], 2, "0 is not a whole number from 1 on"),
     ],
 )
 def test_wrong_use_is_one_clear_line(model, photos, capsys, arguments, code, message):

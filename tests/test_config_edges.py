@@ -115,7 +115,7 @@ FIELDS = [
         "traim.steps=1",
         "the config has no field --config.traim.steps; near it is --config.train.steps",
     ),
-    ("hyperprior", "train.steps=abc", "flag --config.train.steps=abc: invalid literal"),
+    ("hyperprior", "train.steps=abc", "flag --config.train.steps=abc: expected a whole"),
     ("hyperprior", "train=3", "flag --config.train=3: Failed to parse '3' as a ConfigDict"),
     (
         "hyperprior",
@@ -188,7 +188,7 @@ FIELDS = [
     ("yolov3", "model.size=32", "--config.model.size is 32; a detector sees whole images, so it m"),
     ("yolov3", "model.overlap=2.0", "--config.model.overlap is 2.0; it must be a number of at le"),
     ("yolov3", "model.limit=0", "--config.model.limit is 0; it must be a whole number of at least"),
-    ("yolov3", "data.boxes=0", "seed0/detector learns from objects: say with data.boxes how many"),
+    ("yolov3", "data.boxes=0", "--config.data.boxes is 0, but objects are learned from; say how"),
     ("yolov3", "weights.path=/no.weights", "--config.weights.path is '/no.weights', which is no f"),
     ("scalable", "model.size=48", "--config.model.size is 48; the detector takes sides that are m"),
     ("scalable", "model.codec.hypers=3", "--config.model.codec.hypers is 3; it must be one of 1,"),
@@ -264,6 +264,10 @@ def test_data_that_cannot_be_scored_are_said_before_the_first_step(tmp_path, cap
     (tmp_path / "photos" / "val.txt").write_text("\n")
     line = said(tmp_path / "photos", "hyperprior:tiny", "photos")
     assert line.startswith(f"no images for validation in {tmp_path / 'photos'}")
+    (tmp_path / "photos" / "val.txt").unlink()
+    (tmp_path / "photos" / "train.txt").unlink()
+    line = said(tmp_path / "photos", "hyperprior:tiny", "photos")
+    assert line.startswith(f"none of the 2 images in {tmp_path / 'photos'} is for ")
     line = said(more, "yolov3:tiny")
     assert line.startswith("seed0/detector needs objects of each image; the data set folder has ")
 
@@ -303,7 +307,7 @@ def test_formats_that_nothing_writes_are_named_once_and_first(tmp_path, capsys, 
     check_ready([run], tmp_path)
     lines = [x for x in capsys.readouterr().err.splitlines() if "left out" in x]
     assert [line.split("left out: ")[1] for line in lines] == [
-        "avif, jxl; nothing here writes them; see pip install 'icm_jax[formats]'"
+        "avif, jxl; nothing here writes them; pip install 'icm_jax[formats]' adds some"
     ]
 
 
@@ -321,7 +325,7 @@ def test_formats_that_nothing_writes_are_named_once_and_first(tmp_path, capsys, 
             dict(labels=Labels("image", "x", marker="?")),
             "labels.marker is '\\?'; it must be one",
         ),
-        (dict(decode_once=True), "is to decode once, but none of its `start` is its codec"),
+        (dict(decode_once=True), "is to decode once, but no `start` of it has codec=True"),
         (dict(weights=("torch", "x.pt")), "weights.reader is 'torch'; it must be darknet"),
         (dict(start=(Start("seed0/none"),)), "starts from .*none, where no run has finished"),
     ],

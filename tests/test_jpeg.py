@@ -149,7 +149,7 @@ def test_altered_files_are_errors_or_read_as_by_the_independent_reader(tmp_path)
     ],
 )
 def test_what_is_no_such_file_is_said(data, message):
-    with pytest.raises(IcmError, match=f"photo: .*{message}"):
+    with pytest.raises(IcmError, match=f"photo .*{message}"):
         jpeg.read_coefficients(data, "photo")
 
 

@@ -213,7 +213,7 @@ def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, windows)
             with np.errstate(invalid="ignore"):
                 symbols = np.rint(latent[chosen] - mean)
             if not np.isfinite(symbols).all() or np.abs(symbols).max(initial=0) > 2**29:
-                raise IcmError(f"latent {segment.name!r} is not finite or too large to code")
+                raise IcmError(f"latent {segment.name!r} is not finite or too large; retrain")
             symbols = symbols.astype(np.int32)
             strings, crc = layers[-1]
             strings.append(range_coder.encode(symbols, rows, frozen.tables[segment.name], coder))
@@ -318,8 +318,8 @@ def _synthesised(
         if layers is None:
             raise
         raise IcmError(
-            f"{output!r} needs the latent {missing}, which is in a later layer than the first "
-            f"{layers}; outputs of this codec are {', '.join(frozen.codec.outputs)}"
+            f"{output!r} needs the latent {missing}, which is in a later layer than the "
+            f"{layers} asked for; outputs of this codec are {', '.join(frozen.codec.outputs)}"
         ) from missing
 
 

@@ -237,7 +237,7 @@ def folder_of_programs() -> pathlib.Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home
         doubt = str(error)
     if doubt:
-        print(f"icm: compiled programs are not kept: {doubt}; see {FOLDER}", file=sys.stderr)
+        print(f"icm: compiled programs are not kept: {doubt}; set {FOLDER}", file=sys.stderr)
         return None
     return folder.resolve()
 

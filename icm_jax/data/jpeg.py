@@ -127,7 +127,7 @@ def read_coefficients(data: bytes, name: str = "JPEG file", pixels: int = 1 << 2
     try:
         return _read(data, pixels)
     except _Damaged as error:
-        raise IcmError(f"{name}: {error}") from None
+        raise IcmError(f"{name} {error}") from None
 
 
 class _Damaged(Exception):

@@ -28,7 +28,7 @@ def photos(config, split: str) -> Source:
     else:
         entries = images_of(root, split)
     if not entries:
-        raise IcmError(f"no images for {split} in {root}; expected files {SUFFIXES}")
+        raise IcmError(f"no images for {split} in {root}; expected files {', '.join(SUFFIXES)}")
 
     def load(index):
         return {"image": bytes_of(entries[index]), "name": str(entries[index])}

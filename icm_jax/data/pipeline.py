@@ -23,6 +23,8 @@ from icm_jax.errors import IcmError
 from icm_jax.files import cores
 
 WHOLE = (1.0, 1.0)
+_NO_CROP = "data.crop goes neither with boxes nor with features or coefficients of files"
+_CODED = 'give data.coefficients a quality instead of "file"'
 """The crop that is none."""
 
 
@@ -71,13 +73,13 @@ class BatchSpec:
             )
         given = self.coefficients
         if given not in ("", "file") and not (given.isdecimal() and 1 <= int(given) <= 100):
-            raise IcmError(f'coefficients are "file" or a quality from 1 to 100, not {given!r}')
+            raise IcmError(f'data.coefficients is "file" or a quality from 1 to 100, not {given!r}')
         if given and (self.canvas[0] % 16 or self.canvas[1] % 16):
             raise IcmError(f"coefficients need a canvas of multiples of 16, not {self.canvas}")
         if not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise IcmError(f"data.crop is a least and a largest share of the area, not {self.crop}")
         if self.crop != WHOLE and (self.boxes or given == "file"):
-            raise IcmError("data.crop goes with images and with coefficients at a quality alone")
+            raise IcmError(_NO_CROP)
 
     @property
     def rows(self) -> range:
@@ -138,7 +140,7 @@ def batches(
     """
     _check(source)
     if spec.crop != WHOLE and features is not None:
-        raise IcmError("data.crop goes with images and with coefficients at a quality alone")
+        raise IcmError(_NO_CROP)
     if seed < 0:
         raise IcmError(f"the seed must not be negative, not {seed}")
 
@@ -275,7 +277,7 @@ def _example(
         if rng is None:
             view = geometry.fit(image, canvas)
         elif masked:
-            raise IcmError(f"{source.name} has masks, which data.crop would leave behind")
+            raise IcmError(f"{source.name} has masks, which data.crop does not crop; leave it out")
         else:
             view = geometry.random_view(image, canvas, spec.crop, rng)
         if spec.coefficients:
@@ -309,16 +311,16 @@ def read_planes(data: bytes, name: str, canvas: tuple[int, int]) -> dict[str, np
     read = jpeg.read_coefficients(data, name)
     if images.orientation(data) != 1:
         raise IcmError(
-            f"{name} is to be turned (EXIF orientation {images.orientation(data)}), which its own "
-            "coefficients are not; ask for a quality instead"
+            f"{name} is shown turned (EXIF orientation {images.orientation(data)}), which its own "
+            f"coefficients are not; {_CODED}"
         )
     grey = len(read.planes) == 1
     if not grey and (read.sampling != ((2, 2), (1, 1), (1, 1)) or read.adobe == 0):
-        raise IcmError(f"{name} is no YCbCr image with 4:2:0 sampling; ask for a quality instead")
+        raise IcmError(f"{name} is no YCbCr image with 4:2:0 sampling; {_CODED}")
     if min(read.height - canvas[0], read.width - canvas[1]) < 0:
         raise IcmError(
             f"{name} has {read.height} × {read.width} pixels, fewer than the canvas "
-            f"{canvas[0]} × {canvas[1]}; ask for a quality instead of its own coefficients"
+            f"{canvas[0]} × {canvas[1]}; {_CODED}"
         )
     top, left = (read.height - canvas[0]) // 32 * 16, (read.width - canvas[1]) // 32 * 16
     read = read.cropped(top, left, *canvas)
@@ -336,7 +338,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     """One row of a batch with boxes."""
     loaded, canvas, rows = source.load(number), spec.canvas, spec.boxes
     if "objects" not in loaded:
-        raise IcmError(f"{source.name} has no boxes; data.boxes asks for them")
+        raise IcmError(f"{source.name} has no boxes, which data.boxes asks for; set it to 0")
     image = source.read(loaded["image"], loaded["name"], (max(canvas), max(canvas)))
     image, extent = geometry.letterbox(image, canvas, spec.letterbox)
     objects = loaded["objects"]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from icm_jax.data import records
+from icm_jax.data.fields import FieldError
 from icm_jax.data.images import read_rgb
 from icm_jax.errors import IcmError
 
@@ -116,7 +117,8 @@ def folder(config, split: str) -> Source:
     if unknown:
         raise IcmError(f"{root}: images in folders that are no class: {', '.join(unknown[:5])}")
     if not entries:
-        raise IcmError(f"no images for {split} in {root}; expected class/image{SUFFIXES}")
+        what = f"class/image, with one of {', '.join(SUFFIXES)}"
+        raise IcmError(f"no images for {split} in {root}; expected {what}")
 
     def load(index):
         path = entries[index]
@@ -187,7 +189,7 @@ def mask_folder(config, split: str) -> Source:
     by_folder = "{split}" in config["images"] and not listed.is_file()
     names = sorted(found["image"]) if by_folder else listed_in(listed)
     if not names:
-        raise IcmError(f"no images for {split} in {folders[0]}; expected files {SUFFIXES}")
+        raise IcmError(f"no images for {split} in {folders[0]}; expected {', '.join(SUFFIXES)}")
     try:
         ids = {int(given): int(meant) for given, meant in config["mask_ids"]} or None
     except (TypeError, ValueError) as error:
@@ -270,7 +272,7 @@ def tfds_source(name: str) -> Callable:
                 source = from_builder(builder, split, (), ())
             except Exception as error:
                 reason = str(error).split("\n")[0]
-                raise IcmError(_prepare(name, path, reason)) from error
+                raise IcmError(records.unprepared(name, path, reason)) from error
         features: Any = builder.info.features
         named = features["objects"]["label"] if "objects" in features else features["label"]
         return dataclasses.replace(source, classes=tuple(named.names))
@@ -329,29 +331,13 @@ def from_builder(
     return Source(builder.name, len(data), classes, load, mask_classes)
 
 
-def _prepare(name: str, path: str | None, reason: str) -> str:
-    place = f", data_dir={path!r}" if path else ""
-    by_hand = {
-        "imagenet2012": "Place ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in "
-        f"{path or '~/tensorflow_datasets'}/downloads/manual first (they need an account). "
-    }
-    return (
-        f"the TFDS data set {name} is not prepared as array_record ({reason}). "
-        f"{by_hand.get(name, '')}Prepare it once, where TensorFlow and a network are: "
-        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{place})'
-        ".download_and_prepare(file_format='array_record')\", then set --config.data.path to its "
-        "data_dir"
-    )
-
-
 def existing(config: Mapping[str, Any]) -> pathlib.Path:
     """The folder `config["path"]`. Raises: IcmError if there is none."""
     path = config["path"]
-    if not path:
-        raise IcmError("data.path is empty; set it to the folder of the images")
     root = pathlib.Path(path).expanduser()
-    if not root.is_dir():
-        raise IcmError(f"data.path: no folder {root}")
+    if not path or not root.is_dir():
+        told = f"is {path}, which is no folder" if path else "is empty; set it to the data's folder"
+        raise FieldError(("data", "path"), path, told)
     return root
 
 
@@ -383,8 +369,18 @@ def images_in(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def images_of(root: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """Those of `images_in` that are of a split: every fifth by name hash is for validation."""
-    return [path for path in images_in(root) if (_digest(path) % 5 == 0) == (split != "train")]
+    """Those of `images_in` that are of a split: every fifth by name hash is for validation.
+
+    Raises: IcmError if there are some, but none for the split.
+    """
+    there = images_in(root)
+    found = [path for path in there if (_digest(path) % 5 == 0) == (split != "train")]
+    if there and not found:
+        raise IcmError(
+            f"none of the {len(there)} images in {root} is for {split}: hashes of names "
+            "choose about every fifth for validation; add images, or train.txt and val.txt"
+        )
+    return found
 
 
 def _digest(path: pathlib.Path) -> int:

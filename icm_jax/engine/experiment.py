@@ -55,8 +55,9 @@ def _absent(given: str, path: pathlib.Path) -> str:
     if folder.is_dir():
         return f"{given.removesuffix('.py')} is a folder; name a config file in it"
     beside = [other.name for other in path.parent.glob("*.py") if other.name != "__init__.py"]
-    near = difflib.get_close_matches(path.name, beside, 3)
-    return f"there is no config file {given}" + (f"; near it is {', '.join(near)}" if near else "")
+    near = ", ".join(difflib.get_close_matches(path.name, beside, 3))
+    hint = f"; near it is {near}" if near else f"; there are {', '.join(sorted(beside)[:8])}"
+    return f"there is no config file {given}" + (hint if beside else "")
 
 
 def _import_file(name: str, path: pathlib.Path, again: bool = False) -> types.ModuleType:

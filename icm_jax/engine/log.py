@@ -79,7 +79,7 @@ class Log:
                 if not np.isfinite(metrics[name]):
                     raise IcmError(
                         f"{name} is {metrics[name]} at step {step}; nothing was saved from then on."
-                        " Lower the learning rate or set train.clip_norm, and run again to resume"
+                        " Lower the learning rate or set train.clip_norm, with another --workdir"
                     )
         step, names = fetched[-1][0], sorted(fetched[0][1])
         means = {n: float(np.mean([m[n] for _, m in fetched], dtype=np.float64)) for n in names}

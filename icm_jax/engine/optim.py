@@ -21,7 +21,8 @@ def make_schedule(config, steps: int) -> optax.Schedule:
     Raises: IcmError for an unknown schedule or a warm-up that is not shorter than the run.
     """
     if config.schedule not in SCHEDULES:
-        raise IcmError(f"unknown schedule {config.schedule!r}; choose one of {SCHEDULES}")
+        known = ", ".join(SCHEDULES)
+        raise IcmError(f"unknown schedule {config.schedule!r}; choose one of {known}")
     if not 0 <= config.warmup_steps < steps and steps:
         raise IcmError(f"warmup_steps {config.warmup_steps} must be below the run's {steps} steps")
     rate, rest = config.learning_rate, max(steps - config.warmup_steps, 1)

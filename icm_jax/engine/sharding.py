@@ -62,7 +62,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raises IcmError if the devices do not divide the batch."""
     if batch_size % mesh.size:
-        told = f"is {batch_size}, which does not divide over {devices_of(mesh.size)}"
+        told = f"is {batch_size}, which does not divide over {devices_of(mesh.size)}; "
+        told += f"give a multiple of {mesh.size}"
         raise FieldError(("batch_size",), batch_size, told)
 
 

@@ -152,7 +152,7 @@ def decoded_split(codec: frozen.FrozenCodec | None, source, run: Run) -> np.ndar
     """
     size = geometry.sides(run.task.size)
     if codec is None:
-        raise IcmError(f"{run.name} is to decode once, but none of its `start` is its codec")
+        raise IcmError(f"{run.name} is to decode once, but no `start` of it has codec=True")
     name = (codec.fingerprint, run.data.to_json_best_effort(), size)
     if name in _decoded:
         return _decoded[name]

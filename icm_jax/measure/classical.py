@@ -116,7 +116,8 @@ def _convert(data: bytes, *arguments: str) -> bytes:
     command = [_ffmpeg(), "-loglevel", "error", *arguments, "-"]
     done = subprocess.run(command, input=data, capture_output=True)
     if done.returncode:
-        raise IcmError(f"FFmpeg failed on a VVC picture: {done.stderr.decode()[-500:].strip()}")
+        why = " ".join(done.stderr.decode(errors="replace").split())[-500:]
+        raise IcmError(f"FFmpeg failed on a VVC picture: {why}")
     return done.stdout
 
 

@@ -188,8 +188,9 @@ def writes(names: Sequence[str], draw: str | None, coco: str | None, force: bool
     drawings = [pathlib.Path(draw) / f"{stem}.png" for stem in stems] if draw else None
     results = pathlib.Path(coco) if coco else None
     outputs = [*(drawings or ()), *([results] if results else ())]
-    if len(set(stems)) < len(stems) and outputs:
-        raise IcmError("two files of one name cannot be told apart in what is written; rename one")
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None and outputs:
+        raise IcmError(f"two files of one name, {twice}, would share what is written; rename one")
     for path in outputs:
         if path.exists() and not force:
             raise IcmError(f"{path} exists; --force overwrites it")

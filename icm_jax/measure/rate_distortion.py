@@ -73,8 +73,8 @@ def rivals(names: Sequence[str] | None = None) -> list[Subject]:
     """
     if names is None:
         names = [name for name in RIVALS if classical.available(name) and name not in SLOW]
-        left = ", ".join(SLOW)
-        print(f"without {left}, minutes a picture; --rivals names what to measure", file=sys.stderr)
+        left = f"left out: {', '.join(SLOW)}, minutes a picture"
+        print(f"{left}; --rivals names what to measure", file=sys.stderr)
     for name in names:
         if name not in RIVALS or not classical.available(name):
             here = ", ".join(filter(classical.available, RIVALS))

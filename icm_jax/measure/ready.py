@@ -61,7 +61,7 @@ def check_ready(runs: Sequence[Run], base: str | os.PathLike) -> None:
     kinds = {point.kind for run in unfinished for point in run.evaluate}
     absent = [kind for kind in FORMATS if kind in kinds and not available(kind)]
     if absent and first:
-        hint = "nothing here writes them; see pip install 'icm_jax[formats]'"
+        hint = "nothing here writes them; pip install 'icm_jax[formats]' adds some"
         print(f"left out: {', '.join(absent)}; {hint}", file=sys.stderr, flush=True)
     opened: dict[str, list[Source]] = {}
     for run in unfinished:
@@ -96,7 +96,7 @@ def _has(folder: pathlib.Path, name: str) -> bool:
 
 def _check_labels(run: Run) -> None:
     if run.labels is None and run.evaluate:
-        raise IcmError(f"{run.name} is to be scored, but its field labels is None")
+        raise IcmError(f"{run.name} is to be scored, but its field labels is None; give Labels")
     if run.labels is not None:
         table = {"marker": one_of("", *MARKERS)}
         check({"marker": run.labels.marker}, table, "labels", run=run.name)
@@ -127,8 +127,10 @@ def _check_needs(run: Run) -> None:
             raise IcmError(
                 f"{run.name} needs {need} of each image; the data set {run.data.name} has {there}"
             )
-    if "objects" in run.needs and not run.data.get("boxes"):
-        raise IcmError(f"{run.name} learns from objects: say with data.boxes how many an image has")
+    boxes = run.data.get("boxes", 0)
+    if "objects" in run.needs and not boxes:
+        told = f"is {boxes}, but objects are learned from; say how many an image has at most"
+        raise FieldError(("data", "boxes"), boxes, told, run.name)
 
 
 def _check_data(run: Run, sources: Sequence[Source]) -> None:
@@ -177,9 +179,9 @@ def _check_codec(run: Run, task: Task, base: str | os.PathLike) -> None:
     if run.codec_file is not None and task.codec is None:
         raise IcmError(f"{run.name} is to write a codec file, but its task has no codec")
     if run.decode_once and not any(start.codec for start in run.start):
-        raise IcmError(f"{run.name} is to decode once, but none of its `start` is its codec")
+        raise IcmError(f"{run.name} is to decode once, but no `start` of it has codec=True")
     if run.decode_once and tuple(run.data.get("crop", (1, 1))) != (1, 1):
-        raise IcmError(f"{run.name} is to decode once, and data.crop would need other pixels")
+        raise IcmError(f"{run.name} is to decode once, but data.crop takes other pixels each time")
     for point in run.evaluate:
         if point.kind in ("stream", "picture", "detect"):
             if codec_path(run, base) is None or task.codec is None:

@@ -46,7 +46,7 @@ def parse(text: str, name: str, split: int = 0) -> Cfg:
     outputs: list[_Output] = []
     try:
         if first.name not in ("net", "network"):
-            raise _at(first.line, f"the first section is [net], not [{first.name}]")
+            raise _at(first.line, f"the first section must be [net], not [{first.name}]")
         if _number(first, "channels", 3) != 3:
             raise _at(first.options["channels"][1], "images have 3 channels here")
         size = _number(first, "height", 0), _number(first, "width", 0)

@@ -83,7 +83,8 @@ def contrastive(config: ConfigDict) -> Task:
       does not divide the queue.
     """
     if config.negatives not in NEGATIVES:
-        raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {NEGATIVES}")
+        known = ", ".join(NEGATIVES)
+        raise IcmError(f"unknown negatives {config.negatives!r}; choose one of {known}")
     codec = build_codec(config.codec)
     require_output(codec, "feature", "contrastive")
     init_networks, embed = embedding(config, codec)
