@@ -11,6 +11,14 @@
     On:      2 CPU cores
     Expect:  84.5 % mAP@.5 at 0.128 bpp of the base layer; 81.3 % on pixels
 
+    Command: python -m icm_jax.main --config=configs/scalable.py:coco-tiny \\
+                 --config.data.path=DETECT --config.codec_data.path=PHOTOS \\
+                 --config.picture_data.path=KODAK \\
+                 --config.detector.weights.path=yolov3-tiny.weights
+    Takes:   4 to 6 hours by its steps, 35,000 of 0.4 s of CPU time; not run here to its end
+    On:      2 CPU cores
+    Expect:  no number of ours yet
+
     Command: python -m icm_jax.main --config=configs/scalable.py:coco
     Takes:   not run here to its end: a step of a codec takes 15.1 s on 2 CPU cores
     On:      accelerators; `--mode=plan` says which
@@ -20,6 +28,12 @@ A detector is trained first (`configs/yolov3.py`), then a codec per kind and λ 
 frozen, then the single-layer hyperprior. With `train.following_steps` the codec of the first λ of a
 kind is trained in full, and each one after it starts from the one before. The report holds the
 detector's precision over the bits of the base layer, and the picture's quality over those of both.
+
+A kind is a name, with C_b, C_e and hyperpriors of `model.codec`, or has its own:
+("split", 48, 96, 1) is Choi and Bajić's codec as published, whose base layer holds all of the
+hyperprior that both latents share; with 2 each latent has one, and the base spares the other's.
+`outside` are CSV files of curves that other software made, as HM and VTM; see
+`icm_jax.report.outside`.
 """
 
 import dataclasses
@@ -28,19 +42,30 @@ import ml_collections
 
 from configs import common, yolov3
 from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
+from icm_jax.errors import IcmError
 from icm_jax.nets.yolo import whole
+from icm_jax.report import outside
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483)
 """The field's λ for the mean squared error on 0...255 (docs/papers.md 3.4)."""
 SMALL_LAMBDAS = (0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
-ARMS = {
-    "disentangled": dict(title="disentangled latents", colour="#0072B2", reference=True),
-    "split": dict(title="split latents (Choi and Bajić)", colour="#D55E00"),
-    "split-cheng2020": dict(title="split latents (the original's transforms)", colour="#8B3A00"),
-    "residual": dict(title="feature, then residual (SSSIC)", colour="#E69F00"),
-    "single": dict(title="one layer (hyperprior)", colour="#000000"),
+TITLES = {
+    "disentangled": "disentangled latents",
+    "split": "split latents (Choi and Bajić)",
+    "split-cheng2020": "split latents (the original's transforms)",
+    "residual": "feature, then residual (SSSIC)",
+    "single": "one layer (hyperprior)",
 }
-"""What the report says of each."""
+COLOURS = {
+    "disentangled": ("#0072B2", "#56B4E9", "#003B5C"),
+    "split": ("#D55E00", "#CC3377", "#7A3300"),
+    "split-cheng2020": ("#8B3A00", "#661144"),
+    "residual": ("#E69F00", "#B8A000"),
+    "single": ("#000000",),
+}
+"""Of the first arm of a kind, the second, ..."""
+SIZES = ("base", "enhancement", "hypers")  # C_b, C_e, hyperpriors
+HYPERS = {1: "one hyperprior for both", 2: "a hyperprior each"}
 DETECTOR = ("params/detector", "batch_stats/detector")
 
 
@@ -50,7 +75,7 @@ def detector(scale: str) -> dict:
     for name in ("name", "seeds"):
         del config[name]
     if scale != "tiny":
-        config["files"].update(heif=(10, 20, 35, 50), vvc=(47, 42, 37))
+        config["files"].update(heif=(10, 20, 35, 50), vvc=(47, 42, 37), avif=(10, 30, 50, 70))
     return dict(data=config.pop("data"), detector=config)
 
 
@@ -64,6 +89,7 @@ def demo() -> dict:
         codec_data=dict(name=""),  # "": `data`, whose classes the detector knows
         picture_data=dict(name=""),  # "": as codec_data
         second_data=dict(name=""),  # "": nowhere
+        outside=(),  # CSV files
         model=dict(
             # "split-cheng2020" is Choi and Bajić's original: the transforms of Cheng et al. 2020.
             kinds=("disentangled", "split", "residual"),
@@ -99,6 +125,22 @@ def photos() -> dict:
     return config
 
 
+def coco_tiny() -> dict:
+    """YOLOv3-tiny with its published weights; small codecs that learn from photographs."""
+    config = demo() | detector("tiny_coco")
+    config["detector"]["train"].update(steps=0)
+    config.update(codec_data=dict(name="photos", path="", canvas=321))
+    config.update(picture_data=dict(name="photos", path="", whole=True))
+    sizes = 48, 96  # C_b, C_e
+    kinds = ("disentangled", *sizes, 2), ("split", *sizes, 1), ("split", *sizes, 2)
+    config["model"].update(kinds=(*kinds, ("residual", *sizes, 2)), lambdas=SMALL_LAMBDAS[:5])
+    config["model"].update(size=192)
+    config["single"].update(channels=sum(sizes), lambdas=SMALL_LAMBDAS[:5])
+    config["train"].update(steps=3000, following_steps=1000, batch_size=8, save_every=1000)
+    config["train"].update(keep_every=1000)
+    return config
+
+
 def coco() -> dict:
     """Full widths: YOLOv3 at 416 pixels, N = C_b = 128, C_e = 64, as docs/papers.md 3 and 4."""
     config = demo() | detector("coco")
@@ -120,11 +162,12 @@ def tiny() -> dict:
     return config
 
 
-get_config = common.scales(demo, photos, coco, tiny)
+get_config = common.scales(demo, photos, coco_tiny, coco, tiny)
 
 
 def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """Per seed a detector, then a codec per kind and λ, then the single-layer codecs."""
+    outside.read(config.outside)  # what is wrong with them is said first
     with_data = config.detector.copy_and_resolve_references()
     with with_data.unlocked():
         with_data.data, with_data.seeds = config.data, config.seeds
@@ -136,11 +179,20 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
             again = (*first.evaluate, Point("pixels", data=second))
             listed[-1] = dataclasses.replace(first, evaluate=again)
         codecs = []
-        for kind in config.model.kinds:
-            tasks = [scalable_task(config, kind, lmbda) for lmbda in config.model.lambdas]
-            codecs += sweep(config, first, kind, config.model.lambdas, tasks)
+        named = [kind_of(given) for given in config.model.kinds]
+        for number, kind in enumerate(config.model.kinds):
+            codec = codec_of(config, kind)
+            tasks = [scalable_task(config, codec, lmbda) for lmbda in config.model.lambdas]
+            look = dict(
+                arm=kind if isinstance(kind, str) else "-".join(map(str, kind)),
+                title=title_of(kind, codec),
+                colour=colour_of(named, number),
+                reference=named[number] == "disentangled" and "disentangled" not in named[:number],
+            )
+            codecs += sweep(config, first, look, config.model.lambdas, tasks)
         tasks = [single_task(config, lmbda) for lmbda in config.single.lambdas]
-        codecs += sweep(config, first, "single", config.single.lambdas, tasks)
+        look = dict(arm="single", title=TITLES["single"], colour=COLOURS["single"][0])
+        codecs += sweep(config, first, look, config.single.lambdas, tasks)
         if codecs:  # pictures in classical formats, once a seed
             pictures = common.own_data(config, "picture_data")
             points = codecs[0].evaluate + file_points(config.detector.files, pictures)
@@ -149,10 +201,44 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
     return listed
 
 
-def scalable_task(config, kind: str, lmbda: float) -> dict:
+def kind_of(given) -> str:
+    """Of an entry of `model.kinds`, a name or (name, C_b, C_e, hyperpriors), the name.
+
+    Raises: IcmError for something else.
+    """
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, tuple) or len(given) != 4 or not isinstance(given[0], str):
+        raise IcmError(
+            f"a kind of config.model.kinds is {given!r}; it must be a name, or (name, C_b, C_e, "
+            "hyperpriors)"
+        )
+    return given[0]
+
+
+def codec_of(config, given) -> dict:
+    """Fields of the codec of an entry of `model.kinds`."""
+    kind, _, backbone = kind_of(given).partition("-")
+    own = {} if isinstance(given, str) else dict(zip(SIZES, given[1:], strict=True))
+    return dict(config.model.codec, kind=kind, backbone=backbone or "balle2018") | own
+
+
+def title_of(given, codec: dict) -> str:
+    """What the report calls an arm: its sizes where the entry of `model.kinds` gives them, and
+    always its hyperpriors."""
+    sizes = [] if isinstance(given, str) else [f"{codec['base']} + {codec['enhancement']} channels"]
+    hypers = HYPERS.get(codec["hypers"], f"{codec['hypers']} hyperpriors")
+    return ", ".join([TITLES.get(kind_of(given), kind_of(given)), *sizes, hypers])
+
+
+def colour_of(named: list[str], number: int) -> str:
+    """Of the n-th arm of a kind the n-th of its colours; "" after the last: the report chooses."""
+    colours, before = COLOURS.get(named[number], ()), named[:number].count(named[number])
+    return colours[before] if before < len(colours) else ""
+
+
+def scalable_task(config, codec: dict, lmbda: float) -> dict:
     """The task of a scalable codec."""
-    kind, _, backbone = kind.partition("-")
-    codec = dict(config.model.codec, kind=kind, backbone=backbone or "balle2018")
     task = {key: config.model[key] for key in ("feature_weight", "size", "straight_through")}
     task |= dict(name="scalable_compression", codec=codec, lmbda=lmbda)
     return task | dict(detector=whole(config.detector.model.detector))
@@ -176,8 +262,8 @@ def single_task(config, lmbda: float) -> dict:
     )
 
 
-def sweep(config, found: Run, arm: str, lambdas, tasks: list[dict]) -> list[Run]:
-    """The codecs of one arm; `found` is the detector's run."""
+def sweep(config, found: Run, look: dict, lambdas, tasks: list[dict]) -> list[Run]:
+    """The codecs of one arm; `found` is the detector's run, `look` are fields of `Labels`."""
     listed, train = [], config.train
     given, pictures = (common.own_data(config, name) for name in ("codec_data", "picture_data"))
     second = common.own_data(config, "second_data", like="data")
@@ -193,7 +279,7 @@ def sweep(config, found: Run, arm: str, lambdas, tasks: list[dict]) -> list[Run]
         run = make_run(
             config,
             train,
-            name=f"seed{found.seed}/{arm}-{lmbda:g}",
+            name=f"seed{found.seed}/{look['arm']}-{lmbda:g}",
             seed=found.seed,
             task=task,
             data=given or dict(config.data, boxes=0),
@@ -205,7 +291,7 @@ def sweep(config, found: Run, arm: str, lambdas, tasks: list[dict]) -> list[Run]
             detector=found.name,
             codec_file={},
             evaluate=points,
-            labels=Labels("image", arm, f"{lmbda:g}", **ARMS.get(arm, {})),
+            labels=Labels("image", point=f"{lmbda:g}", **look),
         )
         listed.append(run)
     return listed

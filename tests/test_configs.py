@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from icm_jax import main
 from icm_jax.engine import run
+from icm_jax.errors import IcmError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SINGLE = """
@@ -27,6 +28,7 @@ import sys
 from absl import flags
 from icm_jax import main
 from icm_jax.engine import run
+from icm_jax.errors import IcmError
 flags.FLAGS(sys.argv)
 print(main.CONFIG.value.name, main.CONFIG.value.get("arg"), main.CONFIG.value.get("number"))
 """
@@ -175,3 +177,25 @@ def test_without_other_data_all_is_as_before():
     found, codec = experiment.runs(config)
     assert codec.data.to_dict() == found.data.to_dict() | {"boxes": 0}
     assert codec.classes_of is None and not any(point.data for point in codec.evaluate)
+
+
+def test_a_kind_may_have_sizes_of_its_own_and_names_its_arm():
+    kinds = "('disentangled',3,5,2),('split',3,5,1),('split',3,5,2),'residual'"
+    experiment, config = loaded(
+        f"--config={ROOT}/configs/scalable.py:tiny", f"--config.model.kinds=({kinds})"
+    )
+    _, *codecs = experiment.runs(config)
+    arms = [codec.labels.arm for codec in codecs]
+    assert arms == ["disentangled-3-5-2", "split-3-5-1", "split-3-5-2", "residual"]
+    assert [codec.name for codec in codecs] == [f"seed0/{arm}-0.01" for arm in arms]
+    assert codecs[1].task.codec.base == 3 and codecs[1].task.codec.hypers == 1
+    assert codecs[3].task.codec.base == 4  # of model.codec
+    titles = [codec.labels.title for codec in codecs]
+    assert titles[1].endswith("3 + 5 channels, one hyperprior for both")
+    assert titles[3] == "feature, then residual (SSSIC), a hyperprior each"
+    assert len({codec.labels.colour for codec in codecs}) == 4
+    assert [codec.labels.reference for codec in codecs] == [True, False, False, False]
+    with config.unlocked():
+        config.model.kinds = (("split", 3, 5),)
+    with pytest.raises(IcmError, match="it must be a name, or"):
+        experiment.runs(config)

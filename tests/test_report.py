@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from icm_jax.engine.run import Labels, Point, Run
-from icm_jax.report import curves, page, pictures, tables, training
+from icm_jax.errors import IcmError
+from icm_jax.report import curves, looks, outside, page, pictures, tables, training
 
 CLASSIFY = curves.MEASURES[0]
 RATES = (0.1, 0.2, 0.4, 0.8)
@@ -255,3 +256,43 @@ def test_same_records_give_the_same_files(experiment):
         files = {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
         assert files == (first or files)
         first = files
+
+
+ROW = "VTM,EncoderApp -q 37,37,0.4,0.3,30.0,0.99,64\n"
+HEAD = "name,command,quality,bpp,map50,psnr,ms_ssim,images\n"
+
+
+def test_curves_from_outside_stand_beside_ours(tmp_path):
+    """Each row gives a point of detection and one of pictures; the command is in the report."""
+    path = tmp_path / "vtm.csv"
+    path.write_text(HEAD + ROW + ROW.replace("37,0.4,0.3", "42,0.2,0.2"))
+    data = {"name": "photos", "path": "sets/kodak"}
+    records = outside.read([str(path)], data, seed=3)
+    found = curves.curves_of([r for r in records if r["curve"] == "detect"], "map50")
+    np.testing.assert_allclose(found["VTM"][:, :2], [[0.2, 0.2], [0.4, 0.3]])
+    pictures = [r for r in records if r["curve"] == "image"]
+    assert {looks.set_of(r) for r in pictures} == {"kodak"}
+    assert [(r["psnr"], round(r["ms_ssim_db"], 6)) for r in pictures] == [(30.0, 20.0)] * 2
+    assert outside.commands(records)[1:] == [["VTM", "EncoderApp -q 37"]]
+    streams = [stream("omni", p, rate, 0.3) for p, rate in PAIRS]
+    rivals = [dict(r, curve="classify", top1=r["map50"]) for r in records if "map50" in r]
+    ours = [dict(r, top1=s) for r, s in zip(streams, (0.2, 0.3), strict=True)]
+    for seed in (0, 1):  # of one seed alone, it stands against each of ours
+        (row,) = tables.bd_table([*(dict(r, seed=seed) for r in ours), *rivals], CLASSIFY)[1:]
+        assert row == ["VTM", "-50.0 %"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "has no column name, command, bpp"),
+        ("name,command,quality,bpp,images\nx,y,1,1,1\n", "has no column of scores"),
+        (HEAD + ROW.replace("0.3,", "0,3,"), r":2: .*int"),
+        (HEAD + ROW.replace("0.3,", "30,"), "map50 is 30.0; it goes from 0 to 1"),
+        (HEAD + ROW.replace("0.4,", "0,"), "bpp is above 0"),
+    ],
+)
+def test_curves_that_cannot_be_read_are_named(tmp_path, text, message):
+    (tmp_path / "vtm.csv").write_text(text)
+    with pytest.raises(IcmError, match=message):
+        outside.read([str(tmp_path / "vtm.csv")])

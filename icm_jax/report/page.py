@@ -20,7 +20,17 @@ import ml_collections
 
 from icm_jax.engine.run import Run, read_records, what_is_done
 from icm_jax.files import read_json, write_whole
-from icm_jax.report import curves, detections, latents, looks, pictures, speed, tables, training
+from icm_jax.report import (
+    curves,
+    detections,
+    latents,
+    looks,
+    outside,
+    pictures,
+    speed,
+    tables,
+    training,
+)
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy", "numba", "tensorflow-datasets")
 ARMS_NOTE = (
@@ -43,6 +53,9 @@ def write_report(
     """
     workdir = pathlib.Path(workdir)
     records = [record for run in runs for record in read_records(workdir / run.name)]
+    pictures_on = next((p.data for run in runs for p in run.evaluate if p.kind == "picture"), None)
+    foreign = outside.read(config.get("outside", ()), pictures_on, runs[0].seed if runs else 0)
+    records += foreign
     missing = [run.name for run in runs if what_is_done(workdir / run.name) is None]
     parts: list[tuple[str, object]] = [("h1", f"{config.name} on {config.data.name}")]
     parts += [("p", note) for note in notes]
@@ -52,6 +65,8 @@ def write_report(
         for place in dict.fromkeys(map(looks.set_of, records)):
             of_set = [record for record in records if looks.set_of(record) == place]
             parts += _of_curves(of_set, measure, workdir, place)
+    if foreign:
+        parts.append(("table", outside.commands(foreign)))
     parts += _of_arms(records, workdir)
     streams = [record for record in records if record["kind"] == "stream"]
     if streams:

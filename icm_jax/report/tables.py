@@ -37,12 +37,15 @@ def bd_table(records: list[dict], measure: Measure) -> list[list[str]]:
     ours = next((r["arm"] for r in streams if r.get("reference")), streams[0]["arm"])
     looks = looks_of(records)
     rows = [[f"BD-rate of {looks[ours].title} against", "bits at equal quality"]]
+    arms = {record["arm"] for record in streams}
     seeds = sorted({record["seed"] for record in records})
     each = [curves_of([r for r in records if r["seed"] == s], measure.key) for s in seeds]
-    for name in curves_of(records, measure.key):
+    for name, whole in curves_of(records, measure.key).items():
         if name == ours:
             continue
-        pairs = [(curve[name], curve[ours]) for curve in each if name in curve and ours in curve]
+        anchors = [curve.get(name, None if name in arms else whole) for curve in each]
+        both = [(a, curve) for a, curve in zip(anchors, each, strict=True) if a is not None]
+        pairs = [(anchor, curve[ours]) for anchor, curve in both if ours in curve]
         values = np.array([bd_rate(anchor[:, :2], curve[:, :2]) for anchor, curve in pairs])
         if not len(values) or np.isnan(values).any():
             few = any(min(map(len, pair)) < 2 for pair in pairs)
