@@ -5,7 +5,8 @@ Columns, in any order:
     name       of the curve, as "VVC intra (VTM-12.3)"
     command    by which the point was made; the report shows it
     bpp        bits per pixel of whole files
-    and one or more of map50, map (0 to 1), psnr (dB), ms_ssim (0 to 1)
+    and one or more of map50, map (0 to 1), psnr, ms_ssim_db (means over images, in dB; of MS-SSIM
+               those of -10 log10(1 - s), not that of the mean s)
     images     how many it is the mean of
     quality    which point: a quantisation parameter
 """
@@ -17,9 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icm_jax.errors import IcmError
-from icm_jax.measure.metrics import decibels
 
-CURVES = {"map50": "detect", "map": "detect", "psnr": "image", "ms_ssim": "image"}
+CURVES = {"map50": "detect", "map": "detect", "psnr": "image", "ms_ssim_db": "image"}
 """Column -> curve of the records that it goes to."""
 NEEDED = ("name", "command", "bpp", "images", "quality")
 
@@ -63,16 +63,14 @@ def _of_row(row: dict, place: str, data) -> list[dict]:
         }
     except (TypeError, ValueError) as error:
         raise IcmError(f"{place}: {error}; scores and rates are numbers") from error
-    wrong = [k for k in keys if k != "psnr" and not 0 <= scores[k] <= 1]
+    wrong = [k for k in keys if CURVES[k] == "detect" and not 0 <= scores[k] <= 1]
     if wrong or not 0 < numbers["bpp"] < math.inf or not all(map(math.isfinite, scores.values())):
         told = f"{wrong[0]} is {scores[wrong[0]]}; it goes from 0 to 1" if wrong else "not finite"
         raise IcmError(f"{place}: {told}, and bpp is above 0")
-    if "ms_ssim" in scores:
-        scores["ms_ssim_db"] = decibels(scores.pop("ms_ssim"))
     shared = {"kind": row["name"], "arm": "", "point": "", "command": row["command"]}
     found = []
     for curve in ("detect", "image"):
-        own = {k: v for k, v in scores.items() if CURVES.get(k, "image") == curve}
+        own = {k: v for k, v in scores.items() if CURVES[k] == curve}
         if own:
             asked = {"asked": {"data": data}} if curve == "image" and data else {}
             found.append({**shared, **numbers, **asked, "curve": curve, **own})
