@@ -93,10 +93,10 @@ def batch_spec(data: Mapping, batch_size: int, **changes) -> BatchSpec:
 
     Args:
       data: canvas, a number or (height, width), and where they are not the defaults boxes,
-        letterbox, coefficients and crop; other fields are left alone.
+        letterbox, coefficients and crop; None is not given, other fields are left alone.
       changes: fields of `BatchSpec` in place of those.
     """
-    fields = {name: data[name] for name in BATCH_FIELDS[1:] if name in data}
+    fields = {name: data[name] for name in BATCH_FIELDS[1:] if data.get(name) is not None}
     fields |= {"canvas": geometry.sides(data["canvas"])} | changes
     fields["crop"] = tuple(fields.get("crop", WHOLE))
     return BatchSpec(batch_size, **fields)

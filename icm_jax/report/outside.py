@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from icm_jax.data.fields import NAME, check, several
 from icm_jax.errors import IcmError
 
 CURVES = {"map50": "detect", "map": "detect", "psnr": "image", "ms_ssim_db": "image"}
@@ -33,6 +34,7 @@ def read(paths: Sequence[str], data: Mapping[str, Any] | None = None, seed: int 
 
     Raises: IcmError that names file and line of what cannot be read.
     """
+    check({"outside": paths}, {"outside": several(NAME, least=0)})
     found = [record for path in paths for record in _records(pathlib.Path(path), data)]
     return [record | {"seed": seed} for record in found]
 
