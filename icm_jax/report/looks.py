@@ -24,6 +24,7 @@ class Look(NamedTuple):
 FORMATS = {
     "jpeg": Look("JPEG", "#009E73"),
     "webp": Look("WebP", "#CC79A7"),
+    "avif": Look("AVIF", "#B8A9C9"),
     "heif": Look("HEIF (HEVC intra)", "#56B4E9"),
     "vvc": Look("VVC intra", "#7F7F7F"),
     "jpeg2000": Look("JPEG 2000"),
