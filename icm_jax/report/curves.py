@@ -83,6 +83,5 @@ def draw_curves(records: list[dict], path: pathlib.Path, measure: Measure) -> st
     axes.set_ylabel(measure.axis)
     axes.set_title(measure.title)
     axes.grid(alpha=0.3, which="both")
-    beneath = dict(loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    axes.legend(fontsize=8, ncols=2, **beneath)
+    axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
     return save(figure, path)
