@@ -17,7 +17,15 @@ from strangers import second_data
 from icm_jax.engine.run import Point, Run, read_records
 from icm_jax.engine.train import train
 from icm_jax.errors import IcmError
-from icm_jax.measure import Accuracy, AveragePrecision, MeanIoU, classical, evaluate, metrics
+from icm_jax.measure import (
+    Accuracy,
+    AveragePrecision,
+    MeanIoU,
+    classical,
+    draws,
+    evaluate,
+    metrics,
+)
 
 HERE = pathlib.Path(__file__).parent
 
@@ -114,13 +122,19 @@ def test_average_precision_of_images_drawn_again():
         [(int(rng.integers(3)), rng.random(), box) for box in (LEFT, NEAR, RIGHT, WHOLE)]
         for _ in range(6)
     ]
-    drawn = tallied(found, truth).resampled()
-    for images in (np.arange(6), np.array([5, 0, 0, 3, 3, 3]), np.full(6, 2)):
-        expected = scored([found[i] for i in images], [truth[i] for i in images])
-        assert drawn(images) | {"examples": 6} == pytest.approx(expected)
-    low, high = metrics.bootstrap(lambda images: drawn(images)["map50"], 6, draws=50)
+    images = np.array([np.arange(6), [5, 0, 0, 3, 3, 3], np.full(6, 2), [1, 1, 4, 4, 4, 4]])
+    counts = np.array([np.bincount(row, minlength=6) for row in images])
+    drawn = tallied(found, truth).resampled(counts)
+    for row, several in enumerate(images):
+        expected = scored([found[i] for i in several], [truth[i] for i in several])
+        one = {name: values[row] for name, values in drawn.items()}
+        assert one | {"examples": 6} == pytest.approx(expected)
+    drawn = tallied(found, truth).resampled(draws.resamples(6, 200))
+    low, high = draws.interval(drawn["map50"])
     assert low < scored(found, truth)["map50"] < high
-    assert metrics.bootstrap(lambda i: drawn(i)["map"] - drawn(i)["map"], 6, draws=9) == (0, 0)
+    # Draws without a box have no precision; ignored boxes are none.
+    bare = tallied(found, [truth[0], *[[]] * 5]).resampled(np.array([[0, 6, 0, 0, 0, 0]]))
+    assert np.isnan(bare["map"]).all() and np.isnan(bare["map50"]).all()
 
 
 def test_ignored_boxes_are_neither_hits_nor_misses():

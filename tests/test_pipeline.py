@@ -88,7 +88,7 @@ def test_evaluation_is_complete_on_any_number_of_processes(
         counts.add(len(batches))
         for batch in batches:
             assert {k: v.shape[0] for k, v in batch.items()} == dict.fromkeys(
-                ("image", "valid", "label", "mask"), own
+                ("image", "valid", "label", "mask", "number"), own
             )
             assert np.all(np.diff(batch["valid"].astype(int)) <= 0)
             valid = batch["valid"]
@@ -118,7 +118,7 @@ def test_masks_that_nobody_asks_for_are_not_read():
         pipeline.batches(source, cropped, seed=0, stop=1),
         pipeline.in_order(source, spec),
     ):
-        assert sorted(next(batches)) == ["image", "label", "valid"]
+        assert sorted({*next(batches)} - {"number"}) == ["image", "label", "valid"]
     with pytest.raises(IcmError, match="cannot read"):
         next(pipeline.in_order(source, BatchSpec(4, CANVAS)))
 
@@ -140,6 +140,8 @@ def test_in_order_keeps_the_order_of_examples_without_a_label():
     batches = list(pipeline.in_order(source, BatchSpec(4, CANVAS)))
     shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
     np.testing.assert_array_equal(shown, [1, 2, 3, 4, 5, 0, 0, 0])
+    numbers = np.concatenate([batch["number"] for batch in batches])
+    np.testing.assert_array_equal(numbers[:5], range(5))
 
 
 def test_epochs_differ_and_are_complete_when_the_batch_is_larger():

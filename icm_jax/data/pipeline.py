@@ -199,7 +199,8 @@ def in_order(
     source: Source, spec: BatchSpec, *, limit: int | None = None, which: slice = slice(None)
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every example (or the first `limit`) once, whole and in order; the last batch is padded with
-    rows that are not "valid". Of these batches it gives those that `which` selects.
+    rows that are not "valid". Of these batches it gives those that `which` selects. Beside what
+    `batches` gives, "number" int64 [B] is the example's in the source.
 
     Every process gets as many batches with the same keys, though all rows of its last may be
     padding.
@@ -208,9 +209,8 @@ def in_order(
     length = source.length if limit is None else min(limit, source.length)
 
     def whole(number):
-        if spec.boxes:
-            return _boxed_example(source, number, spec)
-        return _example(source, number, spec)
+        made = _boxed_example if spec.boxes else _example
+        return made(source, number, spec) | {"number": np.int64(number)}
 
     def load(position):
         if position < length:

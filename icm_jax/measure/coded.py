@@ -9,7 +9,7 @@ from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.coding import container
 from icm_jax.engine.run import Point
 from icm_jax.errors import IcmError
-from icm_jax.measure import classical
+from icm_jax.measure import classical, draws
 
 
 def through_stream(
@@ -68,6 +68,16 @@ def through_file(image: np.ndarray, point: Point) -> tuple[np.ndarray, dict]:
     bare = len(file) - (classical.table_bytes(file) if point.kind == "jpeg" else 0)
     sizes = {"pixels": image[..., 0].size, "bpp": len(file), "bpp_without_tables": bare}
     return classical.decode(file), sizes
+
+
+def drawn_rates(sizes: list[dict], counts: np.ndarray) -> dict[str, np.ndarray]:
+    """{rate: its mean over the images of each draw, float64 [draws]}; counts: `draws.resamples`."""
+    pixels = np.array([size["pixels"] for size in sizes], np.float64)
+    return {
+        name: draws.means(8 * np.array([size[name] for size in sizes]) / pixels, counts)
+        for name in ("bpp", "bpp_source")
+        if sizes and name in sizes[0]
+    }
 
 
 def of_sizes(sizes: list[dict]) -> dict:

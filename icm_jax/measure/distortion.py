@@ -11,8 +11,8 @@ import tqdm
 from icm_jax import ops
 from icm_jax.data import geometry
 from icm_jax.engine import sharding
-from icm_jax.measure import metrics
-from icm_jax.measure.coded import of_sizes
+from icm_jax.measure import draws, metrics
+from icm_jax.measure.coded import drawn_rates, of_sizes
 from icm_jax.tasks import views
 
 
@@ -26,7 +26,8 @@ def distortion(
     canvas: int | tuple[int, int] = 0,
 ) -> dict:
     """Means over the images of a source, each process at its share: images, psnr, ssim_db and
-    ms_ssim_db (see `metrics.decibels`), and rates as `coded.of_sizes` gives them.
+    ms_ssim_db (see `metrics.decibels`), and rates as `coded.of_sizes` gives them; of each score and
+    of bpp also its "draws", see `icm_jax.measure.draws`.
 
     SSIM and MS-SSIM are left out where an image is too small for them.
 
@@ -61,7 +62,11 @@ def distortion(
         mine = dict(zip(numbers, bar, strict=True))
     sizes, scores = map(list, zip(*sharding.gathered(mine), strict=True))
     record: dict = {"images": source.length}
+    counts = draws.resamples(source.length)
+    drawn = drawn_rates(sizes, counts)
     for key in ("psnr", "ssim_db", "ms_ssim_db"):
-        values = [found[key] for found in scores if key in found]
-        record |= {key: float(np.mean(values))} if values else {}
-    return record | of_sizes(sizes)
+        values = np.array([found.get(key, np.nan) for found in scores])
+        if not np.isnan(values).all():
+            record[key] = float(np.nanmean(values))
+            drawn |= {key: draws.means(values, counts)} if np.isfinite(record[key]) else {}
+    return record | {"draws": draws.packed(drawn)} | of_sizes(sizes)

@@ -22,10 +22,11 @@ curve of "picture", "detect" and "speed" is "image", "detect" and "speed"), run,
 point), fingerprint (of the codec file, where there is one), kind
 ("stream" for all that went through a codec's bytes, or as the point's), quality,
 images, bpp (measured), top1 / top5, miou, map50 / map, or psnr, ssim_db and ms_ssim_db (means over
-images, of a similarity s as -10 log10(1 - s)); of JPEG and WebP also bpp_without_tables; of streams
-also bpp_estimated, bpp_header, bpp_<segment>, worst_gap_bytes (the most by which an image's bytes
-exceed its estimate + 1 %), encode_ms and decode_ms (median of an image, networks included); of
-"speed" what `throughput.measure` gives.
+images, of a similarity s as -10 log10(1 - s)); of these and of bpp also "draws" (see
+`icm_jax.measure.draws`); of pixels with boxes bpp_source, that of the files they are read from; of
+JPEG and WebP also bpp_without_tables; of streams also bpp_estimated, bpp_header, bpp_<segment>,
+worst_gap_bytes (the most by which an image's bytes exceed its estimate + 1 %), encode_ms and
+decode_ms (median of an image, networks included); of "speed" what `throughput.measure` gives.
 """
 
 import concurrent.futures
@@ -57,9 +58,10 @@ from icm_jax.measure import (
     MeanIoU,
     Score,
     classical,
+    draws,
     throughput,
 )
-from icm_jax.measure.coded import of_sizes, through_file, through_stream
+from icm_jax.measure.coded import drawn_rates, of_sizes, through_file, through_stream
 from icm_jax.measure.distortion import distortion
 from icm_jax.measure.points import left, no_codec, scored_label, written_here
 from icm_jax.tasks import build_task, views
@@ -210,7 +212,10 @@ def over_batches(
     for found, part in sharding.gathered(mine):  # in the order of the split, as COCO's ties ask
         sizes += found
         whole.add(part)
-    return {**whole.result(), "images": source.length, **of_sizes(sizes)}
+    counts = draws.resamples(source.length)
+    drawn = whole.resampled(counts) | drawn_rates(sizes, counts)
+    found = {**whole.result(), "images": source.length, **of_sizes(sizes)}
+    return found | ({"draws": draws.packed(drawn)} if drawn else {})
 
 
 def _tally(asked: Asked) -> Callable[[], Score]:
@@ -224,11 +229,15 @@ def _tally(asked: Asked) -> Callable[[], Score]:
 
 
 def unchanged(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
-    """The images as they are, or a JPEG's coefficients, whose views the task cuts."""
-    del count
+    """The images as they are, or a JPEG's coefficients, whose views the task cuts; of letterboxed
+    images also the bytes of the files that they are read from."""
+    sizes = [
+        {"pixels": int(extent[2:].prod()), "bpp_source": len(asked.source.load(number)["image"])}
+        for extent, number in zip(batch.get("extent", ()), batch["number"][:count], strict=False)
+    ]
     if "luma" in batch:
-        return {key: batch[key] for key in ("luma", "chroma", "steps")}, []
-    return {"image": _middle(asked, batch)}, []
+        return {key: batch[key] for key in ("luma", "chroma", "steps")}, sizes
+    return {"image": _middle(asked, batch)}, sizes
 
 
 def streamed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:

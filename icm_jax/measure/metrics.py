@@ -1,8 +1,5 @@
 """Pure functions of rate and quality."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from icm_jax.errors import IcmError
@@ -140,63 +137,6 @@ def bd_rate(
     difference = pchip(quality_b, np.log(rate_b), at) - pchip(quality_a, np.log(rate_a), at)
     middle = (difference[1:] + difference[:-1]) / 2
     return float(100 * np.expm1(middle.mean()))
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], float],
-    count: int,
-    *,
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Interval of a statistic over images, by percentiles of bootstrap draws (Efron 1979).
-
-    Args:
-      statistic: numbers of images, int64 [count], some several times -> a number. Of a difference
-        both sides go by the same images, so that what all images share falls out.
-      count: of images. level: share of the draws that lie within. seed: of the draws.
-
-    Returns: (low, high); draws for which the statistic is NaN are left out, and both are NaN if
-      these are more than one in twenty.
-
-    >>> low, high = bootstrap(lambda images: np.arange(100.0)[images].mean(), 100)
-    >>> bool(43 < low < 45 and 54 < high < 56)  # 49.5 ± 1.96 · 28.9 / 10
-    True
-    """
-    rng = np.random.default_rng(seed)
-    found = np.array([statistic(rng.integers(0, count, count)) for _ in range(draws)], np.float64)
-    found = found[~np.isnan(found)]
-    if len(found) < 0.95 * draws:
-        return float("nan"), float("nan")
-    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def bd_rate_interval(
-    anchor: np.ndarray,
-    curve: np.ndarray,
-    rates: tuple[float, float] | None = None,
-    **options: Any,
-) -> tuple[float, float]:
-    """`bootstrap` of `bd_rate` over images that both curves have coded.
-
-    Args:
-      anchor, curve: float [points, images, 2] of (rate, quality); a point of a curve is the mean
-        over images. rates: of `bd_rate`. options: of `bootstrap`.
-
-    Raises: IcmError if the two have not as many images.
-    """
-    if anchor.shape[1] != curve.shape[1]:
-        raise IcmError(
-            f"curves over {anchor.shape[1]} and {curve.shape[1]} images; give both the same ones, "
-            "in the same order"
-        )
-
-    def statistic(images: np.ndarray) -> float:
-        return bd_rate(anchor[:, images].mean(axis=1), curve[:, images].mean(axis=1), rates)
-
-    return bootstrap(statistic, anchor.shape[1], **options)
 
 
 def _increasing(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

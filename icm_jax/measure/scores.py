@@ -3,7 +3,7 @@
 import abc
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -28,6 +28,15 @@ class Score(abc.ABC):
     @abc.abstractmethod
     def result(self) -> dict[str, float]:
         """The scores over everything added."""
+
+    def resampled(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores over the images of each draw, float64 [draws], NaN where they show nothing that
+        counts; of scores that keep no more than sums none.
+
+        Args: counts: int64 [draws, images], see `icm_jax.measure.draws`.
+        """
+        del counts
+        return {}
 
 
 class Accuracy(Score):
@@ -115,7 +124,7 @@ class AveragePrecision(Score):
     COCO's crowds. What is predicted ends with the picture, as in Darknet's own evaluation: truth
     does. Overlaps do not depend on the unit of length.
 
-    Raises: IcmError (`result`) if no image has a box.
+    Raises: IcmError (`result`, `resampled`) if no image has a box.
     """
 
     def __init__(self, classes: int):
@@ -145,14 +154,33 @@ class AveragePrecision(Score):
         self._images += other._images
 
     def result(self):
-        return self.resampled()(np.arange(self._images)) | {"examples": self._images}
+        scoring = self._compared()
+        with _silence():
+            scoring.accumulate()
+        precision = scoring.eval["precision"]  # [IoU, recall, class, 1, 1], -1 without a box
+        mean = lambda p: float(p[p > -1].mean())  # noqa: E731
+        return {"map": mean(precision), "map50": mean(precision[0]), "examples": self._images}
 
-    def resampled(self) -> Callable[[np.ndarray], dict[str, float]]:
-        """A function (numbers of images, each as often as it counts) -> {"map", "map50"}, for
-        `metrics.bootstrap`; there are always as many as have been scored. NaN without a box.
+    def resampled(self, counts):
+        # COCOeval's, with each image's detections as often as the draw takes it, all draws at once.
+        scoring, whole = self._compared(), np.zeros((2, len(counts)))
+        recalls, classes = scoring.params.recThrs, np.zeros(len(counts))
+        for start in range(0, len(scoring.evalImgs), self._images):
+            rows = scoring.evalImgs[start : start + self._images]
+            there = [(image, row) for image, row in enumerate(rows) if row is not None]
+            objects = [(row["gtIgnore"] == 0).sum() for _, row in there]
+            positives = counts[:, [image for image, _ in there]] @ np.array(objects, np.int64)
+            drawn = np.flatnonzero(positives)
+            if not len(drawn):
+                continue
+            precision = _precisions(there, counts[drawn], positives[drawn], recalls)
+            whole[:, drawn] += precision.mean(axis=(1, 2)), precision[:, 0].mean(axis=1)
+            classes[drawn] += 1
+        with np.errstate(invalid="ignore"):
+            return dict(zip(("map", "map50"), whole / classes, strict=True))
 
-        Raises: IcmError if no image has a box.
-        """
+    def _compared(self) -> Any:
+        """COCOeval that has matched what is found with what is there. Raises: as the class."""
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
@@ -174,17 +202,30 @@ class AveragePrecision(Score):
             scoring.params.areaRng, scoring.params.areaRngLbl = [[0, 1e10]], ["all"]
             scoring.params.maxDets = [100]
             scoring.evaluate()
-        single = np.array([*scoring.evalImgs, None], object)[:-1].reshape(-1, self._images)
+        return scoring
 
-        def score(images: np.ndarray) -> dict[str, float]:
-            scoring.evalImgs = list(single[:, images].ravel())
-            with _silence():
-                scoring.accumulate()
-            precision = scoring.eval["precision"]  # [IoU, recall, class, 1, 1], -1 without a box
-            of = lambda p: float(p[p > -1].mean()) if (p > -1).any() else float("nan")  # noqa: E731
-            return {"map": of(precision), "map50": of(precision[0])}
 
-        return score
+def _precisions(rows: list[tuple], counts, positives, recalls) -> np.ndarray:
+    """The interpolated precision of a class at each recall: float64 [draws, IoUs, recalls].
+
+    Args: rows: (image, what COCOeval says of it). counts: [draws, images]. positives: [draws].
+    """
+    scores = np.concatenate([row["dtScores"] for _, row in rows])
+    order = np.argsort(-scores, kind="mergesort")
+    image = np.concatenate([np.full(len(row["dtScores"]), i) for i, row in rows]).astype(int)
+    matched, ignored = (
+        np.concatenate([row[key] for _, row in rows], axis=1)[:, order].astype(bool)
+        for key in ("dtMatches", "dtIgnore")
+    )
+    taken = counts[:, image[order]][:, None]  # [draws, 1, detections]
+    right = np.cumsum(taken * (matched & ~ignored), axis=2, dtype=float)
+    wrong = np.cumsum(taken * (~matched & ~ignored), axis=2, dtype=float)
+    precision = right / (right + wrong + np.spacing(1))
+    best = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
+    best = np.concatenate([best, np.zeros((*best.shape[:2], 1))], axis=2)
+    found = right / positives[:, None, None]
+    at = [[np.searchsorted(row, recalls) for row in several] for several in found]
+    return np.take_along_axis(best, np.array(at), axis=2)
 
 
 @contextlib.contextmanager
