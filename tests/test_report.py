@@ -10,6 +10,7 @@ import pytest
 
 from icm_jax.engine.run import Labels, Point, Run
 from icm_jax.errors import IcmError
+from icm_jax.measure import draws
 from icm_jax.report import curves, looks, outside, page, pictures, tables, training
 
 CLASSIFY = curves.MEASURES[0]
@@ -110,6 +111,67 @@ def test_table_states_measured_beside_estimated_rate():
     cells = dict(zip(head, row, strict=True))
     assert cells["bpp measured"] == "0.2500" and cells["bpp estimated"] == "0.2250"
     assert cells["header bpp"] == "0.0250"
+
+
+def drawn_records():
+    """`full_records` with draws: of every draw k the rates of "omni" are s_k of the others', which
+    have twice theirs or not; scores are the same, but of pixels, which lose t_k."""
+    rng = np.random.default_rng(0)
+    share, lost = rng.uniform(0.5, 0.7, draws.DRAWS), rng.uniform(0, 0.02, draws.DRAWS)
+    found = []
+    for record in full_records():
+        rate = record.get("bpp", 0) * (
+            share / 0.6 if record["arm"] == "omni" else np.ones_like(share)
+        )
+        score = record["top1"] - (lost if record["kind"] == "pixels" else 0 * lost)
+        kept = {"top1": score} | ({"bpp": rate} if "bpp" in record else {})
+        found.append(record | {"draws": draws.packed(kept)})
+    return found, share, lost
+
+
+def test_intervals_are_those_of_the_draws():
+    records, share, lost = drawn_records()
+    head, *rows = tables.bd_table(records, CLASSIFY)
+    assert head[-1] == "95 % of draws"
+    cells = {row[0]: row[1:] for row in rows}
+    low, high = 100 * (np.quantile(share, [0.025, 0.975]) - 1)
+    assert cells["α = 0 twin"] == ["-40.0 %", f"{low:+.1f} to {high:+.1f}"]
+    assert cells["WebP"][1] == "–"
+    # Differences are of the same images: those of the pixels alone.
+    head, *rows = tables.curve_table(records, CLASSIFY)
+    column = head.index("to pixels (95 % of draws)")
+    found = {(row[0], row[1]): row[column] for row in rows}
+    low, high = 100 * (0.6 - 0.75 + np.quantile(lost, [0.025, 0.975]))
+    assert found["Omni-ICM", "λ = 1"] == f"-15.0 ({low:+.1f} to {high:+.1f})"
+    assert found["pixels: pixels", ""] == "–"
+    # Records of before have none, and their curves no interval.
+    older = [{k: v for k, v in r.items() if k != "draws"} for r in records if r["kind"] == "jpeg"]
+    rows = tables.bd_table([r for r in records if r["kind"] != "jpeg"] + older, CLASSIFY)
+    assert next(row for row in rows if row[0] == "JPEG")[1:] == ["-70.0 %", "–"]
+
+
+def test_bits_at_two_points_of_loss():
+    records, share, _ = drawn_records()
+    for record in records:
+        if record["kind"] == "pixels":
+            del record["draws"]  # score as it is in every draw
+            record.update(top1=0.68, bpp_source=3.0)
+            record["draws"] = draws.packed({"top1": np.full(draws.DRAWS, 0.68)})
+    head, *rows = tables.loss_table(records, CLASSIFY)
+    assert head[0] == "2 points below pixels" and head[3] == "bits of Omni-ICM"
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["α = 0 twin"][0] == "0.4000" and cells["Omni-ICM"][0] == "0.2400"  # at 66 %
+    low, high = np.quantile(share, [0.025, 0.975])
+    assert cells["α = 0 twin"][2:] == [
+        "-40.0 %",
+        f"{100 * (low - 1):+.1f} to {100 * (high - 1):+.1f}",
+    ]
+    assert cells["Omni-ICM"][1:] == [f"{0.4 * low:.4f} to {0.4 * high:.4f}", "–", "–"]
+    assert cells["WebP"] == ["not reached", "–", "–", "–"]
+    assert cells["source files as they are"][0] == "3.0000"
+    assert cells["source files as they are"][2] == "-92.0 %"
+    without = [record for record in records if record["kind"] != "pixels"]
+    assert tables.loss_table(without, CLASSIFY) == []
 
 
 def test_bd_rates_are_those_of_the_scaled_rates():

@@ -139,6 +139,24 @@ def bd_rate(
     return float(100 * np.expm1(middle.mean()))
 
 
+def rate_at(curve: np.ndarray, quality: float) -> float:
+    """The rate at which a curve has a quality, interpolated as in `bd_rate`.
+
+    Args: curve: float [n, 2] of (rate, quality), any order.
+
+    Returns: NaN where the quality lies outside the curve.
+
+    >>> round(rate_at(np.array([(0.25, 28.0), (1.0, 34.0)]), 31.0), 6)
+    0.5
+    """
+    rate, known = _increasing(curve)
+    if not len(known) or not known[0] <= quality <= known[-1]:
+        return float("nan")
+    if len(known) == 1:
+        return float(rate[0])
+    return float(np.exp(pchip(known, np.log(rate), np.array([quality]))[0]))
+
+
 def _increasing(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     points = np.asarray(points, np.float64).reshape(-1, 2)
     kept: list[np.ndarray] = []

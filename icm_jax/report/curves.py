@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from icm_jax.report.looks import FORMATS, looks_of, name_and_point, save
+from icm_jax.report.looks import FORMATS, SOURCE, looks_of, name_and_point, save
 
 
 class Measure(NamedTuple):
@@ -71,10 +71,13 @@ def draw_curves(records: list[dict], path: pathlib.Path, measure: Measure) -> st
             linewidth=1,
             label="JPEG without its tables",
         )
-    pixels = [record[measure.key] for record in records if record["kind"] == "pixels"]
+    pixels = [record for record in records if record["kind"] == "pixels"]
     if pixels:
-        value = float(measure.factor * np.mean(pixels))
+        value = float(measure.factor * np.mean([record[measure.key] for record in pixels]))
         axes.axhline(value, color="grey", linestyle=":", label="uncompressed pixels")
+        source = [record["bpp_source"] for record in pixels if "bpp_source" in record]
+        if source:
+            axes.plot([np.mean(source)], [value], "x", color="grey", label=SOURCE)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))

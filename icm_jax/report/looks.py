@@ -31,6 +31,9 @@ FORMATS = {
 }
 
 
+SOURCE = "source files as they are"
+
+
 def title_of_arm(labels: Mapping[str, Any]) -> str:
     """An arm in words; by its name where its labels say no more."""
     return labels.get("title") or labels["arm"]

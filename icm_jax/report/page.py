@@ -20,6 +20,7 @@ import ml_collections
 
 from icm_jax.engine.run import Run, read_records, what_is_done
 from icm_jax.files import read_json, write_whole
+from icm_jax.measure import draws
 from icm_jax.report import (
     curves,
     detections,
@@ -38,6 +39,11 @@ ARMS_NOTE = (
     "inference, medians over the seeds; network: of arrays on the device; from files: read by all "
     "cores, then the network. Multiply-accumulates of an image are counted on the program, with "
     "those of a codec's decoder."
+)
+DRAWS_NOTE = (
+    f"{tables.WITHIN}: {draws.DRAWS} times as many images are drawn anew, with replacement, the "
+    "same for all curves; what is between holds of so many of them. It tells what other images of "
+    "the kind would change, and nothing of other trainings."
 )
 
 
@@ -97,13 +103,15 @@ def _of_curves(records, measure: curves.Measure, workdir, place: str) -> list[tu
         name += "_" + re.sub(r"\W+", "_", place)
     seeds = len({record["seed"] for record in scored})
     spread = "mean and population standard deviation over the seeds"
-    compared = tables.bd_table(scored, measure)
+    further = [tables.loss_table(scored, measure), tables.bd_table(scored, measure)]
+    drawn = any("draws" in record for record in scored)
     return [
         ("h2", measure.title),
         ("image", curves.draw_curves(scored, workdir / f"{name}.png", measure)),
         ("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}."),
         ("table", tables.curve_table(scored, measure)),
-        *([("table", compared)] if len(compared) > 1 else []),
+        *[("table", table) for table in further if len(table) > 1],
+        *([("p", DRAWS_NOTE)] if drawn else []),
     ]
 
 

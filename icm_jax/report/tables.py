@@ -1,15 +1,27 @@
 """Tables of a report, as lists of rows of cells: curves, BD-rates, bitstreams, arms."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from icm_jax.measure.metrics import bd_rate
+from icm_jax.measure import draws
+from icm_jax.measure.metrics import bd_rate, rate_at
 from icm_jax.report.curves import Measure, curves_of
-from icm_jax.report.looks import looks_of, name_and_point, title_of
+from icm_jax.report.looks import SOURCE, looks_of, name_and_point, title_of
+
+LOSS = 2
+"""Points, in per cent, of a score that a codec may cost."""
+WITHIN = f"{100 * draws.LEVEL:.0f} % of draws"
+"""Head of a column of intervals."""
 
 
 def curve_table(records: list[dict], measure: Measure) -> list[list[str]]:
+    """A row a record; of scores in per cent also the difference to the pixels of the same seed."""
     top5, looks = any("top5" in record for record in records), looks_of(records)
+    pixels = {r["seed"]: r for r in records if r["kind"] == "pixels"}
+    apart = any(drawn_difference(r, pixels, measure) is not None for r in records)
     head = ["curve", "point", "seed", "bpp measured", "bpp without tables", measure.axis]
+    head += [f"to pixels ({WITHIN})"] if apart else []
     rows = [[*head, *(["top-5 [%]"] if top5 else []), "images"]]
     for r in sorted(
         records, key=lambda r: (r["arm"], r["kind"], r.get("quality") or 0, r.get("bpp", 99))
@@ -17,7 +29,9 @@ def curve_table(records: list[dict], measure: Measure) -> list[list[str]]:
         name, point = name_and_point(r)
         stream = r["kind"] == "stream"
         rates = [f"{r[key]:.4f}" if key in r else "–" for key in ("bpp", "bpp_without_tables")]
-        last = [f"{100 * r['top5']:.1f}"] if top5 else []
+        difference = drawn_difference(r, pixels, measure)
+        last = ["–" if difference is None else difference] if apart else []
+        last += [f"{100 * r['top5']:.1f}"] if top5 else []
         value = f"{measure.factor * r[measure.key]:.{1 if measure.factor == 100 else 2}f}"
         title = looks[name].title if stream or measure.curve == "image" else f"pixels: {name}"
         if stream and measure.curve != "image":
@@ -26,37 +40,125 @@ def curve_table(records: list[dict], measure: Measure) -> list[list[str]]:
     return rows
 
 
+def drawn_difference(record: dict, pixels: dict[int, dict], measure: Measure) -> str | None:
+    """By how many points a record's score differs from that of pixels, with its interval."""
+    other = pixels.get(record["seed"])
+    if other is None or record is other or measure.factor != 100:
+        return None
+    drawn = draws.of(record, measure.key), draws.of(other, measure.key)
+    if drawn[0] is None or drawn[1] is None:
+        return None
+    value = 100 * (record[measure.key] - other[measure.key])
+    return f"{value:+.1f} ({between(draws.interval(100 * (drawn[0] - drawn[1])), '+.1f')})"
+
+
+def between(found: tuple[float, float], form: str) -> str:
+    """An interval in words; "–" if it has none."""
+    return "–" if np.isnan(found).any() else f"{found[0]:{form}} to {found[1]:{form}}"
+
+
 def bd_table(records: list[dict], measure: Measure) -> list[list[str]]:
     """BD-rate of the reference, or the first learned codec, against every other, seed by seed.
 
     A curve that does not depend on the seed (one file format on one network) stands against all.
     """
-    streams = [record for record in records if record["kind"] == "stream"]
-    if not streams:
+    ours = reference_of(records)
+    if not ours:
         return []
-    ours = next((r["arm"] for r in streams if r.get("reference")), streams[0]["arm"])
-    looks = looks_of(records)
+    looks, drawn = looks_of(records), [*_drawn(records, measure.key)]
     rows = [[f"BD-rate of {looks[ours].title} against", "bits at equal quality"]]
-    arms = {record["arm"] for record in streams}
-    seeds = sorted({record["seed"] for record in records})
-    each = [curves_of([r for r in records if r["seed"] == s], measure.key) for s in seeds]
-    for name, whole in curves_of(records, measure.key).items():
-        if name == ours:
-            continue
-        anchors = [curve.get(name, None if name in arms else whole) for curve in each]
-        both = [(a, curve) for a, curve in zip(anchors, each, strict=True) if a is not None]
-        pairs = [(anchor, curve[ours]) for anchor, curve in both if ours in curve]
-        values = np.array([bd_rate(anchor[:, :2], curve[:, :2]) for anchor, curve in pairs])
-        if not len(values) or np.isnan(values).any():
-            few = any(min(map(len, pair)) < 2 for pair in pairs)
+    rows[0] += [WITHIN] if drawn else []
+    means: dict[str, list] = {}  # of each draw
+    for again in drawn:
+        for name, (values, _) in _bd_rates(again, measure.key, ours).items():
+            means.setdefault(name, []).append(values.mean() if len(values) else np.nan)
+    for name, (values, few) in _bd_rates(records, measure.key, ours).items():
+        bare = not len(values) or np.isnan(values).any()
+        if bare:
             text = "– (needs two points)" if few else "– (no quality that both curves reach)"
         elif len(values) == 1:
             text = f"{values[0]:+.1f} %"
         else:
             each_text = ", ".join(f"{value:+.1f}" for value in values)
             text = f"{values.mean():+.1f} ± {values.std():.1f} % (by seed: {each_text})"
-        rows.append([looks[name].title, text])
+        row = [looks[name].title, text]
+        if drawn:
+            known = name in means and not bare
+            row.append(between(draws.interval(np.array(means[name])), "+.1f") if known else "–")
+        rows.append(row)
     return rows
+
+
+def reference_of(records: list[dict]) -> str:
+    """The arm that others are compared with: the reference, or else the first learned codec; "" if
+    there is none."""
+    streams = [record for record in records if record["kind"] == "stream"]
+    first = streams[0]["arm"] if streams else ""
+    return next((r["arm"] for r in streams if r.get("reference")), first)
+
+
+def _bd_rates(records: list[dict], key: str, ours: str) -> dict[str, tuple[np.ndarray, bool]]:
+    """{curve: (BD-rate of `ours` against it by seed, whether a curve has one point only)}."""
+    arms = {record["arm"] for record in records if record["kind"] == "stream"}
+    seeds = sorted({record["seed"] for record in records})
+    each = [curves_of([r for r in records if r["seed"] == s], key) for s in seeds]
+    found = {}
+    for name, whole in curves_of(records, key).items():
+        if name == ours:
+            continue
+        anchors = [curve.get(name, None if name in arms else whole) for curve in each]
+        both = [(a, curve) for a, curve in zip(anchors, each, strict=True) if a is not None]
+        pairs = [(anchor, curve[ours]) for anchor, curve in both if ours in curve]
+        values = np.array([bd_rate(anchor[:, :2], curve[:, :2]) for anchor, curve in pairs])
+        found[name] = values, any(min(map(len, pair)) < 2 for pair in pairs)
+    return found
+
+
+def _drawn(records: list[dict], key: str) -> Iterator[list[dict]]:
+    """The records as each draw of images has them; those that keep no draws are left out."""
+    kept = []
+    for record in records:
+        drawn = {name: draws.of(record, name) for name in (key, "bpp", "bpp_source")}
+        drawn = {name: values for name, values in drawn.items() if values is not None}
+        if key in drawn:
+            kept.append((record, drawn))
+    for row in range(draws.DRAWS if kept else 0):
+        yield [record | {name: v[row] for name, v in drawn.items()} for record, drawn in kept]
+
+
+def loss_table(records: list[dict], measure: Measure) -> list[list[str]]:
+    """The bits at which each curve loses no more than `LOSS` points of what pixels score.
+
+    Rates are interpolated as for BD-rates, over means of the seeds. No rows without pixels.
+    """
+    pixels = [record for record in records if record["kind"] == "pixels"]
+    ours = reference_of(records)
+    if measure.factor != 100 or not pixels or not ours:
+        return []
+    looks, rates = looks_of(records), _rates_at_loss(records, measure.key)
+    drawn = [_rates_at_loss(again, measure.key) for again in _drawn(records, measure.key)]
+    rows = [[f"{LOSS} points below pixels", "bpp", WITHIN, f"bits of {looks[ours].title}", WITHIN]]
+    for name, rate in rates.items():
+        of_name = np.array([again.get(name, np.nan) for again in drawn])
+        of_ours = np.array([again.get(ours, np.nan) for again in drawn])
+        share = 100 * (rates[ours] / rate - 1)
+        spread = lambda values, form: between(draws.interval(values), form) if drawn else "–"  # noqa: E731
+        cells = ["not reached", "–"] if np.isnan(rate) else [f"{rate:.4f}", spread(of_name, ".4f")]
+        shares = [f"{share:+.1f} %", spread(100 * (of_ours / of_name - 1), "+.1f")]
+        known = name != ours and not np.isnan(share)
+        title = SOURCE if name == SOURCE else looks[name].title
+        rows.append([title, *cells, *(shares if known else ["–", "–"])])
+    return rows
+
+
+def _rates_at_loss(records: list[dict], key: str) -> dict[str, float]:
+    """{curve: its bpp at `LOSS` points below pixels, NaN where it does not get there}, and that of
+    the files which the pixels are read from."""
+    pixels = [record for record in records if record["kind"] == "pixels"]
+    quality = float(np.mean([record[key] for record in pixels])) - LOSS / 100
+    found = {n: rate_at(curve[:, :2], quality) for n, curve in curves_of(records, key).items()}
+    source = [record["bpp_source"] for record in pixels if "bpp_source" in record]
+    return found | ({SOURCE: float(np.mean(source))} if source else {})
 
 
 def stream_table(records: list[dict]) -> list[list[str]]:
