@@ -16,7 +16,7 @@ import platform
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax
@@ -32,9 +32,8 @@ FOLDER = "ICM_CACHE_DIR"
 LIMIT = 1 << 28
 """Bytes that a folder of programs may take; the longest unused go first."""
 _SUFFIX, _PASSED = ".program", ".passed"
-_QUICK: dict[str, str | bool] = {"xla_cpu_use_fusion_emitters": False}
-"""Of programs of integers: half the time to compile, as fast to run. Floats could come out other in
-their last bits, and files with them."""
+Options = Callable[[str], Mapping[str, str | bool]]
+"""Platform -> options of XLA."""
 _PACKAGE = pathlib.Path(__file__).parent.parent
 
 _made: dict[Any, Any] = {}
@@ -44,8 +43,19 @@ _home: dict[str, int] = {}
 _thread = threading.local()
 
 
+def quick(platform: str) -> dict[str, str | bool]:
+    """`Options` of programs of integers: half the time to compile, as fast to run. Floats could
+    come out other in their last bits, and files with them."""
+    return {"xla_cpu_use_fusion_emitters": False} if platform == "cpu" else {}
+
+
 def run(
-    function: Callable, static: tuple, variables: Any, inputs: Any, *, integers: bool = False
+    function: Callable,
+    static: tuple,
+    variables: Any,
+    inputs: Any,
+    *,
+    options: Options | None = None,
 ) -> Any:
     """function(*static, variables, inputs) by a compiled program.
 
@@ -55,7 +65,8 @@ def run(
       function: on the top level of a module. static: hashable, a `Codec` first.
       variables: arrays on a device, where it runs, no more than it needs: each takes time.
       inputs: arrays on the host.
-      integers: it computes with integers alone, which no compiler's choice can change.
+      options: the same for all programs of a function; those that this XLA does not know are left
+        out.
     """
     require_home()
     leaves, form = jax.tree.flatten((variables, inputs))
@@ -70,7 +81,7 @@ def run(
             program = _made.get(key)
             if program is None:
                 named = [(shape, _name_of(dtype)) for shape, dtype in shapes]
-                job = _Job(function, static, variables, inputs, integers)
+                job = _Job(function, static, variables, inputs, options)
                 program = _kept(job, repr((named, form, settings)))
                 _made[key] = program
     if getattr(_thread, "only_makes", False):
@@ -111,7 +122,7 @@ class _Job(NamedTuple):
     static: tuple
     variables: Any
     inputs: Any
-    integers: bool
+    options: Options | None
 
 
 def _kept(job: _Job, described: str):
@@ -155,9 +166,10 @@ def once(codec, facts: str, check: Callable[[], None]) -> None:
 def _compiled(job: _Job):
     bound = functools.partial(job.function, *job.static)
     lowered = jax.jit(bound).lower(job.variables, job.inputs)
-    if job.integers and jax.tree.leaves(job.variables)[0].device.platform == "cpu":
-        with contextlib.suppress(RuntimeError):  # another XLA, which does not know the option
-            return lowered.compile(compiler_options=_QUICK)
+    options = job.options(jax.tree.leaves(job.variables)[0].device.platform) if job.options else {}
+    if options:
+        with contextlib.suppress(RuntimeError):  # another XLA, which does not know them
+            return lowered.compile(compiler_options=dict(options))
     return lowered.compile()
 
 

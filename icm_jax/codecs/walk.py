@@ -199,10 +199,10 @@ def prior(
         return np.asarray(rows), None if mean is None else np.asarray(mean)
     given = {name: (decoded[name], _ELEMENT * n) for name, n in reach.factors}
     weights = _integers(variables, segment)
-    exact = weights is not variables
+    options = None if weights is variables else programs.quick
 
     def of_window(part: Part):
-        return programs.run(_prior_of_window, (codec, number), weights, part, integers=exact)
+        return programs.run(_prior_of_window, (codec, number), weights, part, options=options)
 
     sides = _ELEMENT * shape[1], _ELEMENT * shape[2]
     halo, squares = _ELEMENT * reach.halo, tiles.squares(sizes or tiles.SIZES)

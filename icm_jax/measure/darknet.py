@@ -4,6 +4,7 @@ find = darknet.finder("yolov3-tiny.weights")
 boxes = find(pathlib.Path("street.jpg").read_bytes())["boxes"]
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from icm_jax.errors import IcmError
 from icm_jax.files import read
 from icm_jax.measure.detect import described
 from icm_jax.nets import cfg, yolo
+from icm_jax.nets.convolution import compiler_options
 from icm_jax.nets.detector import Detector, Part
 from icm_jax.tasks.detection import anchors, detections, scaled
 from icm_jax.weights import darknet
@@ -61,8 +63,9 @@ def finder(
     image = jax.ShapeDtypeStruct((1, detector.grid, detector.grid, 3), jnp.float32)
     shapes = jax.eval_shape(lambda x: part.init(jax.random.key(0), x, False), image)
     variables = jax.device_put(darknet.read(weights, shapes, whole=True))
+    platform = jax.tree.leaves(variables)[0].device.platform
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options(platform))
     def predict(variables, image):
         outputs = part.apply(variables, scaled(image), False)
         placed = anchors(detector, [raw.shape[1:3] for raw in outputs], 1.0)
