@@ -66,6 +66,7 @@ COLOURS = {
 """Of the first arm of a kind, the second, ..."""
 SIZES = ("base", "enhancement", "hypers")  # C_b, C_e, hyperpriors
 HYPERS = {1: "one hyperprior for both", 2: "a hyperprior each"}
+WEIGHTS = ("feature_weight", "output_weight")
 DETECTOR = ("params/detector", "batch_stats/detector")
 
 
@@ -101,6 +102,7 @@ def demo() -> dict:
                 hypers=2,
             ),
             feature_weight=1000.0,
+            output_weight=0.0,  # of what the detector's tail makes of the decoded feature
             lambdas=SMALL_LAMBDAS,
             size=96,  # of training views
             straight_through=True,
@@ -239,7 +241,7 @@ def colour_of(named: list[str], number: int) -> str:
 
 def scalable_task(config, codec: dict, lmbda: float) -> dict:
     """The task of a scalable codec."""
-    task = {key: config.model[key] for key in ("feature_weight", "size", "straight_through")}
+    task = {key: config.model[key] for key in (*WEIGHTS, "size", "straight_through")}
     task |= dict(name="scalable_compression", codec=codec, lmbda=lmbda)
     return task | dict(detector=whole(config.detector.model.detector))
 

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
+import scipy.stats
 from ml_collections import ConfigDict
 
 from icm_jax.errors import IcmError
 from icm_jax.nets.yolo import yolov3
 from icm_jax.tasks import boxes, build_task
-from icm_jax.tasks.detection import anchors, detections, losses
+from icm_jax.tasks.detection import anchors, detections, divergence, losses
 
 TRUTH = np.float32([[[0.1, 0.2, 0.3, 0.25], [0.3, 0.1, 0.95, 0.9], [0, 0, 0, 0]]])
 LABELS, VALID = jnp.array([[2, 0, 1]]), jnp.array([[True, True, False]])
@@ -87,6 +89,26 @@ def test_near_misses_are_not_asked():
     assert cost(outputs, *arguments)["objectness"] < 0.01
     outputs[0] = outputs[0].at[n, y, x, a - 1, 2].add(-3.0)  # too narrow: a false alarm
     assert cost(outputs, *arguments)["objectness"] > 4.0
+
+
+def test_divergence_is_that_of_bernoulli_variables():
+    """Against SciPy's entropy, cell by cell, and none of equal outputs."""
+    rng = np.random.default_rng(0)
+    p, q = (
+        [rng.normal(0, 2, (2, h, w, 3, 5 + 4)).astype(np.float32) for h, w in ((2, 3), (4, 6))]
+        for _ in range(2)
+    )
+    sigmoid, expected = scipy.special.expit, 0.0
+    for there, given in zip(p, q, strict=True):
+        for a, b in zip(there.reshape(-1, 9), given.reshape(-1, 9), strict=True):
+            pairs = [
+                scipy.stats.entropy([x, 1 - x], [y, 1 - y])
+                for x, y in zip(sigmoid(a), sigmoid(b), strict=True)
+            ]
+            place = sum(pairs[:2]) + 0.5 * np.square(a[2:4] - b[2:4]).sum()
+            expected += (pairs[4] + sigmoid(a[4]) * (place + sum(pairs[5:]))) / 2
+    np.testing.assert_allclose(divergence(p, q), expected, rtol=1e-4)
+    assert abs(float(divergence(p, p))) < 1e-6
 
 
 def test_a_small_detector_learns_a_batch():

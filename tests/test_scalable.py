@@ -325,6 +325,7 @@ def test_training_moves_the_codec_and_not_the_detector():
         detector=dict(name="yolov3", width=1 / 32, depth=0.1),
         lmbda=0.01,
         feature_weight=100.0,
+        output_weight=7.0,
         size=32,
         straight_through=False,
     )
@@ -345,7 +346,8 @@ def test_training_moves_the_codec_and_not_the_detector():
 
     (total, aux), gradients = loss(params["scalable"])
     m = aux.metrics
-    expected = m["bpp_base"] + m["bpp_enhancement"] + 0.01 * (m["mse"] + 100 * m["distortion_f"])
+    distortion = m["mse"] + 100 * m["distortion_f"] + 7 * m["divergence"]
+    expected = m["bpp_base"] + m["bpp_enhancement"] + 0.01 * distortion
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     silent = [
         jax.tree_util.keystr(path)

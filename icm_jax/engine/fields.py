@@ -138,7 +138,7 @@ def defaults(run: Any) -> dict[str, Any]:
     found["data"] = {"boxes": 0, "letterbox": "corner", "coefficients": "", "crop": [1.0, 1.0]}
     if run.data.get("name") in data.DATASETS:
         found["data"] |= data.DATASETS[run.data.name].fields
-    found["task"] = {"bn_groups": 0}
+    found["task"] = {"bn_groups": 0, "output_weight": 0.0}
     codec = run.task.get("codec", {}).get("name")
     if codec in CODECS:
         arguments = inspect.signature(CODECS[codec]).parameters.values()

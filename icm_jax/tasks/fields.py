@@ -90,6 +90,7 @@ TASKS: dict[str, Table] = {
         "codec": CODEC,
         "lmbda": POSITIVE,
         "feature_weight": WEIGHT,
+        "output_weight": optional(WEIGHT),
         "size": SIZE,
         "straight_through": FLAG,
     },
