@@ -60,7 +60,7 @@ OPTIM: Table = {
     "rate_scaling": optional(one_of(*SCALINGS)),
     "rate_batch": optional(whole(1)),
 }
-PLATEAU: Table = {"interval": whole(1), "patience": whole()}
+PLATEAU: Table = {"interval": whole(1), "patience": whole(1), "examples": optional(whole())}
 CODEC_FILE: Table = {
     "weights": optional(one_of("float32", "float16")),
     "licence": optional(TEXT),
@@ -135,6 +135,7 @@ def defaults(run: Any) -> dict[str, Any]:
         if field.default is not dataclasses.MISSING
     }
     found["optim"] = {"accumulate": 1, "rate_scaling": "none", "rate_batch": 256}
+    found["optim"] |= {"plateau": {"examples": 0}}
     found["data"] = {"boxes": 0, "letterbox": "corner", "coefficients": "", "crop": [1.0, 1.0]}
     if run.data.get("name") in data.DATASETS:
         found["data"] |= data.DATASETS[run.data.name].fields

@@ -7,9 +7,12 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
+import tqdm
 
 from icm_jax.errors import IcmError
 from icm_jax.files import write_whole
@@ -67,14 +70,24 @@ class Log:
         yield
         self._waited[kind] += time.perf_counter() - began
 
-    def write(self) -> dict[str, float]:
-        """Means since the last call.
+    @contextlib.contextmanager
+    def apart(self, measured: dict):
+        """Waits for a step's results; the time within is then no part of the interval."""
+        with self.waiting("device"):
+            jax.block_until_ready(measured)
+        began = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - began
+
+    def write(self, found: Mapping[str, float] = MappingProxyType({})) -> dict[str, float]:
+        """Means since the last call, and what was `found` at the last step besides.
 
         Raises: IcmError naming the first step that is not finite, or if the file cannot be written.
         """
         with self.waiting("device"):
             fetched = [(step, jax.device_get(metrics)) for step, metrics in self._pending]
-        for step, metrics in fetched:
+        for step, metrics in [*fetched, (fetched[-1][0], found)]:
             for name in sorted(metrics, key=lambda name: (name != "loss", name)):
                 if not np.isfinite(metrics[name]):
                     raise IcmError(
@@ -83,6 +96,7 @@ class Log:
                     )
         step, names = fetched[-1][0], sorted(fetched[0][1])
         means = {n: float(np.mean([m[n] for _, m in fetched], dtype=np.float64)) for n in names}
+        means |= found
         line = {"step": step, **means}
         now = time.perf_counter()
         if self._since is not None:  # the first interval would count compilation
@@ -106,6 +120,25 @@ class Log:
         if self._writer:
             self._writer.write_scalars(step, means)
         return means
+
+
+def progress(name: str, first: int, steps: int) -> tqdm.tqdm:
+    """A bar of a run's steps, on the first process."""
+    return tqdm.tqdm(
+        total=steps,
+        initial=first,
+        desc=name,
+        unit="step",
+        disable=jax.process_index() > 0,
+        mininterval=1.0,
+    )
+
+
+def short(metrics: dict) -> str:
+    """What the bar says of them."""
+    return " ".join(
+        f"{name}={value:.3g}" for name, value in metrics.items() if name != "gradient_norm"
+    )
 
 
 def read_log(path: pathlib.Path) -> list[dict]:

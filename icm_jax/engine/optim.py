@@ -2,7 +2,6 @@
 
 import jax
 import optax
-import optax.contrib
 
 from icm_jax.errors import IcmError
 
@@ -10,13 +9,12 @@ OPTIMISERS = ("sgd", "adam", "adamw", "lars", "lamb")
 SCHEDULES = ("constant", "cosine", "linear", "plateau")
 SCALINGS = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
 """Rules for the learning rate of large batches: powers of the batch's size."""
-HALVINGS = 5  # of a learning rate that goes by plateau
 
 
 def make_schedule(config, steps: int) -> optax.Schedule:
     """config: schedule, learning_rate, warmup_steps; warm-up is linear from 0, decay ends at 0.
 
-    "plateau" is constant here; see `make_optimiser`.
+    "plateau" is constant here: `icm_jax.engine.plateau` halves the rate.
 
     Raises: IcmError for an unknown schedule or a warm-up that is not shorter than the run.
     """
@@ -60,11 +58,6 @@ def make_optimiser(config, steps: int, batch_size: int) -> optax.GradientTransfo
     Where it has `rate_scaling`, the learning rate is that for `config.rate_batch` images, `scaled`
     to the images of an update: batch_size, those of a step, times `config.accumulate`.
 
-    With the schedule "plateau" the rate is halved, at most `HALVINGS` times, whenever the mean of
-    the training loss over `interval` steps has not fallen `patience` times in a row (fields of
-    `config.plateau`). `update` is then given the loss as `value`. Counts and means are part of the
-    optimiser's state, so a resumed run goes on with them.
-
     With `config.accumulate` = k above 1, a step adds its gradients to a mean, and every k-th moves
     the parameters by it: k steps of B rows are one of k·B. Lengths and schedules count steps all
     the same: an update has the rate of the first of its k steps. Steps after the last whole k move
@@ -99,13 +92,6 @@ def make_optimiser(config, steps: int, batch_size: int) -> optax.GradientTransfo
     chain = [*clip, makers[config.name]()]
     if every > 1:
         chain = [optax.MultiSteps(optax.chain(*chain), every).gradient_transformation()]
-    if config.schedule == "plateau":
-        plateau = config.plateau
-        chain.append(
-            optax.contrib.reduce_on_plateau(
-                0.5, plateau.patience, accumulation_size=plateau.interval, min_scale=0.5**HALVINGS
-            )
-        )
     return optax.chain(*chain)
 
 

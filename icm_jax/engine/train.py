@@ -22,9 +22,9 @@ from icm_jax import ops
 from icm_jax.codecs.codec import forward
 from icm_jax.compiled import give_back
 from icm_jax.data import geometry, pipeline
-from icm_jax.engine import checkpoint, frozen, optim, sharding
+from icm_jax.engine import checkpoint, frozen, optim, plateau, sharding
 from icm_jax.engine.codes import open_source
-from icm_jax.engine.log import Log
+from icm_jax.engine.log import Log, progress, short
 from icm_jax.engine.run import CODEC, DONE, Run, claim, what_is_done
 from icm_jax.engine.stopping import stop_request
 from icm_jax.errors import IcmError
@@ -32,7 +32,7 @@ from icm_jax.files import make_folder, sealed, write_json
 from icm_jax.nets.convolution import compiler_options
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
-from icm_jax.tasks.task import TRAIN
+from icm_jax.tasks.task import trained_part
 from icm_jax.weights import start_from
 
 DECODED_AT_ONCE = 32  # images
@@ -68,6 +68,12 @@ class TrainState(flax.struct.PyTreeNode):
     ema: Any
 
 
+class Watched(TrainState):
+    """The state of a run whose learning rate goes by the validation loss."""
+
+    plateau: plateau.Plateau
+
+
 def train(run: Run, base: str | os.PathLike) -> dict:
     """Trains one run in `base`/run.name, or resumes it, or returns at once if it is done.
 
@@ -87,6 +93,7 @@ def train(run: Run, base: str | os.PathLike) -> dict:
     if sharding.as_first(jax.process_index() == 0 and whole(run, base)):
         return done["metrics"] if done else {}
     source = open_source(run.data, "train")
+    held_out = plateau.held_out(run) if plateau.asked(run) else None
     task = build_task(complete(run, source))
     training = prepare(run, task)
     start = [(checkpoint.load_variables(given.folder(base)), given.parts) for given in run.start]
@@ -111,16 +118,20 @@ def train(run: Run, base: str | os.PathLike) -> dict:
             process=jax.process_index(),
             processes=jax.process_count(),
         )
+        validate = held_out and plateau.validation(training, state, held_out, spec)
         order = dict(seed=run.seed, start=first, stop=run.steps)
         batches = pipeline.batches(source, spec, **order, features=features)
-        metrics = loop(training, state, first, batches, checkpoints, folder)
+        done = loop(training, state, first, batches, checkpoints, folder, validate)
     if jax.process_index() == 0:
         if run.codec_file is not None:
-            trained = checkpoint.read_variables(folder, run.steps)
+            trained = checkpoint.read_variables(folder, done["step"])
             frozen.write_codec(task.codec, trained, run, base)
-        write_json(folder / DONE, sealed({"step": run.steps, "metrics": metrics}))
+        write_json(folder / DONE, sealed(done))
+        if held_out:
+            told = f"{run.name} is what it was at step {done['best_step']} of {done['step']}"
+            print(f"{told}, where its validation loss was lowest", file=sys.stderr)
     sharding.as_first(True)  # nobody goes on before that is written
-    return metrics
+    return done["metrics"]
 
 
 def whole(run: Run, base: str | os.PathLike) -> bool:
@@ -229,7 +240,10 @@ def initial(training: Training):
         variables |= {"constants": constants} if constants else {}
         trained = trained_part(task, variables["params"])
         ema = jax.tree.map(jnp.copy, trained) if run.ema else {}
-        return TrainState(jnp.zeros((), jnp.int32), variables, optimiser.init(trained), ema)
+        state = jnp.zeros((), jnp.int32), variables, optimiser.init(trained), ema
+        if plateau.asked(run):
+            return Watched(*state, plateau.begin(task, variables))
+        return TrainState(*state)
 
     shapes = jax.eval_shape(init, jax.random.key(0), dict(task.constants))
     shardings = sharding.state_shardings(mesh, shapes)
@@ -263,11 +277,6 @@ def copy_parts(variables: dict, earlier: dict, prefixes) -> dict:
     return variables
 
 
-def trained_part(task: Task, params: dict) -> dict:
-    """The top-level parameters that the task trains."""
-    return {name: tree for name, tree in params.items() if task.groups(name) == TRAIN}
-
-
 REMAT = {
     "none": None,
     "convolutions": jax.checkpoint_policies.dots_saveable,
@@ -280,7 +289,6 @@ matrix products, or those of whole blocks; the rest is computed again."""
 def make_step(task: Task, optimiser, run):
     """The pure step (state, batch, key) -> (state, metrics); frozen parts get no gradient. Of a run
     it takes remat, ema and optim.accumulate."""
-    optimiser = optax.with_extra_args_support(optimiser)
     remat = run.remat
 
     def step(state: TrainState, batch, key):
@@ -294,7 +302,10 @@ def make_step(task: Task, optimiser, run):
         if REMAT[remat]:
             loss_of = jax.checkpoint(loss_of, policy=REMAT[remat])
         (loss, aux), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        updates, opt_state = optimiser.update(gradients, state.opt_state, trained, value=loss)
+        updates, opt_state = optimiser.update(gradients, state.opt_state, trained)
+        if isinstance(state, Watched):
+            rate = plateau.rate(state.plateau)
+            updates = jax.tree.map(lambda update: rate * update, updates)
         trained = optax.apply_updates(trained, updates)
         averaged = state.ema
         if run.ema:
@@ -303,8 +314,8 @@ def make_step(task: Task, optimiser, run):
             averaged = optax.incremental_update(trained, averaged, share)
         variables = {**state.variables, **aux.collections, "params": {**params, **trained}}
         metrics = {"loss": loss, "gradient_norm": optax.tree.norm(gradients), **aux.metrics}
-        state = TrainState(state.step + 1, variables, opt_state, averaged)
-        return state, metrics
+        changed = dict(variables=variables, opt_state=opt_state, ema=averaged)
+        return state.replace(step=state.step + 1, **changed), metrics
 
     return step
 
@@ -326,32 +337,32 @@ def compiled_step(training: Training, state):
     )
 
 
-def loop(training: Training, state, first: int, batches, checkpoints, folder) -> dict:
+def loop(
+    training: Training, state, first: int, batches, checkpoints, folder, validate=None
+) -> dict:
     """Runs steps first ... run.steps - 1 with logging, saving and a clean stop on a signal.
 
     While a step runs, the next batch is put on the devices, and the step before is waited for, so
     that no more than three batches are there.
+
+    Args:
+      validate: of a run by plateau, see `plateau.validation`; it may end the run sooner.
+
+    Returns: what done.json holds.
     """
     run, _, _, mesh = training
     step_of = compiled_step(training, state)
     key = jax.jit(lambda: jax.random.key(run.seed), out_shardings=sharding.replicated(mesh))()
-    log = Log(folder, first, run.batch_size)
-    bar = tqdm.tqdm(
-        total=run.steps,
-        initial=first,
-        desc=run.name,
-        unit="step",
-        disable=jax.process_index() > 0,
-        mininterval=1.0,
-    )
-    metrics, measured = log.newest, {}
+    log, bar = Log(folder, first, run.batch_size), progress(run.name, first, run.steps)
+    metrics, measured, judged = log.newest, {}, {}
+    end = first if plateau.ended(state) else run.steps
     placed = (sharding.global_batch(mesh, batch) for batch in batches)
-    batch = next(placed, None)
+    batch = next(placed, None) if first < end else None
     if batch is not None:
         step_of = step_of.lower(state, batch, key).compile()
         give_back()  # before the step takes as much and more
     with bar, stop_request() as stopping:
-        for number in range(first, run.steps):
+        for step in range(first + 1, end + 1):
             before = measured
             with log.waiting("device"):  # some backends run a step before they return
                 state, measured = step_of(state, batch, key)
@@ -359,27 +370,26 @@ def loop(training: Training, state, first: int, batches, checkpoints, folder) ->
                 batch = next(placed, None)
             with log.waiting("device"):
                 jax.block_until_ready(before)
-            log.add(number + 1, measured)
+            log.add(step, measured)
             bar.update()
-            last, stop = number + 1 == run.steps, stopping()
-            saves = last or (number + 1) % run.save_every == 0 or stop
-            if saves or (number + 1) % run.log_every == 0:
-                metrics = log.write()
-                bar.set_postfix_str(_short(metrics) + log.starving)
+            last, stop, found = step == end, stopping(), {}
+            if validate and (last or step % run.optim.plateau.interval == 0):
+                with log.apart(measured):
+                    state, found = validate(state)
+                judged, last = found, last or plateau.ended(state)
+            saves = last or step % run.save_every == 0 or stop
+            if saves or found or step % run.log_every == 0:
+                metrics = log.write(found)
+                bar.set_postfix_str(short(metrics | judged) + log.starving)
             if saves:
-                checkpoint.save(checkpoints, number + 1, state)
-            if stop and not last:
+                given = plateau.best(state) if validate and last else state
+                checkpoint.save(checkpoints, step, given)
+            if last:
+                break
+            if stop:
                 checkpoint.wait(checkpoints)
                 bar.close()
-                print(
-                    f"stopped at step {number + 1} of {run.name}; state is saved", file=sys.stderr
-                )
+                print(f"stopped at step {step} of {run.name}; state is saved", file=sys.stderr)
                 raise SystemExit(128 + stop)
     checkpoint.wait(checkpoints)
-    return metrics
-
-
-def _short(metrics: dict) -> str:
-    return " ".join(
-        f"{name}={value:.3g}" for name, value in metrics.items() if name != "gradient_norm"
-    )
+    return {"step": int(state.step), "metrics": metrics} | plateau.outcome(state)

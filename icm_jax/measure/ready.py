@@ -14,6 +14,7 @@ import jax
 from icm_jax.data import label_keys, pipeline
 from icm_jax.data.fields import FieldError, check, number, one_of, whole
 from icm_jax.data.sources import Source
+from icm_jax.engine import plateau
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import (
     CODEC,
@@ -109,11 +110,14 @@ def _check_weights(run: Run, reader: str, path: str) -> None:
 
 
 def _sources(run: Run, opened: dict[str, list[Source]]) -> list[Source]:
-    """The training split of a run's data and, if it is scored, the other; opened once for all."""
+    """The training split of a run's data and, if it is scored or the learning rate goes by it, the
+    other; opened once for all."""
     name = run.data.to_json_best_effort()
     given = opened.setdefault(name, [])
-    for split in ("train", "validation")[len(given) : 1 + bool(run.evaluate)]:
-        given.append(open_source(run.data, split))
+    watched = plateau.asked(run)
+    for split in ("train", "validation")[len(given) : 1 + (watched or bool(run.evaluate))]:
+        by_it = watched and split == "validation"
+        given.append(plateau.held_out(run) if by_it else open_source(run.data, split))
     return given
 
 

@@ -67,6 +67,11 @@ def build_codec(config: Mapping[str, Any]) -> Codec:
     return CODECS[name](**fields)
 
 
+def trained_part(task: Task, params: Mapping[str, Any]) -> dict:
+    """The top-level parameters that a task trains."""
+    return {name: tree for name, tree in params.items() if task.groups(name) == TRAIN}
+
+
 def require_output(codec: Codec, output: str, task: str) -> None:
     """Raises: IcmError if a codec has no such output, which a task needs."""
     if output not in codec.outputs:

@@ -112,7 +112,7 @@ def _kept(run: Run, target: Target, state: TrainState, batch: dict) -> dict:
         "fsdp": run.fsdp,
         "parameters": _bytes(state.variables["params"]),
         "optimiser": _bytes(state.opt_state),
-        "others": _bytes((others, state.ema)),
+        "others": _bytes((others, state.ema, getattr(state, "plateau", ()))),
         "batch_bytes": _bytes(batch),
     }
 
