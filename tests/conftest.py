@@ -47,6 +47,19 @@ def real_data() -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def shared_programs(tmp_path_factory):
+    """Processes that tests start, another worker's too, keep compiled programs in one folder; JAX
+    0.5.3 cannot on CPUs, see `icm_jax.main.keeps_programs`."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with pytest.MonkeyPatch.context() as environment:
+        if jax.__version_info__ >= (0, 6):
+            environment.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+            environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield
+
+
 @pytest.fixture(scope="session", params=[*BUILT, *STRANGERS])
 def frozen(request):
     """A frozen codec of every kind."""

@@ -19,8 +19,12 @@ from icm_jax.codecs import (
 )
 from icm_jax.nets.yolo import yolov3
 
-UNOPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-"""For XLA_FLAGS: compiling takes a third of the time (of 18 s the second flag left 11)."""
+UNOPTIMISED = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+"""For XLA_FLAGS: compiling takes a third of the time (of 18 s the second flag left 11), and a fifth
+less again if a program is not cut up for threads, which other tests need."""
 RNG = np.random.default_rng(0)
 SEEDED = RNG.bit_generator.state
 """That every test begins with, whatever ran before it."""

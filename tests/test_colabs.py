@@ -10,7 +10,7 @@ from small import UNOPTIMISED
 COLABS = pathlib.Path(__file__).resolve().parent.parent / "colabs"
 
 # Jupyter's own code warns of its event loop.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("shared_programs")]
 
 
 @pytest.mark.parametrize("path", sorted(COLABS.glob("*.ipynb")), ids=lambda p: p.stem)

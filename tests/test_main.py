@@ -30,6 +30,9 @@ from icm_jax.report.pictures import principal_colours
 from icm_jax.tasks import build_task
 from icm_jax.weights import darknet
 
+# Notebooks train some of the same runs.
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCALES = {
     "omni_icm": ("demo", "study", "tiny", "imagenet"),
@@ -58,7 +61,7 @@ def main(workdir, *flags, name="omni_icm", scale="tiny", cache=None):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(shared_programs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("main")
     done = main(workdir, "--config.stage3.tasks.linear=0")
     assert done.returncode == 0, done.stderr[-3000:]
