@@ -134,7 +134,7 @@ def start_mode(experiment, path: str, config: ml_collections.ConfigDict, given) 
     if DISTRIBUTED.value or COORDINATOR.value:
         start_distributed(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     if keeps_programs():
-        if not jax.config.jax_compilation_cache_dir:  # where the user keeps those of all programs
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the user keeps them together elsewhere
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if MODE.value == "code":
