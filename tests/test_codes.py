@@ -122,7 +122,7 @@ def test_masks_and_boxes_come_back(tmp_path, codec):
             np.testing.assert_array_equal(one, other)
             assert one.dtype == other.dtype
     batch = next(pipeline.in_order(back, BatchSpec(6, (32, 32))))
-    assert set(batch) == {"image", "valid", "label", "mask"}
+    assert set(batch) == {"image", "number", "valid", "label", "mask"}
 
 
 def test_labels_that_are_none_and_boxes_that_overhang_come_back(tmp_path, codec):

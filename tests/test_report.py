@@ -172,6 +172,10 @@ def test_bits_at_two_points_of_loss():
     assert cells["source files as they are"][2] == "-92.0 %"
     without = [record for record in records if record["kind"] != "pixels"]
     assert tables.loss_table(without, CLASSIFY) == []
+    head, *rows = tables.loss_table([r for r in records if r["kind"] != "stream"], CLASSIFY)
+    assert head == ["2 points below pixels", "bpp", "95 % of draws"]
+    assert [row[0] for row in rows] == ["JPEG", "WebP", "source files as they are"]
+    assert rows[0][1] == "0.8000"
 
 
 def test_bd_rates_are_those_of_the_scaled_rates():

@@ -38,7 +38,7 @@ def test_real_folders(real_data, config, classes, keys):
         source = open_source(config, split)
         assert len(source.classes or source.mask_classes) == classes
         batch = next(pipeline.evaluation_batches(source, BatchSpec(8, (64, 64))))
-        assert set(batch) == {"image", "valid"} | keys
+        assert set(batch) == {"image", "number", "valid"} | keys
         assert 20 < batch["image"].mean() < 235 and batch["image"].std() > 20
         if "mask" in batch:
             known = batch["mask"][batch["mask"] != 255]

@@ -127,27 +127,32 @@ def _drawn(records: list[dict], key: str) -> Iterator[list[dict]]:
 
 
 def loss_table(records: list[dict], measure: Measure) -> list[list[str]]:
-    """The bits at which each curve loses no more than `LOSS` points of what pixels score.
+    """The bits at which each curve loses no more than `LOSS` points of what pixels score, and where
+    there is a learned codec how many fewer the reference takes.
 
     Rates are interpolated as for BD-rates, over means of the seeds. No rows without pixels.
     """
     pixels = [record for record in records if record["kind"] == "pixels"]
     ours = reference_of(records)
-    if measure.factor != 100 or not pixels or not ours:
+    if measure.factor != 100 or not pixels:
         return []
     looks, rates = looks_of(records), _rates_at_loss(records, measure.key)
     drawn = [_rates_at_loss(again, measure.key) for again in _drawn(records, measure.key)]
-    rows = [[f"{LOSS} points below pixels", "bpp", WITHIN, f"bits of {looks[ours].title}", WITHIN]]
+    rows = [[f"{LOSS} points below pixels", "bpp", WITHIN]]
+    rows[0] += [f"bits of {looks[ours].title}", WITHIN] if ours else []
+
+    def spread(values: np.ndarray, form: str) -> str:
+        return between(draws.interval(values), form) if drawn else "–"
+
     for name, rate in rates.items():
         of_name = np.array([again.get(name, np.nan) for again in drawn])
         of_ours = np.array([again.get(ours, np.nan) for again in drawn])
-        share = 100 * (rates[ours] / rate - 1)
-        spread = lambda values, form: between(draws.interval(values), form) if drawn else "–"  # noqa: E731
+        share = 100 * (rates.get(ours, np.nan) / rate - 1)
         cells = ["not reached", "–"] if np.isnan(rate) else [f"{rate:.4f}", spread(of_name, ".4f")]
         shares = [f"{share:+.1f} %", spread(100 * (of_ours / of_name - 1), "+.1f")]
         known = name != ours and not np.isnan(share)
         title = SOURCE if name == SOURCE else looks[name].title
-        rows.append([title, *cells, *(shares if known else ["–", "–"])])
+        rows.append([title, *cells, *(shares if known else ["–", "–"] if ours else [])])
     return rows
 
 
