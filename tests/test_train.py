@@ -46,8 +46,9 @@ def toy_fit(folder, run, task, source=toy_batches):
 
 
 def test_steps_equal_gradient_descent_by_hand(tmp_path):
+    """On the way a checkpoint has the parameters; at its end a run gives the averaged ones."""
     state, step = toy_fit(tmp_path, toy_run(), toy())
-    w, ema = np.zeros(3), np.zeros(3)
+    w, ema, by_step = np.zeros(3), np.zeros(3), []
     trace = np.zeros(3)
     for batch in toy_batches(0, 8):
         x = batch["image"].mean(axis=(1, 2)) / 255.0
@@ -55,8 +56,11 @@ def test_steps_equal_gradient_descent_by_hand(tmp_path):
         trace = gradient + 0.9 * trace
         w = w - 0.1 * trace
         ema = 0.9 * ema + 0.1 * w
+        by_step.append(w)
     assert step == 8
-    np.testing.assert_allclose(state.variables["params"]["w"]["v"], w, rtol=1e-4)
+    before = checkpoint.read_variables(tmp_path, 6)
+    np.testing.assert_allclose(before["params"]["w"]["v"], by_step[5], rtol=1e-4)
+    np.testing.assert_allclose(state.variables["params"]["w"]["v"], ema, rtol=1e-4)
     np.testing.assert_allclose(state.ema["w"]["v"], ema, rtol=1e-4)
     np.testing.assert_array_equal(state.variables["params"]["frozen"]["v"], [1, 1])
 

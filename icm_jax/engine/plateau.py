@@ -1,9 +1,10 @@
 """The schedule "plateau": a learning rate that goes by the loss on the validation split.
 
 That is the task's own, over the same images with the same random keys each time: a function of the
-weights alone, whatever the number of processes. When it has not fallen `patience` times in a row,
-the rate is halved, at most `HALVINGS` times; when it then has not again, the run ends. What the run
-gives is what it was where the loss was lowest (Özyılkan et al. 2023; docs/papers.md 3.4).
+weights alone, averaged ones where the run keeps them, whatever the number of processes. When it has
+not fallen `patience` times in a row, the rate is halved, at most `HALVINGS` times; when it then has
+not again, the run ends. What the run gives is what it was where the loss was lowest (Özyılkan et
+al. 2023; docs/papers.md 3.4).
 
 All that is remembered is part of the run's state, so a resumed run goes on with it.
 """
@@ -102,8 +103,17 @@ def ended(state: Any) -> bool:
     return hasattr(state, "plateau") and int(state.plateau.stalls) > HALVINGS
 
 
-def best(state: Any) -> Any:
-    """The state with the variables of the lowest loss."""
+def given(state: Any) -> dict:
+    """The variables that a run would give if it ended at this state: with averaged parameters where
+    it keeps them."""
+    return {**state.variables, "params": {**state.variables["params"], **state.ema}}
+
+
+def final(state: Any) -> Any:
+    """The state with the variables that the run gives: those of the lowest loss, under another
+    schedule the last ones."""
+    if not hasattr(state, "plateau"):
+        return state.replace(variables=given(state))
     kept = state.plateau.variables
     params = {**state.variables["params"], **kept["params"]}
     return state.replace(variables={**kept, "params": params})
@@ -141,7 +151,7 @@ def validation(
             return task.loss(variables, batch, key, jnp.int32(run.steps))[0]
 
     def judge(state, loss):
-        own = changing(task, state.variables)
+        own = changing(task, given(state))
         found = judged(state.plateau, loss, state.step, own, config.patience)
         halvings = jnp.minimum(found.stalls, HALVINGS)
         return state.replace(plateau=found), {"validation_loss": loss, "halvings": halvings}
@@ -155,7 +165,7 @@ def validation(
         batches = pipeline.batches(source, spec, seed=run.seed, stop=count)
         for number, batch in enumerate(batches):
             placed = sharding.global_batch(mesh, batch)
-            loss = loss_of(state.variables, placed, np.int32(number))
+            loss = loss_of(given(state), placed, np.int32(number))
             losses.append(float(loss))
         state, found = judge(state, np.float32(np.mean(losses)))
         return state, {name: value.item() for name, value in jax.device_get(found).items()}

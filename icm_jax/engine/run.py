@@ -114,7 +114,7 @@ class Run:
       log_every, save_every, keep_every: steps between lines of the log, checkpoints, and
         checkpoints that stay (0: the newest alone).
       fsdp: devices that share the parameters. remat: a key of `icm_jax.engine.train.REMAT`.
-      ema: decay of the averaged parameters; 0: none are kept.
+      ema: decay of the averaged parameters, which the run then gives; 0: none are kept.
       start: earlier runs, whose parts are copied over the initial variables in this order.
       weights: (a key of `icm_jax.weights.READERS`, path) of foreign weights to start from; with
         steps = 0 they are taken as they are.

@@ -382,8 +382,7 @@ def loop(
                 metrics = log.write(found)
                 bar.set_postfix_str(short(metrics | judged) + log.starving)
             if saves:
-                given = plateau.best(state) if validate and last else state
-                checkpoint.save(checkpoints, step, given)
+                checkpoint.save(checkpoints, step, plateau.final(state) if last else state)
             if last:
                 break
             if stop:
