@@ -25,6 +25,7 @@ from icm_jax.measure import (
     draws,
     evaluate,
     metrics,
+    scores,
 )
 
 HERE = pathlib.Path(__file__).parent
@@ -114,8 +115,10 @@ def test_average_precision_by_hand():
     assert near["map50"] == pytest.approx(1) and near["map"] == pytest.approx(0.5, abs=0.11)
 
 
-def test_average_precision_of_images_drawn_again():
-    """It is that of a data set which holds them so often."""
+@pytest.mark.parametrize("at_once", (1, 1 << 20))
+def test_average_precision_of_images_drawn_again(monkeypatch, at_once):
+    """It is that of a data set which holds them so often, however many draws are made together."""
+    monkeypatch.setattr(scores, "_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     truth = [[(int(rng.integers(3)), LEFT), (int(rng.integers(3)), RIGHT)] for _ in range(6)]
     found = [

@@ -15,18 +15,18 @@ LEVEL = 0.95
 
 
 def resamples(images: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """How often each draw takes each image: int64 [draws, images]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(images, np.full(images, 1 / images), size=draws)
+    """How often each draw takes each image: uint16 [draws, images]."""
+    rng, share = np.random.default_rng(seed), np.full(images, 1 / images)
+    return np.array([rng.multinomial(images, share) for _ in range(draws)], np.uint16)
 
 
 def means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """The mean over the images of each draw, float64 [draws], of values float [images]; those of
     images that have none, NaN, are left out."""
     known = ~np.isnan(values)
-    taken = counts[:, known]
-    with np.errstate(invalid="ignore"):
-        return taken @ values[known] / taken.sum(axis=1)
+    kept = np.where(known, values, 0)
+    with np.errstate(invalid="ignore"):  # a draw at a time: there may be 50,000 images
+        return np.array([(row @ kept) / (row @ known.astype(float)) for row in counts])
 
 
 def interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:

@@ -11,6 +11,8 @@ import numpy as np
 from icm_jax.errors import IcmError
 
 IGNORE = 255
+_AT_ONCE = 1 << 20
+"""Detections times draws times overlaps, of which average precisions are drawn together."""
 
 
 class Score(abc.ABC):
@@ -33,7 +35,7 @@ class Score(abc.ABC):
         """Scores over the images of each draw, float64 [draws], NaN where they show nothing that
         counts; of scores that keep no more than sums none.
 
-        Args: counts: int64 [draws, images], see `icm_jax.measure.draws`.
+        Args: counts: whole numbers [draws, images], see `icm_jax.measure.draws`.
         """
         del counts
         return {}
@@ -162,7 +164,7 @@ class AveragePrecision(Score):
         return {"map": mean(precision), "map50": mean(precision[0]), "examples": self._images}
 
     def resampled(self, counts):
-        # COCOeval's, with each image's detections as often as the draw takes it, all draws at once.
+        # COCOeval's, with each image's detections as often as the draw takes it.
         scoring, whole = self._compared(), np.zeros((2, len(counts)))
         recalls, classes = scoring.params.recThrs, np.zeros(len(counts))
         for start in range(0, len(scoring.evalImgs), self._images):
@@ -170,12 +172,14 @@ class AveragePrecision(Score):
             there = [(image, row) for image, row in enumerate(rows) if row is not None]
             objects = [(row["gtIgnore"] == 0).sum() for _, row in there]
             positives = counts[:, [image for image, _ in there]] @ np.array(objects, np.int64)
+            found = sum(len(row["dtScores"]) for _, row in there)
+            every = max(1, _AT_ONCE // max(1, found * len(scoring.params.iouThrs)))
             drawn = np.flatnonzero(positives)
-            if not len(drawn):
-                continue
-            precision = _precisions(there, counts[drawn], positives[drawn], recalls)
-            whole[:, drawn] += precision.mean(axis=(1, 2)), precision[:, 0].mean(axis=1)
-            classes[drawn] += 1
+            for first in range(0, len(drawn), every):
+                some = drawn[first : first + every]
+                precision = _precisions(there, counts[some], positives[some], recalls)
+                whole[:, some] += precision.mean(axis=(1, 2)), precision[:, 0].mean(axis=1)
+                classes[some] += 1
         with np.errstate(invalid="ignore"):
             return dict(zip(("map", "map50"), whole / classes, strict=True))
 
