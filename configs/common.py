@@ -86,6 +86,11 @@ def files(**qualities: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
     return {name: qualities.get(name, ()) for name in FORMATS}
 
 
+def foreign(weights: ml_collections.ConfigDict) -> tuple[str, str] | None:
+    """`Run.weights` of the fields reader and path; None where no path is given."""
+    return (weights.reader, weights.path) if weights.path else None
+
+
 def loop(**changes) -> dict:
     """The part of `train` that all runs of an experiment share."""
     settings = dict(batch_size=16, log_every=20, save_every=200, clip_norm=1.0)

@@ -77,6 +77,8 @@ def demo() -> dict:
         points=((0.33, 16), (0.63, 32)),  # bits per pixel, C of the code
         arms=("r50", "c51"),
         data=common.scenes(train=4500, validation=600),
+        # Of r50, which they start; "": at random. torchvision's have their stride in the 3×3.
+        weights=dict(reader="resnet", path="", stride_in_1x1=False),
         model=dict(width=16, size=96, crop=(0.5, 1.0), dtype="float32"),
         code=dict(name="autoencoder", width=32, centres=6, learned=True, blocks=3),
         rate=dict(beta=300.0, size=64),  # of the codec's training; size of its views
@@ -194,7 +196,7 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
     def named(arm):
         return f"seed{seed}/{arm}-{point:g}"
 
-    def run(arm, curve, stage, task, start, evaluate, needs=(), codec_file=None):
+    def run(arm, curve, stage, task, start, evaluate, needs=(), codec_file=None, weights=None):
         return make_run(
             config,
             config[stage],
@@ -203,6 +205,7 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
             task=task,
             weight_decay=1e-4,
             start=tuple(start),
+            weights=weights,
             side=config.model.size,  # of the squares that codecs are scored on
             needs=needs,
             evaluate=evaluate,
@@ -222,7 +225,8 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
         for arm in config.arms:
             task = network_task(config, code, arm, "classification")
             own = (Point("stream"), *speed), ("label",)
-            listed.append(run(arm, "classify", "classify", task, coded, *own))
+            given = foreign(config, arm)
+            listed.append(run(arm, "classify", "classify", task, coded, *own, weights=given))
         if config.joint.steps and cnets:
             listed += joint_runs(config, code, rate, cnets[0], named, run)
     if "mask" in keys and config.segment.steps:
@@ -230,8 +234,9 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
             task = network_task(config, code, arm, "segmentation")
             # Of a classifier on the same data, where there is one: as published.
             start = [*coded, *([Start(named(arm), TRUNK)] if "label" in keys else [])]
+            given = None if "label" in keys else foreign(config, arm)
             own = (Point("stream"),), ("mask",)
-            listed.append(run(f"{arm}-d", "segment", "segment", task, start, *own))
+            listed.append(run(f"{arm}-d", "segment", "segment", task, start, *own, weights=given))
     return listed
 
 
@@ -253,10 +258,17 @@ def joint_runs(config, code, rate, arm, named, run) -> list:
     return listed
 
 
+def foreign(config, arm: str) -> tuple[str, str] | None:
+    """The weights that an arm starts from; None for a network that nobody else has."""
+    return common.foreign(config.weights) if arm == "r50" else None
+
+
 def network_task(config, code, arm: str, name: str) -> dict:
     """A network on the code (c...) or on what is decoded (r...)."""
     task = dict(config.model, **code, name=name, variant=VARIANTS[arm])
     task |= dict(frontend="code" if arm.startswith("c") else "decoded")
+    if foreign(config, arm):
+        task |= dict(stride_in_1x1=config.weights.stride_in_1x1)
     if name == "segmentation":
         return task | {k: config.segment[k] for k in ("aspp_rates", "output_stride")}
     return task | dict(mode="finetune")

@@ -51,6 +51,7 @@ def demo() -> dict:
         name="omni_icm",
         seeds=(0,),
         codecs="",  # work directory whose codecs the tasks use, on these data; "": trained here
+        weights=dict(reader="resnet", path=""),  # which the backbone starts from; "": at random
         data=common.scenes(train=4500, validation=600),
         model=dict(
             variant="18",
@@ -100,6 +101,7 @@ def demo() -> dict:
             batch_size=0,
             aspp_rates=(1, 2, 3),
             output_stride=16,
+            weights=dict(reader="resnet", path=""),  # of the tail; "": stage 2's
         ),
         rgb=dict(steps=900, files=common.files(jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50))),
     )
@@ -196,11 +198,12 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
     base = f"seed{seed}/{arm}"
     listed, start = [], []
     s1, trained_filter = config.stage1, filter_fields(config, dtype=config.model.dtype)
+    foreign = dict(weights=common.foreign(config.weights))
     if config.stage0.steps:
         name = f"seed{seed}/filter"
         if arm == "omni":
             task = dict(config.model, name="filter_pretraining", codec=trained_filter)
-            listed.append(stage_run(config, config.stage0, seed, name, task, start))
+            listed.append(stage_run(config, config.stage0, seed, name, task, start, **foreign))
         start = [Start(name, HEAD + FILTER)]
     task = dict(config.model, **{k: s1[k] for k in ("negatives", "queue", "momentum", "l1")})
     task |= dict(name="contrastive", temperature=s1.temperature, codec=trained_filter)
@@ -208,10 +211,12 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
         name = f"seed{seed}/contrast"
         if arm == "omni":
             unweighed = dict(task, alpha=0.0)
-            listed.append(stage_run(config, config.pretrain, seed, name, unweighed, start))
-        start = [Start(name, BACKBONE + FILTER + PROJECTOR)]
+            listed.append(
+                stage_run(config, config.pretrain, seed, name, unweighed, start, **foreign)
+            )
+        start, foreign = [Start(name, BACKBONE + FILTER + PROJECTOR)], {}
     task |= dict(alpha=s1.alpha if arm == "omni" else 0.0)
-    listed.append(stage_run(config, s1, seed, f"{base}/stage1", task, start))
+    listed.append(stage_run(config, s1, seed, f"{base}/stage1", task, start, **foreign))
     if config.codecs:
         listed = []
     for lmbda in config.stage2.lambdas:
@@ -266,6 +271,7 @@ def task_run(config, seed, name, kind, steps, start, labels):
         task |= dict(name="classification", mode=mode)
     own = dict(steps=steps, decode_once=config.stage3.decode_once, labels=labels)
     own |= dict(needs=(NEEDS[kind],), evaluate=(Point("stream"),))
+    own |= dict(weights=common.foreign(config.stage3.weights))
     return stage_run(config, config.stage3, seed, name, task, start, **own)
 
 
@@ -285,6 +291,7 @@ def rgb_run(config, keys, seed: int):
     origin = "contrast" if config.pretrain.steps else "unfiltered/stage1"
     start = [Start(f"seed{seed}/{origin}", BACKBONE, config.codecs)]
     own = dict(steps=config.rgb.steps, labels=Labels(kind, "rgb"), needs=(NEEDS[kind],))
+    own |= dict(weights=common.foreign(config.stage3.weights))
     own |= dict(evaluate=(Point("pixels"), *file_points(config.rgb.files)))
     return stage_run(config, config.stage3, seed, name, task, start, **own)
 

@@ -123,7 +123,7 @@ def detector_run(config, seed: int) -> Run:
         seed=seed,
         task=dict(config.model, name="detection", detector=whole(config.model.detector)),
         weight_decay=config.train.weight_decay,
-        weights=(config.weights.reader, config.weights.path) if config.weights.path else None,
+        weights=common.foreign(config.weights),
         needs=("objects",),
         evaluate=(Point("pixels"), *file_points(config.files)),
         labels=Labels("detect", "detector"),

@@ -326,7 +326,10 @@ def test_formats_that_nothing_writes_are_named_once_and_first(tmp_path, capsys, 
             "labels.marker is '\\?'; it must be one",
         ),
         (dict(decode_once=True), "is to decode once, but no `start` of it has codec=True"),
-        (dict(weights=("torch", "x.pt")), "weights.reader is 'torch'; it must be darknet"),
+        (
+            dict(weights=("torch", "x.pt")),
+            "weights.reader is 'torch'; it must be one of darknet, resnet",
+        ),
         (dict(start=(Start("seed0/none"),)), "starts from .*none, where no run has finished"),
     ],
 )

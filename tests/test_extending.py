@@ -204,13 +204,13 @@ def written(path, arrays):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def test_weights_of_another_format_start_a_task(tmp_path, monkeypatch):
+def test_weights_under_other_names_start_a_task(tmp_path, monkeypatch):
     """A segmenter takes what the file has; the rest starts as it would without."""
     monkeypatch.setitem(DATASETS, "streets", dataset.STREETS)
-    monkeypatch.setitem(READERS, "safetensors", weights.safetensors)
+    monkeypatch.setitem(READERS, "dotted", weights.dotted)
     run, path = dataset.segmentation_run(seed=0, size=(32, 64)), tmp_path / "some.safetensors"
     plain = dataclasses.replace(run, name="plain", steps=0)
-    foreign = dataclasses.replace(run, name="foreign", steps=0, weights=("safetensors", str(path)))
+    foreign = dataclasses.replace(run, name="foreign", steps=0, weights=("dotted", str(path)))
     train(plain, tmp_path)
     own = flatten_dict(checkpoint.load_variables(tmp_path / "plain")["params"])
     kernel = next(place for place, leaf in own.items() if leaf.ndim == 4)

@@ -358,7 +358,7 @@ def test_no_field_of_the_config_is_without_effect(name):
         config.stage3.tasks.update(linear=100, segment=100)
     if name == "cresnet":
         config.segment.steps = config.joint.steps = 100
-    for tree in (config, config.get("detector", {})):
+    for tree in (config, config.get("detector", {}), config.get("stage3", {})):
         if "weights" in tree:
             tree.weights.path = "some.weights"
     plain = [to_json(run) for run in module.runs(config)]

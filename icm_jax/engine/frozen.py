@@ -18,6 +18,7 @@ from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Run, codec_path, load_run
 from icm_jax.errors import IcmError
 from icm_jax.tasks import views
+from icm_jax.weights import start_from
 
 CALIBRATION = 64  # training images that set the ranges of integer networks
 
@@ -81,6 +82,17 @@ def parts_of(frozen: FrozenCodec) -> tuple[str, ...]:
     return tuple(
         f"{collection}/{name}" for name in frozen.codec.parts for collection in collections
     )
+
+
+def started(variables: Mapping[str, Any], run: Run, codec: Codec | None) -> dict:
+    """`variables` with the foreign weights of `run` over them, but for the parts of the codec that
+    it stands on: these are what its files are written with.
+
+    Raises: IcmError as `icm_jax.weights.start_from` does.
+    """
+    assert run.weights
+    kept = codec.parts if codec and any(start.codec for start in run.start) else ()
+    return start_from(variables, *run.weights, kept=kept)
 
 
 def check_same(variables: Mapping[str, Any], frozen: FrozenCodec, run: Run) -> None:

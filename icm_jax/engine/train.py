@@ -33,7 +33,6 @@ from icm_jax.nets.convolution import compiler_options
 from icm_jax.nets.layers import BLOCK
 from icm_jax.tasks import Task, build_task, views
 from icm_jax.tasks.task import trained_part
-from icm_jax.weights import start_from
 
 DECODED_AT_ONCE = 32  # images
 _decoded: dict[tuple, np.ndarray] = {}  # the newest result of decoded_split
@@ -198,7 +197,7 @@ def make_state(training: Training, checkpoints, start=()) -> tuple[TrainState, i
     """(state on the mesh, its step): the newest whole checkpoint, or a fresh state.
 
     Restoring goes: own checkpoint; else `task.init`, then parts of earlier runs named in `start`,
-    then `run.weights`.
+    then `run.weights`, but for the parts of the codec that the run stands on.
     """
     run, task, _, mesh = training
     init, abstract = initial(training)
@@ -212,7 +211,7 @@ def make_state(training: Training, checkpoints, start=()) -> tuple[TrainState, i
     for earlier, prefixes in start:
         variables = copy_parts(variables, earlier, prefixes)
     if run.weights:
-        variables = start_from(variables, *run.weights)
+        variables = frozen.started(variables, run, task.codec)
     if start or run.weights:
         trained = trained_part(task, variables["params"])
         ema = jax.tree.map(jnp.copy, trained) if run.ema else {}

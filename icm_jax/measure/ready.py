@@ -3,6 +3,8 @@
 Without it a mistake in what comes after training would be found hours later.
 """
 
+import contextlib
+import io
 import os
 import pathlib
 import sys
@@ -14,7 +16,7 @@ import jax
 from icm_jax.data import label_keys, pipeline
 from icm_jax.data.fields import FieldError, check, number, one_of, whole
 from icm_jax.data.sources import Source
-from icm_jax.engine import plateau
+from icm_jax.engine import frozen, plateau
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import (
     CODEC,
@@ -28,7 +30,7 @@ from icm_jax.engine.run import (
     scored_changes,
     what_is_done,
 )
-from icm_jax.engine.train import complete, prepare
+from icm_jax.engine.train import complete, initial, prepare
 from icm_jax.errors import IcmError
 from icm_jax.measure.classical import FORMATS, available
 from icm_jax.measure.evaluate import check_points
@@ -72,7 +74,10 @@ def check_ready(runs: Sequence[Run], base: str | os.PathLike) -> None:
         config = complete(run, sources[0])
         _check_scored(run, config.classes)
         task = build_task(config)
-        prepare(run, task)
+        training = prepare(run, task)
+        if run.weights is not None:
+            with contextlib.redirect_stderr(io.StringIO()):  # training says what it leaves
+                frozen.started(initial(training)[1].variables, run, task.codec)
         _check_codec(run, task, base)
         for point in run.evaluate:
             _check_point(run, point, task, base, [other.name for other in runs])

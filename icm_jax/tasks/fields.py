@@ -28,6 +28,7 @@ NETWORK: Table = {"variant": VARIANT, "width": whole(1), "dtype": DTYPE, "size":
 VIEWED: Table = {**NETWORK, "crop": SHARES, "bn_groups": optional(whole())}
 """Of a ResNet, with random views."""
 TRUNK: Table = {**VIEWED, "frontend": one_of(*FRONTENDS), "codec": CODEC._replace(needed=False)}
+TRUNK |= {"stride_in_1x1": optional(FLAG)}
 RATE: Table = {"codec": CODEC, "target_bpp": POSITIVE, "beta": WEIGHT, "size": SIZE}
 TASKS: dict[str, Table] = {
     "filter_pretraining": {**VIEWED, "codec": CODEC},

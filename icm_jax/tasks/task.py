@@ -108,7 +108,8 @@ def build_trunk(config: ConfigDict, output_stride: int = 32) -> Trunk:
 
     "pixels": the image; "feature": f_hat of the codec `config.codec` (see `build_codec`); "code":
     its code, for cResNets; "decoded": the image that it decodes. Codecs give what decoding would
-    give, and no gradient flows into them.
+    give, and no gradient flows into them. `config.stride_in_1x1` (see `resnet.Block`) is, if it is
+    not given, as published: true of "code" and "decoded" (Torfason et al. count it so).
 
     Raises: IcmError for an unknown frontend, or a codec without the output.
     """
@@ -123,8 +124,8 @@ def build_trunk(config: ConfigDict, output_stride: int = 32) -> Trunk:
     dtype = jnp.dtype(config.dtype)
     groups = config.get("bn_groups", 0)
     head = resnet.Head(config.variant, config.width, dtype, groups)
-    published = config.frontend in ("code", "decoded")  # Torfason et al. count it so
-    tail = resnet.Tail(config.variant, config.width, output_stride, published, dtype, groups)
+    in_1x1 = config.get("stride_in_1x1", config.frontend in ("code", "decoded"))
+    tail = resnet.Tail(config.variant, config.width, output_stride, in_1x1, dtype, groups)
     sees_pixels = reads == "image"
 
     def init(key, images):

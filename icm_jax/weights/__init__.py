@@ -10,7 +10,7 @@ It may leave out what it likes: the rest keeps its random start.
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -18,24 +18,31 @@ import jax
 import numpy as np
 
 from icm_jax.errors import IcmError
-from icm_jax.weights import darknet
+from icm_jax.weights import darknet, resnet
 
 READERS: dict[str, Callable[[str | os.PathLike, Mapping[str, Any]], Mapping[str, Any]]] = {
     "darknet": darknet.detector,
+    "resnet": resnet.backbone,
 }
 """Name -> reader."""
 
 
-def start_from(variables: Mapping[str, Any], reader: str, path: str | os.PathLike) -> dict:
+def start_from(
+    variables: Mapping[str, Any], reader: str, path: str | os.PathLike, kept: Sequence[str] = ()
+) -> dict:
     """`variables` with what a file has in their place, as NumPy arrays of the same dtypes. What it
-    lacks of these networks is named on standard error.
+    lacks of these networks is named on standard error. The parts `kept` stay as they are.
 
     Raises: IcmError for an unknown reader, a file that it cannot read, or one that gives nothing,
     or anything that the variables have not, or in another shape.
     """
     if reader not in READERS:
         raise IcmError(f"no reader of weights {reader!r}; choose one of {', '.join(READERS)}")
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
+    shapes = {
+        collection: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        for collection, tree in variables.items()
+    }
+    shapes = {c: {k: v for k, v in tree.items() if k not in kept} for c, tree in shapes.items()}
     leaves: dict = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
     given: dict = flax.traverse_util.flatten_dict(READERS[reader](path, shapes))
     if not given:
