@@ -8,7 +8,8 @@ JPEG files of the size; each arm of configs/jpeg_dct.py reads them and predicts.
 second of inference, of the network alone and of the whole path, medians over the rounds, with
 ratios to ResNet-50 on RGB beside those of Gueguen et al. 2018 (docs/papers.md 2.5; on a GPU),
 multiply-accumulates, and how many of them the network alone does in a second: where these are
-equal, the count explains the time. Then cResNet-51 on the code of an autoencoder (N = 128, C = 32)
+equal, the count explains the time; and the memory that a batch takes at once, in the network or in
+a codec's decoder before it. Then cResNet-51 on the code of an autoencoder (N = 128, C = 32)
 beside ResNet-50 on what it decodes, from its files on (1.5 to 2 times fewer operations in Torfason
 et al. 2018).
 """
@@ -83,7 +84,7 @@ def show(measured: dict[str, dict]) -> None:
     """One row an arm; factors are to the first."""
     first = next(iter(measured.values()))
     heads = f"{'network':>17} {'from files':>17} {'paper':>8} {'G MAC':>7} {'G MAC/s':>8}"
-    print(f"{'':24} {heads} {'M weights':>9}")
+    print(f"{'':24} {heads} {'M weights':>9} {'MB at once':>10}")
     for arm, own in measured.items():
         cells = []
         for key in ("network_images_per_second", "images_per_second"):
@@ -91,7 +92,8 @@ def show(measured: dict[str, dict]) -> None:
         paper = f"{PAPER[arm]:.2f} ×" if arm in PAPER else ""
         work = own["multiply_accumulates"] / 1e9
         cells += [f"{paper:>8}", f"{work:7.2f}", f"{work * own['network_images_per_second']:8.0f}"]
-        print(f"{arm:24}", *cells, f"{own['parameters'] / 1e6:9.2f}")
+        cells += [f"{own['parameters'] / 1e6:9.2f}", f"{own['peak_bytes'] / 1e6:10.0f}"]
+        print(f"{arm:24}", *cells)
 
 
 def code_paths(given, images: np.ndarray) -> dict[str, throughput.Path]:

@@ -3,7 +3,7 @@
     Command: python -m icm_jax.main --config=configs/cresnet.py
     Takes:   14 min 45 s
     On:      2 CPU cores, tests beside it
-    Expect:  curves of r50 and c51 at two rates; no number of them is kept
+    Expect:  curves of r50 and c51 at two rates beside p50; no number of them is kept
 
     Command: python -m icm_jax.main --config=configs/cresnet.py:photos --config.data.path=FOLDER
     Takes:   1 h 45 min
@@ -30,17 +30,21 @@
 Runs, for every seed, at each operating point (bits per pixel):
 
     autoencoder-bpp      the compressive autoencoder
+    p50                  ResNet-50 on the original pixels
     r50-, r71-bpp        ResNets on what it decodes
     c39-, c51-, c72-bpp  cResNets on its code
-    ...-d-bpp            DeepLab on the same two inputs, where the data have masks
-    joint-bpp            the autoencoder and the first cResNet trained on, together
+    ...-d-bpp            DeepLab on the same inputs, where the data have masks
+    joint-bpp            the autoencoder and a cResNet (`joint.arm`) trained on, together
+    joint-d-bpp          DeepLab on the code of that autoencoder, from that cResNet
     alone-bpp            that cResNet trained on, its autoencoder frozen: what more steps alone give
     anew-bpp, again-bpp  the fair comparison: a cResNet from scratch on the joint autoencoder,
                          frozen, then trained on for as many steps as "joint"
 
-Embedded data see the autoencoder, r50 and c51 alone; `arms` adds networks, `joint.steps` and
+Embedded data see the autoencoder, p50, r50 and c51 alone; `arms` adds networks, `joint.steps` and
 `segment.steps` above 0 the rest.
 """
+
+import functools
 
 import ml_collections
 
@@ -52,6 +56,7 @@ CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")
 TRUNK = ("params/head", "batch_stats/head", "params/tail", "batch_stats/tail")
 LOOKS = {
+    "p50": dict(title="ResNet-50 on original RGB", marker="s"),
     "r50": dict(title="ResNet-50 on decoded RGB", marker="s"),
     "r71": dict(title="ResNet-71 on decoded RGB", marker="s"),
     "c39": dict(title="cResNet-39 on the code"),
@@ -60,13 +65,17 @@ LOOKS = {
     "r50-d": dict(title="ResNet-50-d on decoded RGB"),
     "c39-d": dict(title="cResNet-39-d on the code"),
     "c51-d": dict(title="cResNet-51-d on the code", reference=True),
+    "p50-d": dict(title="ResNet-50-d on original RGB"),
     "joint": dict(title="trained jointly", marker="^"),
+    "joint-d": dict(title="cResNet-d after joint training", marker="^"),
     "alone": dict(title="trained on, codec frozen", marker="^"),
     "anew": dict(title="joint codec frozen, network anew", marker="^"),
     "again": dict(title="joint codec frozen, network anew and trained on", marker="^"),
 }
 """What the report says of an arm."""
-VARIANTS = {"r50": "50", "r71": "71", "c39": "c39", "c51": "c51", "c72": "c72"}
+FRONTENDS = {"p": "pixels", "r": "decoded", "c": "code"}
+"""By the first letter of an arm."""
+VARIANTS = {"p50": "50", "r50": "50", "r71": "71", "c39": "c39", "c51": "c51", "c72": "c72"}
 
 
 def demo() -> dict:
@@ -75,9 +84,9 @@ def demo() -> dict:
         name="cresnet",
         seeds=(0,),
         points=((0.33, 16), (0.63, 32)),  # bits per pixel, C of the code
-        arms=("r50", "c51"),
+        arms=("p50", "r50", "c51"),
         data=common.scenes(train=4500, validation=600),
-        # Of r50, which they start; "": at random. torchvision's have their stride in the 3×3.
+        # Of p50 and r50, which they start; "": random. torchvision's have their stride in the 3×3.
         weights=dict(reader="resnet", path="", stride_in_1x1=False),
         model=dict(width=16, size=96, crop=(0.5, 1.0), dtype="float32"),
         code=dict(name="autoencoder", width=32, centres=6, learned=True, blocks=3),
@@ -89,7 +98,7 @@ def demo() -> dict:
         segment=common.stage(
             steps=0, learning_rate=3e-3, warmup_steps=50, aspp_rates=(1, 2, 3, 4), output_stride=8
         ),
-        joint=common.stage(steps=0, learning_rate=3e-4, warmup_steps=20, gamma=0.001),
+        joint=common.stage(steps=0, learning_rate=3e-4, warmup_steps=20, gamma=0.001, arm="c51"),
         files=common.files(jpeg=(5, 10, 20, 40, 70), jpeg2000=(20, 24, 28, 32, 36)),
         speed=16,  # images of a batch when speed is measured; 0: it is not
     )
@@ -141,7 +150,7 @@ def voc() -> dict:
     from scratch; the paper's were pre-trained on ImageNet.
     """
     config = imagenet()
-    config.update(arms=("r50", "c39", "c51"))
+    config.update(arms=("p50", "r50", "c39", "c51"))
     config["data"] = dict(name="voc_masks", path="", canvas=256, list="train")
     config["data"].update(masks="SegmentationClass")
     config["segment"].update(steps=20_000, learning_rate=2.5e-3)
@@ -160,6 +169,7 @@ def tiny() -> dict:
     config["train"].update(common.few())
     for stage in ("codec", "classify", "segment", "joint"):
         config[stage].update(steps=4, warmup_steps=1)
+    config["joint"].update(arm="c39")
     return config
 
 
@@ -176,6 +186,7 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
         if not isinstance(point, tuple | list) or len(point) != 2:
             raise IcmError(f"--config.points has {point!r}; a point is (bits per pixel, channels)")
     for seed in config.seeds:
+        listed += pixel_runs(config, keys, seed)
         for point, channels in config.points:
             listed += point_runs(config, keys, seed, point, channels)
     return listed
@@ -184,91 +195,114 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 def notes(config: ml_collections.ConfigDict) -> list[str]:
     """Tasks that are asked for and left out."""
     segments = {"segment": "mask"} if config.segment.steps else {}
-    return common.left_out(config, {"classify": "label"} | segments)
+    said = common.left_out(config, {"classify": "label"} | segments)
+    if config.joint.steps and config.joint.arm not in config.arms:
+        said.append(f"No joint training: the arms have no {config.joint.arm}.")
+    return said
+
+
+def named(seed: int, arm: str, point: float | None) -> str:
+    """The name of a run; that of original pixels has no operating point."""
+    return f"seed{seed}/{arm}" if point is None else f"seed{seed}/{arm}-{point:g}"
+
+
+def arm_run(
+    config, seed: int, point: float | None, arm, curve, stage, task, start, evaluate, **fields
+) -> Run:
+    """One run of an arm; `fields` are further ones of `Run`."""
+    rate = "" if point is None else f"{point:g} bpp"
+    return make_run(
+        config,
+        config[stage],
+        name=named(seed, arm, point),
+        seed=seed,
+        task=task,
+        weight_decay=1e-4,
+        start=tuple(start),
+        side=config.model.size,  # of the squares that codecs are scored on
+        evaluate=evaluate,
+        labels=Labels(curve, arm, rate, **LOOKS.get(arm, {})),
+        **fields,
+    )
+
+
+def pixel_runs(config, keys, seed: int) -> list:
+    """The networks on original pixels, which serve all operating points."""
+    arms = [arm for arm in config.arms if FRONTENDS[arm[0]] == "pixels"]
+    return network_runs(config, keys, seed, None, arms, {}, [])
 
 
 def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
     """One seed at one operating point."""
     code = dict(codec=dict(config.code, channels=channels))
     rate = dict(target_bpp=point, beta=config.rate.beta)
-    speed = (Point("speed", config.speed),) if config.speed else ()
-
-    def named(arm):
-        return f"seed{seed}/{arm}-{point:g}"
-
-    def run(arm, curve, stage, task, start, evaluate, needs=(), codec_file=None, weights=None):
-        return make_run(
-            config,
-            config[stage],
-            name=named(arm),
-            seed=seed,
-            task=task,
-            weight_decay=1e-4,
-            start=tuple(start),
-            weights=weights,
-            side=config.model.size,  # of the squares that codecs are scored on
-            needs=needs,
-            evaluate=evaluate,
-            codec_file=codec_file,
-            labels=Labels(curve, arm, f"{point:g} bpp", **LOOKS.get(arm, {})),
-        )
-
     task = dict(code, **rate, name="autoencoder_compression", size=config.rate.size)
     first = point == config.points[0][0] and seed == config.seeds[0]
-    files = file_points(config.files) if first else ()
-    listed = [
-        run("autoencoder", "image", "codec", task, [], (Point("picture"), *files), codec_file={})
-    ]
-    coded = [Start(named("autoencoder"), codec=True)]
-    cnets = [arm for arm in config.arms if arm.startswith("c")]
-    if "label" in keys:
-        for arm in config.arms:
-            task = network_task(config, code, arm, "classification")
-            own = (Point("stream"), *speed), ("label",)
-            given = foreign(config, arm)
-            listed.append(run(arm, "classify", "classify", task, coded, *own, weights=given))
-        if config.joint.steps and cnets:
-            listed += joint_runs(config, code, rate, cnets[0], named, run)
-    if "mask" in keys and config.segment.steps:
-        for arm in config.arms:
-            task = network_task(config, code, arm, "segmentation")
-            # Of a classifier on the same data, where there is one: as published.
-            start = [*coded, *([Start(named(arm), TRUNK)] if "label" in keys else [])]
-            given = None if "label" in keys else foreign(config, arm)
-            own = (Point("stream"),), ("mask",)
-            listed.append(run(f"{arm}-d", "segment", "segment", task, start, *own, weights=given))
+    scored = Point("picture"), *(file_points(config.files) if first else ())
+    run = functools.partial(arm_run, config, seed, point)
+    listed = [run("autoencoder", "image", "codec", task, [], scored, codec_file={})]
+    coded = [Start(named(seed, "autoencoder", point), codec=True)]
+    arms = [arm for arm in config.arms if FRONTENDS[arm[0]] != "pixels"]
+    listed += network_runs(config, keys, seed, point, arms, code, coded)
+    if "label" in keys and config.joint.steps and config.joint.arm in arms:
+        listed += joint_runs(config, keys, seed, point, code, rate)
     return listed
 
 
-def joint_runs(config, code, rate, arm, named, run) -> list:
+def network_runs(config, keys, seed: int, point: float | None, arms, code, coded) -> list:
+    """Arms as classifiers and, where the data have masks, as DeepLab; on `coded`, if not pixels."""
+    listed, scored = [], Point("stream" if coded else "pixels")
+    run = functools.partial(arm_run, config, seed, point)
+    speed = (Point("speed", config.speed),) if config.speed else ()
+    for arm in arms if "label" in keys else ():
+        task = network_task(config, code, arm, "classification")
+        own = dict(needs=("label",), weights=foreign(config, arm))
+        listed.append(run(arm, "classify", "classify", task, coded, (scored, *speed), **own))
+    for arm in arms if "mask" in keys and config.segment.steps else ():
+        task = network_task(config, code, arm, "segmentation")
+        classified = "label" in keys  # on the same data: where it starts, as published
+        start = [*coded, *([Start(named(seed, arm, point), TRUNK)] if classified else [])]
+        own = dict(needs=("mask",), weights=None if classified else foreign(config, arm))
+        listed.append(run(f"{arm}-d", "segment", "segment", task, start, (scored,), **own))
+    return listed
+
+
+def joint_runs(config, keys, seed: int, point: float, code, rate) -> list:
     """Torfason et al. 2018, section 5: joint training and what it is compared with."""
+    arm, name = config.joint.arm, functools.partial(named, seed, point=point)
+    run = functools.partial(arm_run, config, seed, point)
     task = dict(config.model, **code, **rate, name="joint_classification")
     task |= dict(variant=VARIANTS[arm], gamma=config.joint.gamma)
-    start = [Start(named("autoencoder"), CODEC), Start(named(arm), NETWORK)]
-    own = (Point("stream"), Point("picture")), ("label",)
-    listed = [run("joint", "classify", "joint", task, start, *own, codec_file={})]
-    start[0] = Start(named("autoencoder"), codec=True)  # which stays as it is, from here on
+    start = [Start(name("autoencoder"), CODEC), Start(name(arm), NETWORK)]
+    own = (Point("stream"), Point("picture"))
+    given = dict(needs=("label",))
+    listed = [run("joint", "classify", "joint", task, start, own, codec_file={}, **given)]
+    start[0] = Start(name("autoencoder"), codec=True)  # which stays as it is, from here on
     task = network_task(config, code, arm, "classification")
-    own = (Point("stream"),), ("label",)
-    listed.append(run("alone", "classify", "joint", task, start, *own))
-    joint = Start(named("joint"), codec=True)
-    listed.append(run("anew", "classify", "classify", task, [joint], *own))
-    start = [joint, Start(named("anew"), NETWORK)]
-    listed.append(run("again", "classify", "joint", task, start, *own))
+    own = (Point("stream"),)
+    listed.append(run("alone", "classify", "joint", task, start, own, **given))
+    joint = Start(name("joint"), codec=True)
+    listed.append(run("anew", "classify", "classify", task, [joint], own, **given))
+    start = [joint, Start(name("anew"), NETWORK)]
+    listed.append(run("again", "classify", "joint", task, start, own, **given))
+    if "mask" in keys and config.segment.steps:
+        task = network_task(config, code, arm, "segmentation")
+        start = [joint, Start(name("joint"), TRUNK)]
+        listed.append(run("joint-d", "segment", "segment", task, start, own, needs=("mask",)))
     return listed
 
 
 def foreign(config, arm: str) -> tuple[str, str] | None:
     """The weights that an arm starts from; None for a network that nobody else has."""
-    return common.foreign(config.weights) if arm == "r50" else None
+    return common.foreign(config.weights) if arm in ("p50", "r50") else None
 
 
 def network_task(config, code, arm: str, name: str) -> dict:
-    """A network on the code (c...) or on what is decoded (r...)."""
+    """A network on original pixels, on what is decoded or on the code."""
     task = dict(config.model, **code, name=name, variant=VARIANTS[arm])
-    task |= dict(frontend="code" if arm.startswith("c") else "decoded")
-    if foreign(config, arm):
-        task |= dict(stride_in_1x1=config.weights.stride_in_1x1)
+    given = foreign(config, arm)
+    in_1x1 = config.weights.stride_in_1x1 if given else True  # as Torfason et al. count it
+    task |= dict(frontend=FRONTENDS[arm[0]], stride_in_1x1=in_1x1)
     if name == "segmentation":
         return task | {k: config.segment[k] for k in ("aspp_rates", "output_stride")}
     return task | dict(mode="finetune")

@@ -1,5 +1,7 @@
 """The compressive autoencoder: its layers, its quantiser, its rate, and tasks that stand on it."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from icm_jax.codecs import autoencoder_codec, bitstream
 from icm_jax.codecs.autoencoder import relaxed
 from icm_jax.codecs.codec import forward
 from icm_jax.errors import IcmError
+from icm_jax.main import load_experiment
 from icm_jax.nets.autoencoder import Centres, CodeAnalysis, CodeSynthesis, MirrorConv
 from icm_jax.tasks import build_task
 
@@ -201,3 +204,22 @@ def test_bad_autoencoder_configs_are_refused(change, message):
     fields = dict(CODE, **RATE, name="autoencoder_compression", size=16)
     with pytest.raises(IcmError, match=message):
         build_task(ConfigDict(fields | change))
+
+
+def test_the_experiment_has_networks_on_pixels_and_the_arm_that_is_trained_jointly():
+    module = load_experiment(pathlib.Path(__file__).parents[1] / "configs" / "cresnet.py")
+    tasks = {run.name: run.task for run in module.runs(module.get_config("imagenet"))}
+    assert tasks["seed0/joint-0.1"].variant == "c51"  # though c39 is an arm, too
+    assert tasks["seed0/p50"].frontend == "pixels"
+    assert [name for name in tasks if "p50" in name] == ["seed0/p50"]  # of three points
+    config = module.get_config("demo")
+    config.arms, config.joint.steps, config.segment.steps = ("p50", "c51"), 100, 100
+    config.points = ((0.33, 16),)
+    runs = {run.name.partition("/")[2]: run for run in module.runs(config)}
+    starts = {name: [start.run for start in run.start] for name, run in runs.items()}
+    assert starts["p50"] == [] and starts["p50-d"] == ["seed0/p50"]
+    assert starts["joint-d-0.33"] == ["seed0/joint-0.33"] * 2
+    assert [start.codec for start in runs["joint-d-0.33"].start] == [True, False]
+    config.arms = ("p50",)
+    assert module.notes(config) == ["No joint training: the arms have no c51."]
+    assert [run.name for run in module.runs(config)][-1] == "seed0/autoencoder-0.33"

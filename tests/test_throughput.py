@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import small_codec
 
 from icm_jax.errors import IcmError
 from icm_jax.measure import throughput
@@ -30,10 +31,30 @@ def test_paths_read_the_images_and_count_one_of_them():
     found = throughput.measure(paths, rounds=1)
     assert found["pixels"]["multiply_accumulates"] == 48 * 32 * 3 * 5
     assert found["planes"]["multiply_accumulates"] == 6 * 4 * 3 * 5
+    held = 60 + 2 * 48 * 32 * (3 + 4 * 5)  # weights, bytes of two images, floats of five channels
+    assert held <= found["pixels"]["peak_bytes"] <= held + 2 * 48 * 32 * 4 * 8 + 50_000
     for own in found.values():
         assert own["parameters"] == 15
         rates = [own[key] for key in own if key.endswith("per_second")]
         assert len(rates) == 3 and min(rates) > 0
+
+
+def test_of_decoder_and_network_the_larger_one_counts():
+    frozen = small_codec("autoencoder")
+    weights = {"params": {"w": jnp.ones((3, 5))}}
+    path = throughput.stream_path(
+        lambda v, x: x["image"].mean(axis=(1, 2)) @ v["params"]["w"],
+        weights,
+        IMAGES,
+        frozen,
+        "image",
+    )
+    peak = throughput.measure({"own": path}, rounds=1)["own"]["peak_bytes"]
+    assert peak == path.decoder_bytes > 4 * IMAGES.size
+    small = path._replace(decoder_bytes=0)
+    assert (
+        4 * IMAGES.size < throughput.measure({"own": small}, rounds=1)["own"]["peak_bytes"] < peak
+    )
 
 
 def test_a_damaged_file_is_an_error():

@@ -7,6 +7,19 @@ from typing import Any
 import jax
 
 
+def held(compiled: Any) -> int:
+    """Bytes of a device that a compiled function takes at once: its arguments, results, program and
+    what lives in between."""
+    size = compiled.memory_analysis()
+    return (
+        size.argument_size_in_bytes
+        + size.output_size_in_bytes
+        - size.alias_size_in_bytes
+        + size.temp_size_in_bytes
+        + size.generated_code_size_in_bytes
+    )
+
+
 def multiply_accumulates(function: Callable, *arguments: Any) -> int:
     """Multiply-accumulates of the convolutions and matrix products of a function.
 

@@ -140,6 +140,7 @@ def defaults(run: Any) -> dict[str, Any]:
     if run.data.get("name") in data.DATASETS:
         found["data"] |= data.DATASETS[run.data.name].fields
     found["task"] = {"bn_groups": 0, "output_weight": 0.0}
+    found["task"] |= {"stride_in_1x1": run.task.get("frontend") in ("code", "decoded")}
     codec = run.task.get("codec", {}).get("name")
     if codec in CODECS:
         arguments = inspect.signature(CODECS[codec]).parameters.values()

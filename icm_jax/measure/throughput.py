@@ -12,7 +12,7 @@ import simplejpeg
 
 from icm_jax.codecs import bitstream
 from icm_jax.data import pipeline
-from icm_jax.engine.cost import multiply_accumulates
+from icm_jax.engine.cost import held, multiply_accumulates
 
 
 class Path(NamedTuple):
@@ -20,7 +20,7 @@ class Path(NamedTuple):
 
     predict: (variables, inputs) -> anything; variables: its weights, on the device; files: of one
     batch; read: one file -> its row of the inputs, {name: array}; decoding: multiply-accumulates
-    of networks in `read`.
+    of networks in `read`; decoder_bytes: what these hold at once, for a batch.
     """
 
     predict: Callable
@@ -28,6 +28,7 @@ class Path(NamedTuple):
     files: list[bytes]
     read: Callable
     decoding: int = 0
+    decoder_bytes: int = 0
 
 
 def jpeg_path(predict, variables, images: np.ndarray, quality: int, coefficients: bool) -> Path:
@@ -54,10 +55,14 @@ def stream_path(predict, variables, images: np.ndarray, frozen, output: str) -> 
         return {output: bitstream.decode(frozen, [data], output)[0]}
 
     decoded, header = bitstream.decode_latents(frozen, files[0])
-    decoding = multiply_accumulates(
-        lambda v, d: frozen.codec.outputs[output](v, d, header.shape), frozen.on_device, decoded
-    )
-    return Path(predict, jax.device_put(variables), files, read, decoding)
+
+    def decoder(variables, latents):
+        return frozen.codec.outputs[output](variables, latents, header.shape)
+
+    decoding = multiply_accumulates(decoder, frozen.on_device, decoded)
+    batch = jax.tree.map(lambda x: np.zeros((len(files), *x.shape[1:]), x.dtype), decoded)
+    size = held(jax.jit(decoder).lower(frozen.on_device, batch).compile())
+    return Path(predict, jax.device_put(variables), files, read, decoding, size)
 
 
 def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
@@ -65,8 +70,9 @@ def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
 
     Returns: per path, medians over the rounds: network_images_per_second; images_per_second, files
       read by as many threads as there are cores, a batch ahead of the device; read_per_second, the
-      reading alone; and, counted, multiply_accumulates of an image, decoding included, and
-      parameters of all networks.
+      reading alone; and, counted, multiply_accumulates of an image, decoding included, parameters
+      of all networks, and peak_bytes, which the programs of a batch take at once: the network's or,
+      where it takes more, that of a codec's decoder.
     """
     found: dict[str, dict] = {}
     times: dict[str, list] = {}
@@ -74,15 +80,17 @@ def measure(paths: dict[str, Path], rounds: int = 5) -> dict[str, dict]:
         ready: dict[str, tuple] = {}
         for name, path in paths.items():
             inputs = _stacked(path, pool)
-            ready[name] = jax.jit(path.predict), inputs, jax.device_put(inputs)
+            program = jax.jit(path.predict).lower(path.variables, inputs).compile()
+            ready[name] = program, inputs, jax.device_put(inputs)
             macs = multiply_accumulates(path.predict, path.variables, inputs)
             weights = jax.tree.leaves(path.variables["params"])
             found[name] = {
                 "multiply_accumulates": macs // len(path.files) + path.decoding,
                 "parameters": sum(leaf.size for leaf in weights),
+                "peak_bytes": max(held(program), path.decoder_bytes),
             }
             times[name] = []
-            jax.block_until_ready(ready[name][0](path.variables, inputs))  # compiles
+            jax.block_until_ready(program(path.variables, inputs))
         for _ in range(rounds):
             for name, path in paths.items():
                 predict, inputs, placed = ready[name]

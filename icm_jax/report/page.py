@@ -38,7 +38,8 @@ ARMS_NOTE = (
     "Means and population standard deviations over the seeds; images per second are those of "
     "inference, medians over the seeds; network: of arrays on the device; from files: read by all "
     "cores, then the network. Multiply-accumulates of an image are counted on the program, with "
-    "those of a codec's decoder."
+    "those of a codec's decoder. MB of a batch: what the network's program takes at once or, where "
+    "it takes more, the decoder's of as many images."
 )
 DRAWS_NOTE = (
     f"{tables.WITHIN}: {draws.DRAWS} times as many images are drawn anew, with replacement, the "

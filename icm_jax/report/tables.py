@@ -204,7 +204,7 @@ def stream_table(records: list[dict]) -> list[list[str]]:
 def arms_table(arms: list[dict], speeds: list[dict]) -> list[list[str]]:
     """One row an arm, as in the tables of Gueguen et al. 2018; factors are to the first arm."""
     head = ["arm", "top-1 [%]", "top-5 [%]", "seeds", "network [images/s]", "from files [images/s]"]
-    rows = [[*head, "G multiply-accumulates", "M parameters"]]
+    rows = [[*head, "G multiply-accumulates", "M parameters", "MB of a batch"]]
     timed, first = by_arm(speeds), {}
     for arm, of_arm in by_arm(arms).items():
         scores = []
@@ -212,7 +212,7 @@ def arms_table(arms: list[dict], speeds: list[dict]) -> list[list[str]]:
             values = 100 * np.array([r[key] for r in of_arm])
             spread = f" ± {values.std():.1f}" if len(values) > 1 else ""
             scores.append(f"{values.mean():.1f}{spread}")
-        cells = ["–"] * 4
+        cells = ["–"] * 5
         if arm in timed:
             for place, key in enumerate(("network_images_per_second", "images_per_second")):
                 value = float(np.median([r[key] for r in timed[arm]]))
@@ -220,6 +220,8 @@ def arms_table(arms: list[dict], speeds: list[dict]) -> list[list[str]]:
                 cells[place] = f"{value:.0f} ({value / first[key]:.2f} ×)"
             cells[2] = f"{timed[arm][0]['multiply_accumulates'] / 1e9:.3f}"
             cells[3] = f"{timed[arm][0]['parameters'] / 1e6:.2f}"
+            if "peak_bytes" in timed[arm][0]:
+                cells[4] = f"{timed[arm][0]['peak_bytes'] / 1e6:.1f}"
         rows.append([arm, *scores, str(len(of_arm)), *cells])
     return rows if speeds else [row[:4] for row in rows]  # with speed=0 nothing is measured
 

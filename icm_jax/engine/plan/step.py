@@ -16,6 +16,7 @@ import numpy as np
 from icm_jax.codecs.codec import forward
 from icm_jax.data import DATASETS, geometry, label_keys, open_source, pipeline
 from icm_jax.engine import sharding
+from icm_jax.engine.cost import held
 from icm_jax.engine.plan import hlo
 from icm_jax.engine.plan.chips import GIB, RESERVED, Chip, Target
 from icm_jax.engine.run import Run
@@ -129,7 +130,6 @@ def _too_large(error: Exception) -> dict:
 
 def _read_off(compiled: Any, devices: int) -> dict:
     """A program's memory, work and messages."""
-    size = compiled.memory_analysis()
     cost = compiled.cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
     program = compiled.as_text()
@@ -137,12 +137,8 @@ def _read_off(compiled: Any, devices: int) -> dict:
     for message in hlo.collectives(program, devices):
         largest[message.kind] = max(message.size, largest.get(message.kind, 0))
     return {
-        "temporary": size.temp_size_in_bytes,
-        "peak": size.argument_size_in_bytes
-        + size.output_size_in_bytes
-        - size.alias_size_in_bytes
-        + size.temp_size_in_bytes
-        + size.generated_code_size_in_bytes,
+        "temporary": compiled.memory_analysis().temp_size_in_bytes,
+        "peak": held(compiled),
         "flops": cost["flops"],
         "bytes_accessed": cost["bytes accessed"],
         "sent": hlo.sent(program, devices),
