@@ -125,20 +125,30 @@ def test_masks_and_boxes_come_back(tmp_path, codec):
     assert set(batch) == {"image", "number", "valid", "label", "mask"}
 
 
-def test_labels_that_are_none_and_boxes_that_overhang_come_back(tmp_path, codec):
+def test_labels_that_are_none_and_outlines_come_back(tmp_path, codec):
     root = tmp_path / "coco"
     (root / "images").mkdir(parents=True)
-    boxes = {1: [[-1, 2, 30, 40]], 2: []}
+    boxes = {1: [[1, 2, 30, 20], [4, 4, 8, 8], [3, 0, 9, 9]], 2: []}
+    runs = dict(size=[32, 32], counts=[5, 20, 999])
+    outlines = [[[1, 2, 31, 2, 31, 22]], runs, None]
     for name in boxes:
         Image.new("RGB", (32, 32)).save(root / f"images/{name}.png")
     images = [dict(id=n, file_name=f"{n}.png", width=32, height=32) for n in boxes]
     objects = [dict(image_id=n, category_id=5, bbox=b) for n, own in boxes.items() for b in own]
+    for annotation, segmentation in zip(objects, outlines, strict=True):
+        annotation["segmentation"] = segmentation
     content = dict(images=images, annotations=objects, categories=[dict(id=5, name="five")])
     (root / "train.json").write_text(json.dumps(content))
-    coded(tmp_path / "codes", dict(name="coco_json", path=str(root)), codec)
+    config = dict(name="coco_json", path=str(root))
+    coded(tmp_path / "codes", config, codec)
     first, second = map(read(tmp_path / "codes").load, range(2))
     assert (first["label"], second["label"]) == (0, None)
-    np.testing.assert_allclose(first["objects"].boxes, [[2 / 32, -1 / 32, 42 / 32, 29 / 32]])
+    np.testing.assert_allclose(first["objects"].boxes[0], [2 / 32, 1 / 32, 22 / 32, 31 / 32])
+    given = open_coded(config, "train").load(0)["outlines"]()
+    polygon, mask, none = first["outlines"]()
+    np.testing.assert_array_equal(polygon.polygons, given[0].polygons)
+    np.testing.assert_array_equal(mask.runs, given[1].runs)
+    assert none is None and mask.size == (32, 32) and second["outlines"]() == ()
     assert second["objects"].boxes.shape == (0, 4) and second["name"] == "images/2.png"
 
 

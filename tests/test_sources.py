@@ -130,19 +130,6 @@ def test_lists_are_text(tmp_path):
         opened("folder", tmp_path)
 
 
-@pytest.mark.parametrize(
-    "annotation, message",
-    [
-        (dict(image_id=1, category_id=7, bbox=[1, 2]), "not COCO JSON: ValueError"),
-        (dict(image_id=1, category_id=8, bbox=[1, 2, 3, 4]), "not COCO JSON: KeyError 8"),
-        (dict(image_id=2, category_id=7, bbox=[1, 2, 3, 4]), "not COCO JSON: KeyError 2"),
-    ],
-)
-def test_wrong_coco_annotations(tmp_path, annotation, message):
-    with pytest.raises(IcmError, match=message):
-        write_coco(tmp_path, [annotation])
-
-
 def write_coco(root, annotations):
     save(root / "images/1.png")
     content = dict(

@@ -73,9 +73,13 @@ OBJECTS = [
 EXPECTED = {"coco": [7, None, 11, 6, None], "voc": [7, None, 11, 5, 5]}
 
 
-def picture(index, kind):
+def picture(index, kind, size=(24, 20)):
+    return stored(Image.new("RGB", size, (40 * index,) * 3), kind)
+
+
+def stored(image, kind="PNG"):
     file = io.BytesIO()
-    Image.new("RGB", (24, 20), (40 * index,) * 3).save(file, kind)
+    image.save(file, kind)
     return io.BytesIO(file.getvalue())
 
 
@@ -90,6 +94,20 @@ def example(name, index):
             "image/id": index,
             "objects": objects,
         }
+    if name == "cityscapes":
+        return dict(
+            image_id=f"a_{index}",
+            image_left=picture(index, "PNG", (2048, 1024)),
+            segmentation_label=stored(Image.new("L", (2048, 1024), (7, 8, 33, 9, 0)[index])),
+        )
+    if name == "oxford_iiit_pet":
+        mask = np.array([[1, 2, 3]], np.uint8).repeat(4, 0).repeat(4, 1)
+        return dict(
+            image=picture(index, "PNG", (12, 4)),
+            label=index,
+            file_name=f"{index}.jpg",
+            segmentation_mask=stored(Image.fromarray(mask)),
+        )
     keys = ("bbox", "label")
     objects = [
         dict({k: o[k] for k in keys}, pose=4, is_truncated=False, is_difficult=False)
@@ -105,17 +123,39 @@ def example(name, index):
     }
 
 
+def streets_features():
+    """As of TFDS's builder of Cityscapes."""
+    return {
+        "image_id": F.Text(),
+        "image_left": F.Image(shape=(1024, 2048, 3), encoding_format="png"),
+        "segmentation_label": F.Image(shape=(1024, 2048, 1), encoding_format="png"),
+    }
+
+
+def pet_features():
+    return {
+        "image": F.Image(),
+        "label": F.ClassLabel(num_classes=37),
+        "file_name": F.Text(),
+        "segmentation_mask": F.Image(shape=(None, None, 1)),
+    }
+
+
 STRUCTURES = {
     "imagenet2012": (imagenet_features, "5.1.0", None),
     "coco/2014": (coco_features, "1.1.0", "2014"),
     "coco/2017": (coco_features, "1.1.0", "2017"),
     "voc/2012": (voc_features, "5.0.0", "2012"),
 }
+WITH_MASKS = {
+    "cityscapes/semantic_segmentation": (streets_features, "1.0.0", "semantic_segmentation"),
+    "oxford_iiit_pet": (pet_features, "4.0.0", None),
+}
 
 
 def make_builder(name, data_dir):
     """A builder with the structure of the data set `name`, and five examples a split."""
-    features, version, config = STRUCTURES[name]
+    features, version, config = (STRUCTURES | WITH_MASKS)[name]
     title = name.split("/")[0]
 
     def info(self):
@@ -145,13 +185,13 @@ def make_builder(name, data_dir):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("tfds"))
-    for name in STRUCTURES:
+    for name in (*STRUCTURES, *WITH_MASKS):
         make_builder(name, path).download_and_prepare(file_format="array_record")
     return path
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [*STRUCTURES, *WITH_MASKS])
 def test_the_structure_is_that_of_the_real_builder(name, tmp_path):
     if importlib.util.find_spec("tensorflow") is None:
         pytest.skip("the real builders need TensorFlow")
@@ -212,3 +252,33 @@ def test_tfds_boxes(prepared, name):
     np.testing.assert_allclose(found[3, 7, 9].boxes[1], [0.1, 0.1, 0.6, 0.6], rtol=1e-6)
     assert not found[3, 7, 9].ignored.any() and found[()].boxes.shape == (0, 4)
     assert found[5, 6].ignored.tolist() == [name == "coco/2014", False]
+
+
+def test_cityscapes_of_tfds(prepared):
+    config = ConfigDict(dict(name="cityscapes/semantic_segmentation", path=prepared))
+    source = open_source(config, "validation")
+    assert (source.length, source.mask_classes[18]) == (5, "bicycle")
+    (batch,) = pipeline.in_order(source, BatchSpec(5, (8, 16)))
+    rows = zip(batch["image"], batch["mask"], strict=True)
+    found = {row.mean().round(): np.unique(mask).tolist() for row, mask in rows}
+    assert found == {0: [0], 40: [1], 80: [18], 120: [255], 160: [255]}
+
+
+def test_masks_of_any_tfds_data_set(prepared):
+    fields = dict(name="tfds_masks", path=prepared, builder="oxford_iiit_pet")
+    fields |= dict(mask_classes=("pet", "background"), mask_ids=((1, 0), (2, 1), (3, 255)))
+    source = open_source(ConfigDict(fields), "train")
+    assert (source.length, source.mask_classes) == (5, ("pet", "background"))
+    batch = next(pipeline.in_order(source, BatchSpec(2, (4, 12))))
+    np.testing.assert_array_equal(batch["mask"][0, 0], np.repeat([0, 1, 255], 4))
+    assert open_source(ConfigDict(fields | dict(train="validation")), "train").length == 5
+    for changes, message in (
+        (dict(builder=""), r"data\.builder is empty"),
+        (dict(builder="ade20k"), "ade20k is not prepared as array_record"),
+        (dict(validation="test"), "has no split 'test'; it has train, validation"),
+        (dict(mask="trimap"), "data.mask is 'trimap'; oxford_iiit_pet has the images image, segm"),
+        (dict(mask_classes=()), r"data\.mask_classes is empty, and oxford_iiit_pet does not name"),
+        (dict(mask_ids=((1, 2),)), r"names the class 2; data\.mask_classes has 2"),
+    ):
+        with pytest.raises(IcmError, match=message):
+            open_source(ConfigDict(fields | changes), "validation")

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from icm_jax.data import geometry, photographs, sources
+from icm_jax.data import coco, geometry, masks, photographs, records, sources, voc, yolo
 from icm_jax.data.fields import (
     FLAG,
+    NAME,
     SCENES,
     SHARES,
     SIZE,
@@ -40,8 +41,8 @@ class Dataset(NamedTuple):
     takes what its set has (`data_fields`), and a field that is None is not given.
 
     Attributes:
-      keys: what examples have beside the image (label, mask, objects), or every field of the set
-        -> that, where it depends on the files; see `label_keys`.
+      keys: what examples have beside the image (label, mask, objects, outlines), or every field of
+        the set -> that, where it depends on the files; see `label_keys`.
       open: (every field of the set -> value, split) -> Source.
       fields: the set's own fields and their defaults; a string stays one, whatever is given.
       table: what those that are no strings may be.
@@ -60,24 +61,35 @@ _SCENES = {"path": "", "size": 96, "train": 5000, "validation": 800, "seed": 0, 
 _MASKS = {"path": "", "images": "images", "masks": "masks", "image_suffix": "", "mask_suffix": ""}
 _MASKS |= {"mask_ids": ()}
 _VOC = {"path": "", "list": "train", "masks": "SegmentationClass"}
+_COCO = {"path": "", "annotations": "", "images": ""}
+_TFDS = {"path": "", "builder": "", "train": "train", "validation": "validation", "image": "image"}
+_TFDS |= {"mask": "segmentation_mask", "mask_classes": (), "mask_ids": ()}
 _FRAMES = {"frames": several(whole(1, 7), least=0)}
+_NAMES = {"mask_classes": several(NAME, least=0)}
+_STREETS = "cityscapes/semantic_segmentation"
+_BOXES, _OUTLINES = ("label", "objects"), ("label", "objects", "outlines")
 DATASETS = {
-    "scenes": Dataset(("label", "mask", "objects"), sources.scenes_source, _SCENES, 12, 13, SCENES),
+    "scenes": Dataset(("label", "mask", "objects"), records.scenes_source, _SCENES, 12, 13, SCENES),
     "folder": Dataset(("label",), sources.folder),
     "photos": Dataset((), photographs.photos, {"path": "", "whole": False}, 0, 0, {"whole": FLAG}),
     "vimeo90k": Dataset((), photographs.vimeo90k, {"path": "", "frames": ()}, 0, 0, _FRAMES),
     "codes": Dataset(sources.keys_of_codes, sources.codes),
-    "coco_json": Dataset(("label", "objects"), sources.coco_json, {"path": "", "annotations": ""}),
-    "mask_folder": Dataset(("mask",), sources.mask_folder, _MASKS),
-    "voc_masks": Dataset(("mask",), sources.voc_masks, _VOC, 0, 21),
+    "coco_json": Dataset(_OUTLINES, coco.coco_json, _COCO),
+    "yolo_txt": Dataset(_OUTLINES, yolo.yolo_txt, {"path": "", "names": ""}),
+    "voc_boxes": Dataset(_BOXES, voc.voc_boxes, {"path": "", "list": "train", "validation": "val"}),
+    "mask_folder": Dataset(("mask",), masks.mask_folder, _MASKS),
+    "voc_masks": Dataset(("mask",), masks.voc_masks, _VOC, 0, 21),
+    "cityscapes": Dataset(("mask",), masks.cityscapes, {"path": "", "masks": "gtFine"}, 0, 19),
+    "tfds_masks": Dataset(("mask",), records.tfds_masks, _TFDS, table=_NAMES),
 }
+DATASETS[_STREETS] = Dataset(("mask",), records.tfds_cityscapes, classes=0, mask_classes=19)
 for _name, _keys, _classes in (
     ("imagenet2012", ("label",), 1000),
-    ("coco/2014", ("label", "objects"), 80),
-    ("coco/2017", ("label", "objects"), 80),
-    ("voc/2012", ("label", "objects"), 20),
+    ("coco/2014", _BOXES, 80),
+    ("coco/2017", _BOXES, 80),
+    ("voc/2012", _BOXES, 20),
 ):
-    DATASETS[_name] = Dataset(_keys, sources.tfds_source(_name), classes=_classes)
+    DATASETS[_name] = Dataset(_keys, records.tfds_source(_name), classes=_classes)
 
 
 def dataset(name: str) -> Dataset:

@@ -8,8 +8,10 @@ bits the upper 8 stay, of an animation or several pages the first.
 import contextlib
 import importlib
 import io
+import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -32,6 +34,8 @@ _TURNED = {
     8: lambda x: x.swapaxes(0, 1)[::-1],
 }
 """How pixels that were stored with an EXIF orientation stand upright (CIPA DC-008, 4.6.5)."""
+_BEGINNING = 1 << 14
+"""Bytes in which most JPEG files have their header."""
 
 
 def read_image(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np.ndarray:
@@ -71,16 +75,20 @@ def read_rgb(data: bytes, name: str, smallest: tuple[int, int] = (0, 0)) -> np.n
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(data: bytes | pathlib.Path) -> Image.Image:
     """Pillow's image; of HEIF and JPEG XL, too, where their packages are installed."""
+
+    def given():
+        return data if isinstance(data, pathlib.Path) else io.BytesIO(data)
+
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(given())
     except UnidentifiedImageError:
         with contextlib.suppress(ImportError):
             importlib.import_module("pillow_heif").register_heif_opener()
         with contextlib.suppress(ImportError):
             importlib.import_module("pillow_jxl")
-        return Image.open(io.BytesIO(data))
+        return Image.open(given())
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -106,6 +114,51 @@ def orientation(data: bytes) -> int:
     return found if found in _TURNED else 1
 
 
+class Header(NamedTuple):
+    """Of an image file: sides of the pixels as they are stored, and EXIF's orientation."""
+
+    height: int
+    width: int
+    orientation: int
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """(height, width) of the image as it is shown."""
+        turned = self.orientation >= 5
+        return (self.width, self.height) if turned else (self.height, self.width)
+
+
+def header(path: pathlib.Path) -> Header | None:
+    """What the beginning of an image file says, of which no more is read; None if it is none.
+
+    Raises: OSError if it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(_BEGINNING)
+    if simplejpeg.is_jpeg(head) and b"\xff\xda" in head[len(_head(head)) :][:2]:
+        with contextlib.suppress(ValueError, KeyError):  # as in `_kind`
+            found: Any = simplejpeg.decode_jpeg_header(head)
+            return Header(found[0], found[1], orientation(head))
+    try:
+        with _opened(path) as image:
+            given = image.getexif().get(0x0112, 1)
+            return Header(image.height, image.width, given if given in _TURNED else 1)
+    except Exception:  # as in `read_image`
+        return None
+
+
+def turned(array: np.ndarray, orientation: int) -> np.ndarray:
+    """An array [H, W, ...] as stored, upright."""
+    return _TURNED[orientation](array) if orientation in _TURNED else array
+
+
+def turned_points(points: Iterable[Sequence[float]], orientation: int) -> list[tuple[float, float]]:
+    """Points (y, x), fractions of the sides of an image as it is stored, on the upright one."""
+    swapped = [(x, y) if orientation >= 5 else (y, x) for y, x in points]
+    down, across = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return [(1 - y if down else y, 1 - x if across else x) for y, x in swapped]
+
+
 def _head(data: bytes) -> bytes:
     """A JPEG file up to its scans."""
     end = 2
@@ -120,8 +173,8 @@ def _read_jpeg(data: bytes, smallest: tuple[int, int]) -> np.ndarray | None:
     kind = _kind(data)
     if kind not in ("Gray", "YCbCr", "RGB"):
         return None
-    turned = orientation(data)
-    height, width = smallest[::-1] if turned >= 5 else smallest
+    turned_by = orientation(data)
+    height, width = smallest[::-1] if turned_by >= 5 else smallest
     options = {}
     if height and width:
         # Between a half and all of a size, libjpeg takes longer than for all of it.
@@ -133,7 +186,7 @@ def _read_jpeg(data: bytes, smallest: tuple[int, int]) -> np.ndarray | None:
         with Image.open(io.BytesIO(data)) as opened:
             profile = opened.info.get("icc_profile")
         image = np.asarray(colour.to_srgb(Image.fromarray(image), profile))
-    return _TURNED[turned](image) if turned in _TURNED else image
+    return turned(image, turned_by)
 
 
 def _kind(data: bytes) -> str:

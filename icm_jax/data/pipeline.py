@@ -18,6 +18,7 @@ import simplejpeg
 from PIL import Image
 
 from icm_jax.data import BATCH_FIELDS, geometry, images, jpeg
+from icm_jax.data.outlines import canvas_masks
 from icm_jax.data.sources import Source
 from icm_jax.errors import IcmError
 from icm_jax.files import cores
@@ -38,6 +39,7 @@ class BatchSpec:
       boxes: above 0, images are letterboxed and come with their objects, at most so many, the
         largest.
       letterbox: where they then lie in the canvas, one of `geometry.LETTERBOXES`.
+      outlines: above 0, the objects come with masks as well, at every so many pixels of the canvas.
       coefficients: give images as the DCT coefficients of JPEG 4:2:0, for canvases that are
         multiples of 16: a quality as "95", at which the image on its canvas is written and read
         again; or "file", those of the file itself, whose middle is cut out at a multiple of 16.
@@ -55,6 +57,7 @@ class BatchSpec:
     canvas: tuple[int, int]
     boxes: int = 0
     letterbox: str = "corner"
+    outlines: int = 0
     coefficients: str = ""
     crop: tuple[float, float] = WHOLE
     masks: bool = True
@@ -70,6 +73,11 @@ class BatchSpec:
         if self.letterbox not in geometry.LETTERBOXES:
             raise IcmError(
                 f"data.letterbox is {' or '.join(geometry.LETTERBOXES)}, not {self.letterbox!r}"
+            )
+        if self.outlines and (not self.boxes or any(n % self.outlines for n in self.canvas)):
+            raise IcmError(
+                f"outlines at every {self.outlines} pixels need boxes, and multiples of that as "
+                f"sides of the canvas, not {self.canvas}"
             )
         given = self.coefficients
         if given not in ("", "file") and not (given.isdecimal() and 1 <= int(given) <= 100):
@@ -130,6 +138,9 @@ def batches(
       picture in its canvas, "boxes": float32 [b, boxes, 4] as fractions of the canvas,
       "box_labels": int32 [b, boxes], "box_valid" and "box_ignored": bool [b, boxes]}; no two of
       these are both set.
+      With `outlines`, n, also "box_masks": bool [b, boxes, height / n, width / n], whether an
+      object is at the middle of n × n pixels of the canvas, and "box_outlined": bool [b, boxes],
+      whether it has an outline; without one its mask is empty.
       With `coefficients`, in place of "image": "luma" int16 [b, height / 8, width / 8, 64],
       "chroma" int16 [b, height / 16, width / 16, 128], Cb and Cr, both quantised, and "steps"
       int32 [b, 192], what to multiply the 64 + 128 of a place with; masks are left out.
@@ -166,13 +177,17 @@ def layout(keys: tuple[str, ...], spec: BatchSpec) -> dict[str, tuple[tuple[int,
     image = {"valid": (rows, np.bool_), "image": ((*rows, height, width, 3), np.uint8)}
     if spec.boxes:
         flags = ((*rows, spec.boxes), np.bool_)
-        return image | {
+        found = image | {
             "extent": ((*rows, 4), np.int32),
             "boxes": ((*rows, spec.boxes, 4), np.float32),
             "box_labels": ((*rows, spec.boxes), np.int32),
             "box_valid": flags,
             "box_ignored": flags,
         }
+        if spec.outlines:
+            grid = height // spec.outlines, width // spec.outlines
+            found |= {"box_masks": ((*flags[0], *grid), np.bool_), "box_outlined": flags}
+        return found
     found = dict(image)
     if spec.coefficients:
         del found["image"]
@@ -350,7 +365,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     def padded(values):
         return np.pad(values, [(0, rows - len(order))] + [(0, 0)] * (values.ndim - 1))
 
-    return {
+    example = {
         "valid": np.bool_(True),
         "image": image,
         "extent": np.array(extent, np.int32),
@@ -359,3 +374,10 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
         "box_valid": padded(~ignored),
         "box_ignored": padded(ignored),
     }
+    if not spec.outlines:
+        return example
+    if "outlines" not in loaded:
+        raise IcmError(f"{source.name} has no outlines of objects, which masks are made of")
+    own = loaded["outlines"]()
+    masks = canvas_masks([own[i] for i in order], canvas, extent, spec.outlines)
+    return example | {name: padded(values) for name, values in masks.items()}

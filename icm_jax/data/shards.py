@@ -8,8 +8,9 @@ A folder holds
     dataset_info.json, features.json, ...  by which TFDS reads the splits that are whole
 
 An example has "image" (an .icm file), "name" and, where the data set has them, "label" (-1: none),
-"mask" (the file as it was) and "objects" ("bbox", float32 [k, 4] as in `sources.Objects`, "label",
-"is_crowd"). `icm_jax.engine.codes` writes it and decodes its images.
+"mask" (the file as it was), "objects" ("bbox", float32 [k, 4] as in `sources.Objects`, "label",
+"is_crowd") and "outlines" (JSON, `outlines.written`). `icm_jax.engine.codes` writes it and decodes
+its images.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from icm_jax.data import sources
+from icm_jax.data import records, sources
+from icm_jax.data.outlines import written
 from icm_jax.errors import IcmError, reason
 from icm_jax.files import beside, read_json
 
@@ -59,7 +61,7 @@ def features_of(keys: Iterable[str], classes: Iterable[str]) -> Any:
         "label": label,
         "is_crowd": features.Scalar(np.bool_),
     }
-    known = {"label": label, "mask": data, "objects": features.Sequence(objects)}
+    known = {"label": label, "mask": data, "objects": features.Sequence(objects), "outlines": data}
     return features.FeaturesDict({"image": data, "name": data} | {k: known[k] for k in keys})
 
 
@@ -72,6 +74,8 @@ def record(features: Any, loaded: Mapping[str, Any]) -> bytes:
     if "objects" in features:
         boxes, labels, ignored = example["objects"]
         example["objects"] = {"bbox": boxes, "label": labels, "is_crowd": ignored}
+    if "outlines" in features:
+        example["outlines"] = written(example["outlines"]())
     layout: Any = features.get_serialized_info()
     serializer = _tfds().core.example_serializer.ExampleSerializer(layout)
     encoded = serializer.get_tf_example(features.encode_example(example))
@@ -194,7 +198,7 @@ def source(config: Mapping[str, Any], split: str) -> sources.Source:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             builder = _tfds().core.read_only_builder.builder_from_directory(root)
-            opened = sources.from_builder(builder, split, *names, remedy)
+            opened = records.from_builder(builder, split, *names, remedy)
     except Exception as error:  # those of TFDS have no common base
         raise IcmError(
             f"cannot read what TFDS knows of {root}, dataset_info.json and features.json "
