@@ -80,7 +80,7 @@ def test_the_folder_of_pascal_voc(tmp_path):
     assert source.classes[loaded["label"]] == "dog" and source.load(1)["label"] is None
     assert validation.classes == source.classes
     text(root / "ImageSets/Main/trainval.txt", "a  1\nb -1\nv1  1\n")  # a class's list
-    both = opened("voc_boxes", root, list="trainval", validation="trainval")
+    both = opened("voc_boxes", root, list="trainval", validation_list="val")
     assert both.length == 3
 
 

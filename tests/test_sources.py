@@ -330,3 +330,11 @@ def test_coco_json_of_other_names(tmp_path):
         assert opened("coco_json", tmp_path, split, annotations=annotations).length == 1
     with pytest.raises(IcmError, match=r"instances_val2017\.json"):
         opened("coco_json", tmp_path, "validation", annotations=both)
+
+
+def test_a_field_of_the_embedded_data_means_nothing_to_other_sets():
+    """An experiment's data have those of `scenes`, though a command names another set: counts would
+    be taken for lists."""
+    for name, known in DATASETS.items():
+        shared = set(known.fields) & set(DATASETS["scenes"].fields)
+        assert shared <= {"path"} or name == "scenes"

@@ -271,11 +271,11 @@ def test_masks_of_any_tfds_data_set(prepared):
     assert (source.length, source.mask_classes) == (5, ("pet", "background"))
     batch = next(pipeline.in_order(source, BatchSpec(2, (4, 12))))
     np.testing.assert_array_equal(batch["mask"][0, 0], np.repeat([0, 1, 255], 4))
-    assert open_source(ConfigDict(fields | dict(train="validation")), "train").length == 5
+    assert open_source(ConfigDict(fields | dict(train_split="validation")), "train").length == 5
     for changes, message in (
         (dict(builder=""), r"data\.builder is empty"),
         (dict(builder="ade20k"), "ade20k is not prepared as array_record"),
-        (dict(validation="test"), "has no split 'test'; it has train, validation"),
+        (dict(validation_split="test"), "has no split 'test'; it has train, validation"),
         (dict(mask="trimap"), "data.mask is 'trimap'; oxford_iiit_pet has the images image, segm"),
         (dict(mask_classes=()), r"data\.mask_classes is empty, and oxford_iiit_pet does not name"),
         (dict(mask_ids=((1, 2),)), r"names the class 2; data\.mask_classes has 2"),

@@ -62,8 +62,10 @@ _MASKS = {"path": "", "images": "images", "masks": "masks", "image_suffix": "", 
 _MASKS |= {"mask_ids": ()}
 _VOC = {"path": "", "list": "train", "masks": "SegmentationClass"}
 _COCO = {"path": "", "annotations": "", "images": ""}
-_TFDS = {"path": "", "builder": "", "train": "train", "validation": "validation", "image": "image"}
-_TFDS |= {"mask": "segmentation_mask", "mask_classes": (), "mask_ids": ()}
+_TFDS = {"path": "", "builder": "", "image": "image", "mask": "segmentation_mask"}
+_TFDS |= {"train_split": "train", "validation_split": "validation"}  # "train" is of scenes
+_TFDS |= {"mask_classes": (), "mask_ids": ()}
+_XML = {"path": "", "list": "train", "validation_list": "val"}
 _FRAMES = {"frames": several(whole(1, 7), least=0)}
 _NAMES = {"mask_classes": several(NAME, least=0)}
 _STREETS = "cityscapes/semantic_segmentation"
@@ -76,7 +78,7 @@ DATASETS = {
     "codes": Dataset(sources.keys_of_codes, sources.codes),
     "coco_json": Dataset(_OUTLINES, coco.coco_json, _COCO),
     "yolo_txt": Dataset(_OUTLINES, yolo.yolo_txt, {"path": "", "names": ""}),
-    "voc_boxes": Dataset(_BOXES, voc.voc_boxes, {"path": "", "list": "train", "validation": "val"}),
+    "voc_boxes": Dataset(_BOXES, voc.voc_boxes, _XML),
     "mask_folder": Dataset(("mask",), masks.mask_folder, _MASKS),
     "voc_masks": Dataset(("mask",), masks.voc_masks, _VOC, 0, 21),
     "cityscapes": Dataset(("mask",), masks.cityscapes, {"path": "", "masks": "gtFine"}, 0, 19),

@@ -87,8 +87,8 @@ def tfds_masks(config, split: str) -> Source:
     """Images and masks of any TFDS data set that is prepared as array_record.
 
     Fields:
-      builder: its name, as "oxford_iiit_pet". train, validation: its splits, "train" and
-        "validation".
+      builder: its name, as "oxford_iiit_pet".
+      train_split, validation_split: its splits, "train" and "validation".
       image, mask: the features that hold them, "image" and "segmentation_mask".
       mask_classes: names of the classes; () where the feature has them.
       mask_ids: pairs (id in the file, class), if ids are not classes; see `images.read_mask`.
@@ -101,8 +101,8 @@ def tfds_masks(config, split: str) -> Source:
     name = config["builder"]
     if not name:
         raise FieldError(("data", "builder"), name, 'is empty; set it, as "oxford_iiit_pet"')
-    source, features = _prepared(name, config["path"], config[split], keys)
-    images = [given for given, kind in features.items() if isinstance(kind, tfds.features.Image)]
+    source, features = _prepared(name, config["path"], config[f"{split}_split"], keys)
+    images = sorted(n for n, kind in features.items() if isinstance(kind, tfds.features.Image))
     for key, given in keys.items():
         if given not in images:
             told = f"is {given!r}; {name} has the images {', '.join(images)}"

@@ -21,7 +21,8 @@ def voc_boxes(config, split: str) -> Source:
     and lists in ImageSets/Main.
 
     Fields:
-      list, validation: lists of the splits, "train" and "val"; of VOC2007, "trainval" and "test".
+      list, validation_list: those of the splits, "train" and "val"; of VOC2007, "trainval" and
+        "test".
 
     Without ImageSets/Main every fifth image by name hash is kept for validation. Classes are those
     of `classes.txt`, or VOC's 20, or, where XML files name others, all that they name, by the
@@ -37,7 +38,7 @@ def voc_boxes(config, split: str) -> Source:
         raise IcmError(f"{places} has no XML files; data.path is the folder that Annotations is in")
     lists, images = root / "ImageSets" / "Main", root / "JPEGImages"
     if lists.is_dir():
-        chosen = config["list" if split == "train" else "validation"]
+        chosen = config["list" if split == "train" else "validation_list"]
         lines = listed_in(lists / f"{chosen}.txt")  # of a class's list, a flag follows the stem
     else:
         lines = [path.stem for path in images_of(images, split)]
