@@ -25,7 +25,7 @@ from icm_jax.engine import checkpoint
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import load_run
 from icm_jax.engine.train import complete
-from icm_jax.measure import AveragePrecision
+from icm_jax.measure import average_precision
 from icm_jax.nets.detector import Detector, Part
 from icm_jax.nets.yolo import build_detector
 from icm_jax.tasks import build_task
@@ -106,7 +106,7 @@ def curves(detector: Detector, predict, variables, batches, steps):
         for step in steps:
             coded = [np.rint((cell - mean) @ axes.T / (step * scale)) for cell in cells]
             decoded = [c @ np.linalg.inv(axes).T * (step * scale) + mean for c in coded]
-            score = AveragePrecision(detector.classes)
+            score = average_precision("coco", [*map(str, range(detector.classes))])
             for batch, cell in zip(batches, decoded, strict=True):
                 score.update(jax.device_get(find(cell.astype(np.float32))), batch)
             found, bits = score.result(), np.concatenate([c.reshape(-1, len(unit)) for c in coded])

@@ -50,6 +50,7 @@ def demo() -> dict:
             least=0.005,
             overlap=0.45,
             limit=100,
+            protocol="coco",  # of average precision; or voc2007, voc2010
         ),
         train=common.loop(
             clip_norm=10.0,

@@ -94,6 +94,18 @@ def _bounds_of(x: jax.Array) -> jax.Array | None:
     return jnp.stack(ends, axis=1)
 
 
+@contextlib.contextmanager
+def ending_with(x: jax.Array) -> Iterator[None]:
+    """Within, an image of which a window is traced ends where the last element of x [N, h, w, C]
+    does: what is made of x, finer and not yet cropped, then sees what it sees of a whole image."""
+    bounds = _bounds_of(x)
+    if bounds is None:
+        yield
+        return
+    with within((x.shape[1], x.shape[2]), bounds):
+        yield
+
+
 def mirrored(x: jax.Array, before: int, after: int) -> jax.Array:
     """x [N, h, w, C] with so many rows and columns more in front and behind, mirrored at its edges;
     of a window that is traced `within`, at the image's border."""

@@ -13,7 +13,7 @@ from PIL import Image
 from icm_jax import cli
 from icm_jax.data import open_source, pipeline
 from icm_jax.errors import IcmError
-from icm_jax.measure import AveragePrecision, detect
+from icm_jax.measure import average_precision, detect
 from icm_jax.nets import cfg, yolo
 from icm_jax.nets.detector import Part
 from icm_jax.tasks import boxes
@@ -371,7 +371,7 @@ def test_published_weights_on_photographs_of_coco(real_data):
         pytest.skip(f"no {file}")
     variables = darknet.read(file, drawn(built))
     source = open_source({"name": "coco_json", "path": real_data / "detect"}, "validation")
-    tally = AveragePrecision(80)
+    tally = average_precision("coco", [*map(str, range(80))])
     spec = pipeline.BatchSpec(16, (416, 416), boxes=100, letterbox="centre")
 
     @jax.jit

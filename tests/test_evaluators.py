@@ -17,16 +17,18 @@ from strangers import second_data
 from icm_jax.engine.run import Point, Run, read_records
 from icm_jax.engine.train import train
 from icm_jax.errors import IcmError
+from icm_jax.files import read_json
 from icm_jax.measure import (
     Accuracy,
-    AveragePrecision,
     MeanIoU,
+    average_precision,
     classical,
     draws,
     evaluate,
     metrics,
-    scores,
+    precision,
 )
+from icm_jax.tasks.detection import PROTOCOLS
 
 HERE = pathlib.Path(__file__).parent
 
@@ -52,21 +54,45 @@ def test_constant_or_broken_logits_are_never_right():
 
 
 def test_mean_iou_by_hand():
-    score = MeanIoU(4)
+    score = MeanIoU("abcd")
     mask = np.array([[[0, 0, 1], [1, 255, 2]]])
     segments = np.array([[[0, 1, 1], [1, 3, 1]]])
     score.update({"segments": segments}, {"mask": mask, "valid": np.array([True])})
     # class 0: 1/2, class 1: 2/4, class 2: 0/1, class 3 absent (its only pixel is ignored)
     assert score.result() == {"miou": 1 / 3, "pixel_accuracy": 3 / 5, "examples": 1}
+    assert score.by_class() == {"a": 1 / 2, "b": 1 / 2, "c": 0}
 
 
-def scored(found, truth, ignored=(), parts=1):
+def test_accuracy_and_iou_of_images_drawn_again():
+    """They are those of a set which holds the images so often; every draw has all classes."""
+    rng = np.random.default_rng(1)
+    logits, label = np.float32(rng.normal(size=(5, 9))), rng.integers(0, 9, 5)
+    masks, segments = rng.choice([0, 1, 2, 255], (2, 5, 8, 8))
+    valid, segments = np.ones(5, bool), np.where(segments == 255, 0, segments)
+    images = np.array([np.arange(5), [4, 4, 0, 0, 2], np.full(5, 1)])
+    counts = np.array([np.bincount(row, minlength=5) for row in images])
+    for make, found, truth in (
+        (Accuracy, {"logits": logits}, {"label": label}),
+        (lambda: MeanIoU("abc"), {"segments": segments}, {"mask": masks}),
+    ):
+        score = make()
+        score.update(found, truth | {"valid": valid})
+        drawn = score.resampled(counts)
+        for row, several in enumerate(images):
+            again = make()
+            chosen = ({k: v[several] for k, v in side.items()} for side in (found, truth))
+            again.update(next(chosen), next(chosen) | {"valid": valid})
+            one = {name: values[row] for name, values in drawn.items()}
+            assert one | {"examples": 5} == pytest.approx(again.result())
+
+
+def scored(found, truth, ignored=(), parts=1, protocol="coco"):
     """Average precision of images: found [(label, score, box)...], truth [(label, box)...]."""
-    return tallied(found, truth, ignored, parts).result()
+    return tallied(found, truth, ignored, parts, protocol).result()
 
 
-def tallied(found, truth, ignored=(), parts=1):
-    score, rows = AveragePrecision(3), 4
+def tallied(found, truth, ignored=(), parts=1, protocol="coco"):
+    score, rows = average_precision(protocol, "abc"), 4
     for own in np.array_split(np.arange(len(found)), parts):
         n = len(own)
         batch = {"valid": np.ones(n, bool), "boxes": np.zeros((n, rows, 4), np.float32)}
@@ -115,10 +141,101 @@ def test_average_precision_by_hand():
     assert near["map50"] == pytest.approx(1) and near["map"] == pytest.approx(0.5, abs=0.11)
 
 
+def test_average_precision_of_voc_by_hand():
+    """The protocols part where a precision of 2/3 begins, who gets an object, and what is passed
+    over."""
+    truth = [[(0, LEFT), (1, RIGHT)], [(0, WHOLE)], []]
+    found = [[(0, 0.9, LEFT), (1, 0.8, RIGHT)], [(0, 0.7, WHOLE)], [(0, 0.8, WHOLE)]]
+    # Class 0: precision 1 up to recall 1/2 (6 of 11 points), then 2/3 (5 points); class 1: all.
+    eleven = (6 + 5 * 2 / 3) / 11
+    assert scored(found, truth, protocol="voc2007") == pytest.approx(
+        {"voc2007": (eleven + 1) / 2, "examples": 3}
+    )
+    assert scored(found, truth, protocol="voc2010")["voc2010"] == pytest.approx((5 / 6 + 1) / 2)
+    score = tallied(found, truth, protocol="voc2007", parts=2)
+    assert score.by_class() == pytest.approx({"a": eleven, "b": 1})
+    # A second box on an object is a false alarm, but on a difficult one it is nothing.
+    twice = [[(0, 0.9, LEFT), (0, 0.8, LEFT), (0, 0.7, RIGHT)]]
+    of = [[(0, LEFT), (0, RIGHT)]]
+    assert scored(twice, of, protocol="voc2010")["voc2010"] == pytest.approx((1 + 2 / 3) / 2)
+    difficult = {(0, 0)}
+    assert scored(twice, of, difficult, protocol="voc2010")["voc2010"] == pytest.approx(1)
+    # Half of a difficult object is half of a pass: COCO's crowds pass all of it.
+    half = [[(0, 0.9, (0, 0, 0.4, 0.5)), (0, 0.7, RIGHT)]]
+    assert scored(half, of, difficult, protocol="voc2010")["voc2010"] == pytest.approx(1 / 2)
+    assert scored(half, of, difficult)["map50"] == pytest.approx(1)
+    # NEAR overlaps LEFT most, which is taken: VOC counts it as false, COCO gives it what is left.
+    near, both = (0, 0, 1, 0.35), [[(0, LEFT), (0, (0, 0, 1, 0.2))]]
+    taken = [[(0, 0.9, LEFT), (0, 0.8, near)]]
+    assert scored(taken, both, protocol="voc2010")["voc2010"] == pytest.approx(1 / 2)
+    assert scored(taken, both)["map50"] == pytest.approx(1, abs=1e-9)
+    with pytest.raises(IcmError, match="no protocol 'voc'; choose one of coco, voc2007"):
+        average_precision("voc", "abc")
+
+
+def voc_precision(found, truth, ignored, label, eleven):
+    """As VOC's development kit (VOCevaldet.m) goes: box by box over all images."""
+    objects = {
+        i: [(box, (i, n) in ignored) for n, (of, box) in enumerate(rows) if of == label]
+        for i, rows in enumerate(truth)
+    }
+    given = [(s, i, box) for i, rows in enumerate(found) for of, s, box in rows if of == label]
+    taken, right, wrong, curve = set(), 0, 0, []
+    count = sum(not difficult for rows in objects.values() for _, difficult in rows)
+    for _, image, (top, left, bottom, end) in sorted(given, key=lambda row: -row[0]):
+        most, at = -1.0, None
+        for n, ((t, l, b, r), _) in enumerate(objects[image]):  # noqa: E741
+            height, width = min(bottom, b) - max(top, t), min(end, r) - max(left, l)
+            shared = max(height, 0) * max(width, 0)
+            union = (bottom - top) * (end - left) + (b - t) * (r - l) - shared
+            if shared / union > most:
+                most, at = shared / union, n
+        if most < 0.5:
+            wrong += 1
+        elif objects[image][at][1]:
+            pass
+        elif (image, at) in taken:
+            wrong += 1
+        else:
+            right += 1
+            taken.add((image, at))
+        if right + wrong:
+            curve.append((right / count, right / (right + wrong)))
+    if eleven:
+        return sum(max([p for r, p in curve if r >= t / 10], default=0) for t in range(11)) / 11
+    area = before = 0.0
+    for n, (recall, _) in enumerate(curve):
+        area, before = area + (recall - before) * max(p for _, p in curve[n:]), recall
+    return area
+
+
+@pytest.mark.parametrize("protocol", ("voc2007", "voc2010"))
+def test_average_precision_of_voc_equals_its_development_kit(protocol):
+    rng = np.random.default_rng(5)
+
+    def box():
+        corner, size = rng.random(2) * 0.3, 0.3 + 0.4 * rng.random(2)
+        return tuple(float(x) for x in (*corner, *np.float32(corner + size)))
+
+    truth = [[(int(rng.integers(3)), box()) for _ in range(4)] for _ in range(12)]
+    found = [[(label, float(rng.random()), box()) for label, _ in of] for of in truth]
+    for image, of in enumerate(found):  # half of them are near
+        of[:2] = [
+            (label, 0.5 + score / 2, truth[image][n][1])
+            for n, (label, score, _) in enumerate(of[:2])
+        ]
+    ignored = {(image, int(rng.integers(4))) for image in range(0, 12, 2)}
+    expected = [voc_precision(found, truth, ignored, k, protocol == "voc2007") for k in range(3)]
+    score = tallied(found, truth, ignored, 3, protocol)
+    assert [*score.by_class().values()] == pytest.approx(expected, abs=1e-6)
+    assert 0.1 < score.result()[protocol] < 0.9
+
+
 @pytest.mark.parametrize("at_once", (1, 1 << 20))
-def test_average_precision_of_images_drawn_again(monkeypatch, at_once):
+@pytest.mark.parametrize("protocol", ("coco", "voc2007", "voc2010"))
+def test_average_precision_of_images_drawn_again(monkeypatch, at_once, protocol):
     """It is that of a data set which holds them so often, however many draws are made together."""
-    monkeypatch.setattr(scores, "_AT_ONCE", at_once)
+    monkeypatch.setattr(precision, "_AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     truth = [[(int(rng.integers(3)), LEFT), (int(rng.integers(3)), RIGHT)] for _ in range(6)]
     found = [
@@ -127,17 +244,20 @@ def test_average_precision_of_images_drawn_again(monkeypatch, at_once):
     ]
     images = np.array([np.arange(6), [5, 0, 0, 3, 3, 3], np.full(6, 2), [1, 1, 4, 4, 4, 4]])
     counts = np.array([np.bincount(row, minlength=6) for row in images])
-    drawn = tallied(found, truth).resampled(counts)
+    drawn = tallied(found, truth, protocol=protocol).resampled(counts)
     for row, several in enumerate(images):
-        expected = scored([found[i] for i in several], [truth[i] for i in several])
+        given = [found[i] for i in several], [truth[i] for i in several]
+        expected = scored(*given, protocol=protocol)
         one = {name: values[row] for name, values in drawn.items()}
         assert one | {"examples": 6} == pytest.approx(expected)
-    drawn = tallied(found, truth).resampled(draws.resamples(6, 200))
-    low, high = draws.interval(drawn["map50"])
-    assert low < scored(found, truth)["map50"] < high
+    drawn = tallied(found, truth, protocol=protocol).resampled(draws.resamples(6, 200))
+    key = "map50" if protocol == "coco" else protocol
+    low, high = draws.interval(drawn[key])
+    assert low < scored(found, truth, protocol=protocol)[key] < high
     # Draws without a box have no precision; ignored boxes are none.
-    bare = tallied(found, [truth[0], *[[]] * 5]).resampled(np.array([[0, 6, 0, 0, 0, 0]]))
-    assert np.isnan(bare["map"]).all() and np.isnan(bare["map50"]).all()
+    few = tallied(found, [truth[0], *[[]] * 5], protocol=protocol)
+    bare = few.resampled(np.array([[0, 6, 0, 0, 0, 0]]))
+    assert all(np.isnan(values).all() for values in bare.values())
 
 
 def test_ignored_boxes_are_neither_hits_nor_misses():
@@ -270,11 +390,12 @@ def scored_again(base, count):
         for record in read_records(path.parent):
             kept = {name: value for name, value in record.items() if not name.endswith("_ms")}
             found[path.parent.name, record["kind"], record["quality"]] = kept
-    return found
+    return found | read_json(base / "scores.json", dict, "")
 
 
 def test_records_do_not_depend_on_how_many_processes_score(tmp_path):
-    """Nine images, so shares are uneven, and one process of four has a batch less."""
+    """Nine images, so shares are uneven, and one process of four has a batch less. Whole masks and
+    boxes are scored without a network, see evaluate_worker.py."""
     codec = second_data.codec_run()
     with codec.data.unlocked():
         codec.data.validation = 9
@@ -284,7 +405,10 @@ def test_records_do_not_depend_on_how_many_processes_score(tmp_path):
         for run in (codec, dataclasses.replace(task, batch_size=2)):
             train(run, tmp_path / "runs")
     alone = scored_again(tmp_path / "runs", 1)
-    assert sorted(record["images"] for record in alone.values())[1:] == [9, 9]
+    assert sorted(record["images"] for record in alone.values())[1:] == [9] * 6
+    assert 0.1 < alone["mask"]["miou"] < 0.9 and len(alone["voc2010"]["by_class"]) > 1
+    assert all(0 < alone[key][key] < 1 for key in ("voc2007", "voc2010"))
+    assert {"map", "map50", "bpp"} < {*alone["coco"]["draws"]}
     for count in (2, 4):
         assert scored_again(tmp_path / "runs", count) == alone
 
@@ -302,7 +426,8 @@ def test_what_was_scored_apart_adds_up():
     predicted = {"logits": logits, "segments": rng.integers(0, 3, (6, 4, 4)), "boxes": boxes}
     predicted |= {"scores": np.full((6, 4), 0.5), "labels": rng.integers(0, 2, (6, 4))}
     predicted |= {"valid": np.ones((6, 4), bool)}
-    for make in (Accuracy, lambda: MeanIoU(3), lambda: AveragePrecision(2)):
+    of_boxes = [lambda p=p: average_precision(p, "ab") for p in PROTOCOLS]
+    for make in (Accuracy, lambda: MeanIoU("abc"), *of_boxes):
         whole, joint = make(), make()
         whole.update(predicted, given)
         for rows in (slice(0, 2), slice(2, 3), slice(3, 6)):
@@ -310,3 +435,7 @@ def test_what_was_scored_apart_adds_up():
             part.update(*({k: v[rows] for k, v in side.items()} for side in (predicted, given)))
             joint.add(part)
         assert joint.result() == whole.result()
+        counts = draws.resamples(6, 20)
+        apart, together = joint.resampled(counts), whole.resampled(counts)
+        for name, values in together.items():
+            np.testing.assert_array_equal(apart[name], values)

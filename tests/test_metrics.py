@@ -93,7 +93,7 @@ def test_logits_that_are_not_finite_are_wrong_at_any_number_of_classes(logits):
 
 @pytest.mark.parametrize("mask, segment", [(7, 0), (0, 5), (0, -1)])
 def test_class_ids_out_of_range_are_refused(mask, segment):
-    score = MeanIoU(4)
+    score = MeanIoU("abcd")
     with pytest.raises(IcmError, match="expected 0 to 3"):
         score.update(
             {"segments": np.array([[[segment]]])}, {"mask": np.array([[[mask]]]), "valid": VALID}

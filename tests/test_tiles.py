@@ -1,6 +1,7 @@
 """Windows: what they give is what the whole image gives, whatever its size."""
 
 import concurrent.futures
+import dataclasses
 import functools
 
 import jax
@@ -270,3 +271,33 @@ def test_a_codec_without_windows_is_coded_whole():
     assert frozen.fingerprint == plain.fingerprint
     for one in (frozen, plain):
         assert np.abs(one.decompress(data).astype(int) - plain.decompress(data)).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (45, 77), (100, 900)])
+def test_features_in_windows_are_those_of_the_whole_image(size):
+    """Latents and output of Omni-ICM's codec, and the bits of its densities; the last size takes
+    several windows."""
+    frozen, batch = small_codec("omni_feature"), images(1, *size, 3)
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda x: x + np.float32(0.04 * rng.normal(size=x.shape) * (x.ndim > 1)),
+        frozen.variables["params"],
+    )  # as if trained: latents that are not all zero
+    frozen = dataclasses.replace(frozen, variables=frozen.variables | {"params": moved})
+    windows = ((128, 640),)
+    several = tiles.best_size(size, frozen.codec.tiling.halo, 16, windows)[1] < size[1]
+    assert several == (size[1] == 900)
+    args = frozen.codec, frozen.on_device
+    whole, parts = (walk.analyse(*args, batch, {}, given) for given in ((), windows))
+    assert size[0] == 1 or np.abs(whole["y"]).max() > 0.5
+    for name, latent in whole.items():
+        np.testing.assert_allclose(parts[name], latent, atol=1e-4)
+    decoded = {name: np.rint(3 * latent) for name, latent in whole.items()}
+    expected, found = (
+        walk.output(frozen.codec, "feature", size, frozen.on_device, decoded, given)
+        for given in ((), windows)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    bits = [bitstream.estimate(frozen, batch, windows=given) for given in ((), windows)]
+    for name in bits[0]:
+        np.testing.assert_allclose(bits[1][name], bits[0][name], rtol=1e-4)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from icm_jax.codecs import ahead, programs, tiles, walk
-from icm_jax.codecs.codec import Codec, frozen_priors
+from icm_jax.codecs.codec import Codec, as_float16, frozen_priors
 from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
@@ -324,24 +324,30 @@ def _synthesised(
 
 
 def estimate(
-    frozen: FrozenCodec, images: np.ndarray, *, quality: float | None = None
+    frozen: FrozenCodec,
+    images: np.ndarray,
+    *,
+    quality: float | None = None,
+    windows: Sequence[tiles.Size] = (),
 ) -> dict[str, np.ndarray]:
-    """Bits per image and segment that the densities say: {segment: float32 [N]}.
-
-    The densities are those of the float priors at the scales and means that are coded with.
-    """
-    maps = bit_maps(frozen, images, quality=quality)
+    """Bits per image and segment that the densities say, those of the float priors at the scales
+    and means that are coded with: {segment: float32 [N]}."""
+    maps = bit_maps(frozen, images, quality=quality, windows=windows)
     return {name: values.sum(axis=(1, 2)) for name, values in maps.items()}
 
 
 def bit_maps(
-    frozen: FrozenCodec, images: np.ndarray, *, quality: float | None = None
+    frozen: FrozenCodec,
+    images: np.ndarray,
+    *,
+    quality: float | None = None,
+    windows: Sequence[tiles.Size] = (),
 ) -> dict[str, np.ndarray]:
     """Where the bits of `estimate` lie: {segment: float32 [N, h, w]}, summed over channels."""
     codec = _require_frozen(frozen).codec
-    inputs = {"image": _require_images(images)}
-    inputs |= _condition(quality_steps(codec, quality), len(images))
-    return walk.maps(codec, frozen.on_device, inputs)
+    condition = _condition(quality_steps(codec, quality), len(images))
+    inputs = {"image": _require_images(images), **condition}
+    return walk.maps(codec, frozen.on_device, inputs, windows)
 
 
 def _require_frozen(frozen) -> FrozenCodec:
@@ -371,12 +377,6 @@ def _require_sides(shape: tuple[int, int]) -> None:
             f"an image of {shape[0]} × {shape[1]} pixels; at most {MAX_PIXELS} are coded: raise "
             "icm_jax.codecs.bitstream.MAX_PIXELS if it is really so large"
         )
-
-
-def as_float16(leaf: np.ndarray) -> np.ndarray:
-    """Rounded to half precision, in its own dtype."""
-    limit = np.finfo(np.float16).max
-    return leaf.clip(-limit, limit).astype(np.float16).astype(leaf.dtype)
 
 
 def quality_steps(codec: Codec, quality: float | None) -> int | None:

@@ -190,6 +190,12 @@ def tupled(value):
     return tuple(tupled(item) for item in value) if isinstance(value, list) else value
 
 
+def as_float16(leaf: np.ndarray) -> np.ndarray:
+    """Rounded to half precision, in its own dtype."""
+    limit = np.finfo(np.float16).max
+    return leaf.clip(-limit, limit).astype(np.float16).astype(leaf.dtype)
+
+
 def require_dtype(dtype: str) -> None:
     """Raises: IcmError for a type in which no transform is computed."""
     if dtype not in DTYPES:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from icm_jax import entropy, ops
 from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, builder, method_of, require_dtype
+from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
 from icm_jax.nets.transforms import (
@@ -130,7 +131,7 @@ def feature_codec(
 ) -> Codec:
     """Codec of the filtered feature f': segments z and y, output "feature" (f_hat).
 
-    `analyse` also takes {"feature": f'}, where it has been computed already.
+    `analyse` also takes {"feature": f'} or {"latent": y}, where they have been computed already.
     """
     _require_numbers("the codec's", (width, channels, *widths, hyper_channels))
     inner = filter_codec(variant, width, filter_channels, filter_widths)
@@ -139,9 +140,12 @@ def feature_codec(
 
     run = method_of(module, "feature_codec")
 
+    def front(variables, inputs):
+        return run(variables, filtered(inner, variables, inputs), method="analysis")
+
     def analyse(variables, inputs):
-        y, z = run(variables, filtered(inner, variables, inputs), method="encode")
-        return {"z": z, "y": y}
+        y = inputs["latent"] if "latent" in inputs else front(variables, inputs)
+        return {"z": run(variables, y, method="hyper_analysis"), "y": y}
 
     def init(key, image):
         variables = inner.init(key, image)
@@ -161,7 +165,19 @@ def feature_codec(
     z = priors.factorised("z", priors.halvings(6, hyper_channels), bits, path)
     y = priors.conditional("y", priors.halvings(4, channels), network)
     parts = ("head", "filter", "feature_codec")
-    return Codec(parts, init, analyse, (z, y), Outputs(feature=_feature_of(run)))
+    outputs = Outputs(feature=_feature_of(run))
+    return Codec(parts, init, analyse, (z, y), outputs, tiling=_tiling(front, variant))
+
+
+def _tiling(front, variant: str) -> Tiling:
+    """Each 3×3 convolution looks as far as an element of what it takes, each 5×5 one twice as far:
+    those of the head, of the filter there and back, and of the analysis; then the synthesis."""
+    block, depths = resnet.stages(variant)
+    head = 3 + 2 + 4 * depths[0] * {"basic": 2, "bottleneck": 1}[block]
+    there, again = 3 * (4 + 8 + 16), 32 + 3 * 16 + 3 * 8 + 2 * 4
+    halo = head + there + again + 4 * (4 + 8)
+    back = (Back("feature", ("y",), 4, -(-(16 + 3 * 8 + 2 * 4) // 16)),)
+    return Tiling(("y",), front, 16, 1, halo + -halo % 16, back, rest=4, rest_halo=8)
 
 
 def _feature_of(run):
@@ -169,7 +185,8 @@ def _feature_of(run):
 
     def feature_of(variables, decoded, shape):
         sides = ops.halved(shape[0], 2), ops.halved(shape[1], 2)
-        return run(variables, decoded["y"], sides, method="decode")
+        with ops.ending_with(decoded["y"]):
+            return run(variables, decoded["y"], sides, method="decode")
 
     return feature_of
 

@@ -66,7 +66,8 @@ class Tiling(NamedTuple):
       segments: names of latents; side by side they are y.
       front: (variables, inputs) -> y float [N, H/factor, W/factor, C]: the part of `analyse` that
         looks no further than `halo` pixels; `analyse` then takes {"latent": y} for the rest.
-      factor: pixels per element of y. grid: sides are padded to multiples of it, in pixels.
+      factor: pixels per element of y. grid: sides are padded to multiples of it, in pixels; 1:
+        they stay, and those of y are rounded up.
       halo: in pixels, a multiple of factor. back: the way back, for each output.
       rest: elements of y, a side, per element of the latents that the rest of `analyse` gives, 1 if
         there are none but y. rest_halo: in elements of y, a multiple of it.
@@ -176,11 +177,11 @@ def in_windows(
     return jax.tree.unflatten(form, whole)
 
 
-def in_one_window(array: np.ndarray, pixels: int, unit: int) -> Part:
+def in_one_window(array: np.ndarray, pixels: int, unit: int, sizes: Sequence[Size] = SIZES) -> Part:
     """An array [1, h, w, C], whose elements stand for so many pixels, as "whole" in a window of
-    one of `SIZES`, multiples of `unit`, or of `one_window`."""
+    one of `sizes`, multiples of `unit`, or of `one_window`."""
     sides = pixels * array.shape[1], pixels * array.shape[2]
-    size = best_size(sides, max(*sides, *map(max, SIZES)), unit)
+    size = best_size(sides, max(*sides, *map(max, SIZES)), unit, sizes)
     return _part({"whole": (array, pixels)}, [(0, 0)], size)
 
 

@@ -177,7 +177,11 @@ def output(
     sides = y.shape[1] * factor, y.shape[2] * factor
     given, halo = {"latent": (y, factor)}, factor * back.halo
     found = tiles.in_windows(output_of, given, sides, back.step, halo, sizes, together(variables))
-    return found[:, : shape[0], : shape[1]] if back.step == 1 else found
+    if back.step == 1:
+        return found[:, : shape[0], : shape[1]]
+    padded = (side + -side % tiling.grid for side in shape)
+    height, width = (-(-side // back.step) for side in padded)
+    return found[:, :height, :width]
 
 
 def prior(
@@ -279,15 +283,61 @@ def _sample(codec, variables, inputs):
     return forward(codec, variables, inputs, inputs["image"].shape[1:3]).latents
 
 
-def maps(codec: Codec, variables, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def maps(
+    codec: Codec,
+    variables,
+    inputs: Mapping[str, np.ndarray],
+    sizes: Sequence[tiles.Size] = (),
+) -> dict[str, np.ndarray]:
     """Bits of each latent where they lie, summed over channels: {segment: float32 [N, h, w]}.
 
-    Images are computed one by one, as they are coded: one program, however many there are.
+    Images are computed one by one, as they are coded: one program, however many there are, or with
+    `sizes` those of windows, see `tiles`, where the codec has them and each latent a single pass.
     """
+    several = codec.tiling and sizes
+    in_parts = several and all(s.reach and s.passes is None for s in codec.segments)
+
+    def of_image(given):
+        if in_parts:
+            return _maps_in_windows(codec, variables, given, sizes)
+        return jax.device_get(programs.run(_maps, (codec,), variables, given))
+
     count = len(inputs["image"])
     rows = [{name: value[n : n + 1] for name, value in inputs.items()} for n in range(count)]
-    found = [jax.device_get(programs.run(_maps, (codec,), variables, row)) for row in rows]
-    return jax.tree.map(lambda *images: np.concatenate(images), *found)
+    return jax.tree.map(lambda *images: np.concatenate(images), *map(of_image, rows))
+
+
+def _maps_in_windows(codec: Codec, variables, inputs, sizes) -> dict[str, np.ndarray]:
+    """`maps` of one image."""
+    condition = {name: value for name, value in inputs.items() if name == "quality"}
+    latents = analyse(codec, variables, inputs["image"], condition, sizes)
+    decoded, found = dict(condition), {}
+    for number, segment in enumerate(codec.segments):
+        latent = latents[segment.name]
+        _, mean = prior(codec, number, latent.shape, variables, decoded, sizes)
+        mean = np.float32(0) if mean is None else mean
+        decoded[segment.name] = np.rint(latent - mean) + mean
+        assert segment.reach
+        factors = {**dict(segment.reach.factors), segment.name: 1}
+        given = {name: (decoded[name], _ELEMENT * factor) for name, factor in factors.items()}
+
+        def of_window(part: Part, number=number):
+            return programs.run(_bits_of_window, (codec, number), variables, part)
+
+        sides, halo = [_ELEMENT * side for side in latent.shape[1:3]], segment.reach.halo
+        maps = tiles.in_windows(
+            of_window, given, (sides[0], sides[1]), _ELEMENT, _ELEMENT * halo, tiles.squares(sizes)
+        )
+        found[segment.name] = maps[..., 0]
+    return found
+
+
+def _bits_of_window(codec, number, variables, part):
+    segment = codec.segments[number]
+    latent = part.arrays[segment.name]
+    decoded = part.arrays | {"bounds": part.bounds}
+    prior = segment.prior(variables, decoded, latent.shape)
+    return prior.bits(latent).sum(axis=3, keepdims=True)
 
 
 def _maps(codec, variables, inputs):

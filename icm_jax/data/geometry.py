@@ -43,16 +43,28 @@ def fit(array: np.ndarray, canvas: tuple[int, int], resample=Image.Resampling.BI
     Returns: uint8 [*canvas] or [*canvas, 3].
     """
     height, width = array.shape[:2]
-    scale = max(canvas[0] / height, canvas[1] / width)
-    size = (max(canvas[1], round(width * scale)), max(canvas[0], round(height * scale)))
+    size = _covering((height, width), canvas)
     left, top = (size[0] - canvas[1]) // 2, (size[1] - canvas[0]) // 2
-    if scale != 1 and resample == Image.Resampling.BILINEAR:
+    if size != (width, height) and resample == Image.Resampling.BILINEAR:
         across, down = width / size[0], height / size[1]
         box = left * across, top * down, (left + canvas[1]) * across, (top + canvas[0]) * down
         return bilinear(array, canvas[::-1], box)
-    if scale != 1:
+    if size != (width, height):
         array = np.asarray(Image.fromarray(array).resize(size, resample))
     return array[top : top + canvas[0], left : left + canvas[1]]
+
+
+def cover(image: np.ndarray, canvas: tuple[int, int]) -> np.ndarray:
+    """What `fit` cuts the canvas out of: the whole image, uint8 [h, w, 3], just as large as to
+    cover it."""
+    size = _covering(image.shape[:2], canvas)
+    return image if size == image.shape[1::-1] else bilinear(image, size)
+
+
+def _covering(shape, canvas: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of an image of (height, width) that just covers a canvas."""
+    scale = max(canvas[0] / shape[0], canvas[1] / shape[1])
+    return max(canvas[1], round(shape[1] * scale)), max(canvas[0], round(shape[0] * scale))
 
 
 def random_view(

@@ -46,6 +46,9 @@ class BatchSpec:
       crop: other than (1, 1), the canvas of a training image shows a random window of so much of
         the area, mirrored or not (`geometry.random_view`): augmentation before an image is written
         at a quality. Boxes and a file's own coefficients have none.
+      whole: images are not cut: each is as large as to just cover the canvas, and its mask has the
+        pixels of its own file. Images of other sizes do not stack, so batches are of one. Not with
+        boxes, coefficients or crop.
       masks: whether to give the masks of a source that has them; without, they are not decoded.
       process, processes: whose rows, B / processes of each, are made here.
       threads: decoding threads; None: as many as there are cores.
@@ -60,6 +63,7 @@ class BatchSpec:
     outlines: int = 0
     coefficients: str = ""
     crop: tuple[float, float] = WHOLE
+    whole: bool = False
     masks: bool = True
     process: int = 0
     processes: int = 1
@@ -290,7 +294,7 @@ def _example(
         least = math.ceil(canvas[0] / share), math.ceil(canvas[1] / share)
         image = source.read(loaded["image"], loaded["name"], least)
         if rng is None:
-            view = geometry.fit(image, canvas)
+            view = (geometry.cover if spec.whole else geometry.fit)(image, canvas)
         elif masked:
             raise IcmError(f"{source.name} has masks, which data.crop does not crop; leave it out")
         else:
@@ -307,7 +311,9 @@ def _example(
         mask = images.read_mask(loaded["mask"], loaded["name"], classes, source.mask_ids)
         if feature is None:
             geometry.check_aspect(image, mask, loaded["name"])
-        example["mask"] = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
+        if not spec.whole:
+            mask = geometry.fit(mask, canvas, Image.Resampling.NEAREST)
+        example["mask"] = mask
     return example
 
 

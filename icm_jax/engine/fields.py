@@ -139,7 +139,7 @@ def defaults(run: Any) -> dict[str, Any]:
     found["data"] = {"boxes": 0, "letterbox": "corner", "coefficients": "", "crop": [1.0, 1.0]}
     if run.data.get("name") in data.DATASETS:
         found["data"] |= data.DATASETS[run.data.name].fields
-    found["task"] = {"bn_groups": 0, "output_weight": 0.0}
+    found["task"] = {"bn_groups": 0, "output_weight": 0.0, "protocol": "coco"}
     found["task"] |= {"stride_in_1x1": run.task.get("frontend") in ("code", "decoded")}
     codec = run.task.get("codec", {}).get("name")
     if codec in CODECS:

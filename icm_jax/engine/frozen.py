@@ -12,7 +12,7 @@ import numpy as np
 
 from icm_jax.codecs import CODECS, bitstream, model_file
 from icm_jax.codecs.bitstream import FrozenCodec
-from icm_jax.codecs.codec import Codec
+from icm_jax.codecs.codec import Codec, as_float16
 from icm_jax.data import pipeline
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Run, codec_path, load_run
@@ -107,7 +107,7 @@ def check_same(variables: Mapping[str, Any], frozen: FrozenCodec, run: Run) -> N
     for path, value in stored.items():
         if path not in leaves:  # of integer networks
             continue
-        own = bitstream.as_float16(leaves[path]) if half else leaves[path]
+        own = as_float16(leaves[path]) if half else leaves[path]
         if not np.array_equal(own, value):
             raise IcmError(
                 f"{run.name} does not have the weights of its codec file, model "

@@ -28,7 +28,7 @@ SCHEDULE = ("plateau", "rate_scaling", "rate_batch")
 FREE = ("log_every", "save_every", "keep_every", "fsdp", "remat", "evaluate", "labels")
 """Fields that may differ when a run is resumed: they do not change what is computed."""
 SCORED = ("labels.curve", "side", "detector", "codec_file", "data.validation")
-SCORED += ("task.least", "task.overlap", "task.limit")
+SCORED += ("task.least", "task.overlap", "task.limit", "task.protocol")
 """Fields that may differ, for training does not read them: what was scored is scored anew, and a
 codec file written anew. All others are what a run is."""
 

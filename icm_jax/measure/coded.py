@@ -25,11 +25,13 @@ def through_stream(
 
     Args:
       layers: cut files off after so many before they are decoded and measured.
-      same: there are more images, all of one size, so a program for it is worth compiling.
+      same: there are more images, all of one size, so a program for it is worth compiling; if not,
+        they are coded in windows, see `icm_jax.codecs.tiles`.
 
     Raises: IcmError if decoding does not give back the encoder's latents.
     """
-    windows = () if same else tiles.SIZES
+    whole = tiles.one_window((images.shape[1], images.shape[2]), 64)
+    windows = () if same else (*tiles.SIZES, whole)
     began = time.perf_counter()
     streams = bitstream.encode(frozen, images, quality=quality, windows=windows)
     encoded = time.perf_counter()
@@ -37,7 +39,7 @@ def through_stream(
         streams = [container.prefix(data, layers) for data in streams]
     features = bitstream.decode(frozen, streams, output, layers=layers, windows=windows)
     decoded = time.perf_counter()
-    estimated = bitstream.estimate(frozen, images, quality=quality)
+    estimated = bitstream.estimate(frozen, images, quality=quality, windows=windows)
     segments = [s for s in frozen.codec.segments if layers is None or s.layer < layers]
     sizes = []
     for row, data in enumerate(streams):

@@ -15,16 +15,20 @@ Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORE
                  `throughput.measure`
 
 Pictures are compared at their full size or, where the run has a `side`, as the middle of that size,
-which networks see.
+which networks see. Networks see the middle of an image on its canvas, but segmentation, which sees
+and codes it whole, as large as to just cover the canvas; its label maps are compared at the size
+that the data set has them (`icm_jax.measure.segments`).
 
 A record is a flat dict, kept in records.json of the run's folder: the fields of `run.labels` (the
 curve of "picture", "detect" and "speed" is "image", "detect" and "speed"), run, seed, asked (the
 point), fingerprint (of the codec file, where there is one), kind
 ("stream" for all that went through a codec's bytes, or as the point's), quality,
-images, bpp (measured), top1 / top5, miou, map50 / map, or psnr, ssim_db and ms_ssim_db (means over
+images, bpp (measured), top1 / top5, miou and pixel_accuracy, by the task's protocol map50 / map,
+voc2007 or voc2010 (`icm_jax.measure.precision`), or psnr, ssim_db and ms_ssim_db (means over
 images, of a similarity s as -10 log10(1 - s)); of these and of bpp also "draws" (see
-`icm_jax.measure.draws`); of pixels with boxes bpp_source, that of the files they are read from; of
-JPEG and WebP also bpp_without_tables; of streams also bpp_estimated, bpp_header, bpp_<segment>,
+`icm_jax.measure.draws`); where classes are averaged, "by_class": {name: IoU or precision}; of
+pixels with boxes bpp_source, that of the files they are read from; of JPEG and WebP also
+bpp_without_tables; of streams also bpp_estimated, bpp_header, bpp_<segment>,
 worst_gap_bytes (the most by which an image's bytes exceed its estimate + 1 %), encode_ms and
 decode_ms (median of an image, networks included); of "speed" what `throughput.measure` gives.
 """
@@ -54,17 +58,19 @@ from icm_jax.errors import IcmError
 from icm_jax.files import cores, sealed, write_json
 from icm_jax.measure import (
     Accuracy,
-    AveragePrecision,
     MeanIoU,
     Score,
+    average_precision,
     classical,
     draws,
+    segments,
     throughput,
 )
 from icm_jax.measure.coded import drawn_rates, of_sizes, through_file, through_stream
 from icm_jax.measure.distortion import distortion
 from icm_jax.measure.points import left, no_codec, scored_label, written_here
 from icm_jax.tasks import build_task, views
+from icm_jax.tasks.detection import PROTOCOLS
 from icm_jax.tasks.task import Task
 
 SCORED_AT_ONCE = 128
@@ -169,20 +175,22 @@ def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, 
     Args:
       through: (asked, batch, count of valid rows) -> (the task's inputs, sizes of each image).
     """
-    run = asked.run
     tally = _tally(asked)
     predict = jax.jit(asked.task.predict)
     on_device = jax.device_put(asked.variables, jax.local_devices()[0])
 
     def score(batch: dict, tally: Score) -> list[dict]:
         inputs, sizes = through(asked, batch, int(batch["valid"].sum()))
-        if "mask" in batch:
-            batch["mask"] = np.asarray(views.centre(batch["mask"], asked.config.size))
-        tally.update(jax.device_get(predict(on_device, inputs)), batch)
+        if _whole(asked):
+            shapes = batch["image"].shape[1:3], batch["mask"].shape[1:]
+            found = segments.segmented(asked.task.predict, on_device, inputs, *shapes)
+            tally.update({"segments": found}, batch)
+        else:
+            tally.update(jax.device_get(predict(on_device, inputs)), batch)
         return sizes
 
-    rows = min(run.batch_size, SCORED_AT_ONCE)
-    spec = pipeline.batch_spec(asked.data, rows, masks="mask" in run.needs)
+    whole, rows = _whole(asked), min(asked.run.batch_size, SCORED_AT_ONCE)
+    spec = pipeline.batch_spec(asked.data, 1 if whole else rows, masks=whole, whole=whole)
     return over_batches(str(asked), asked.source, spec, tally, score)
 
 
@@ -212,17 +220,20 @@ def over_batches(
     for found, part in sharding.gathered(mine):  # in the order of the split, as COCO's ties ask
         sizes += found
         whole.add(part)
-    counts = draws.resamples(source.length)
+    counts = draws.resamples(whole.examples)
     drawn = whole.resampled(counts) | drawn_rates(sizes, counts)
     found = {**whole.result(), "images": source.length, **of_sizes(sizes)}
-    return found | ({"draws": draws.packed(drawn)} if drawn else {})
+    of_classes = whole.by_class()
+    found |= {"by_class": of_classes} if of_classes else {}
+    return found | {"draws": draws.packed(drawn)}
 
 
 def _tally(asked: Asked) -> Callable[[], Score]:
     """() -> what counts the task's hits, by the labels that the run needs."""
+    source, protocol = asked.source, asked.config.get("protocol", PROTOCOLS[0])
     tallies: dict[str, Callable[[], Score]] = {
-        "mask": lambda: MeanIoU(asked.config.mask_classes),
-        "objects": lambda: AveragePrecision(asked.config.classes),
+        "mask": lambda: MeanIoU(source.mask_classes),
+        "objects": lambda: average_precision(protocol, source.classes),
         "label": Accuracy,
     }
     return tallies[scored_label(asked.run, asked.point)]
@@ -244,7 +255,7 @@ def streamed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     """What the frozen codec's decoder gives of the bytes of each valid image."""
     images = _middle(asked, batch)
     output = asked.task.reads
-    given, sizes = through_stream(asked.codec(), images[:count], output)
+    given, sizes = through_stream(asked.codec(), images[:count], output, same=not _whole(asked))
     given = given.clip(0, 255) if output == "image" else given
     return {output: _padded(given, len(images))}, sizes
 
@@ -273,7 +284,15 @@ def _padded(array: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _middle(asked: Asked, batch: dict) -> np.ndarray:
+    """The images of a batch as the task sees them."""
+    if _whole(asked):
+        return batch["image"]
     return np.asarray(views.centre(batch["image"], asked.config.size))
+
+
+def _whole(asked: Asked) -> bool:
+    """Whether the task segments: images are seen whole then, one by one."""
+    return "mask" in asked.run.needs
 
 
 def speed(asked: Asked) -> dict:
@@ -323,7 +342,9 @@ def detections(asked: Asked) -> dict:
         return sizes
 
     spec = pipeline.batch_spec(data, min(run.batch_size, SCORED_AT_ONCE))
-    found = over_batches(str(asked), source, spec, lambda: AveragePrecision(config.classes), score)
+    protocol = config.get("protocol", PROTOCOLS[0])
+    tally = lambda: average_precision(protocol, source.classes)  # noqa: E731
+    found = over_batches(str(asked), source, spec, tally, score)
     return {"kind": "stream", "curve": "detect", **found}
 
 

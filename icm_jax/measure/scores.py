@@ -1,23 +1,29 @@
-"""Task scores as sums over examples: any batching gives the same result."""
+"""Task scores as sums over examples: any batching gives the same result.
+
+Those of boxes are in `icm_jax.measure.precision`.
+"""
 
 import abc
-import contextlib
-import os
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
 from icm_jax.errors import IcmError
+from icm_jax.measure import draws
 
 IGNORE = 255
-_AT_ONCE = 1 << 20
-"""Detections times draws times overlaps, of which average precisions are drawn together."""
 
 
 class Score(abc.ABC):
     """Adds up batches. `update` takes predictions and the batch they belong to, both NumPy; `add`
-    takes over what another of its kind has added up."""
+    takes over what another of its kind has added up.
+
+    Attributes:
+      examples: how many were added.
+    """
+
+    examples: int = 0
 
     @abc.abstractmethod
     def update(self, predicted: dict, batch: dict) -> None:
@@ -31,14 +37,18 @@ class Score(abc.ABC):
     def result(self) -> dict[str, float]:
         """The scores over everything added."""
 
-    def resampled(self, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Scores over the images of each draw, float64 [draws], NaN where they show nothing that
-        counts; of scores that keep no more than sums none.
-
-        Args: counts: whole numbers [draws, images], see `icm_jax.measure.draws`.
-        """
-        del counts
+    def by_class(self) -> dict[str, float]:
+        """The first score of `result` by class, without those that show nothing; of scores that are
+        not means over classes none."""
         return {}
+
+    @abc.abstractmethod
+    def resampled(self, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """Scores over the examples of each draw, float64 [draws], NaN where they show nothing that
+        counts.
+
+        Args: counts: whole numbers [draws, examples], see `icm_jax.measure.draws`.
+        """
 
 
 class Accuracy(Score):
@@ -51,7 +61,7 @@ class Accuracy(Score):
     """
 
     def __init__(self):
-        self._sums = np.zeros(3, np.int64)  # right at 1, right at 5, examples
+        self._right: list[np.ndarray] = []  # bool [n, 2], at 1 and at 5
 
     def update(self, predicted, batch):
         logits = np.asarray(predicted["logits"], np.float32)[batch["valid"]]
@@ -59,190 +69,92 @@ class Accuracy(Score):
         right = logits[np.arange(len(labels)), labels][:, None]
         rank = (logits >= right).sum(axis=1)  # 1 for the best
         whole = np.isfinite(logits).all(axis=1)  # comparisons with NaN would flatter the rank
-        self._sums += [(whole & (rank <= 1)).sum(), (whole & (rank <= 5)).sum(), len(labels)]
+        self._right.append(np.stack([whole & (rank <= 1), whole & (rank <= 5)], axis=1))
+        self.examples += len(labels)
 
     def add(self, other):
-        self._sums += other._sums
+        self._right += other._right
+        self.examples += other.examples
 
     def result(self):
-        first, fifth, count = self._sums
-        return {
-            "top1": float(first / max(count, 1)),
-            "top5": float(fifth / max(count, 1)),
-            "examples": int(count),
-        }
+        first, fifth = self._all().sum(axis=0) / max(self.examples, 1)
+        return {"top1": float(first), "top5": float(fifth), "examples": self.examples}
+
+    def resampled(self, counts):
+        first, fifth = self._all().astype(float).T
+        return {"top1": draws.means(first, counts), "top5": draws.means(fifth, counts)}
+
+    def _all(self) -> np.ndarray:
+        return np.concatenate([np.zeros((0, 2), bool), *self._right])
 
 
 class MeanIoU(Score):
-    """Mean intersection over union of "segments" [N, H, W] against "mask", 255 ignored.
+    """Mean intersection over union of "segments" [N, H, W] against "mask", 255 ignored; each class
+    counts over all pixels of all images (Everingham et al. 2015, section 4.2).
 
     Classes that appear neither in predictions nor in masks do not count.
+
+    Args: classes: their names.
 
     Raises: IcmError (`update`) for an id outside 0 ... classes - 1.
     """
 
-    def __init__(self, classes: int):
-        self._confusion = np.zeros((classes, classes), np.int64)  # [true, predicted]
-        self._examples = 0
+    def __init__(self, classes: Sequence[str]):
+        self._classes = tuple(classes)
+        # Of each image int64 [3, classes]: pixels that are right, in the mask, predicted.
+        self._pixels: list[np.ndarray] = []
 
     def update(self, predicted, batch):
-        classes = len(self._confusion)
-        segments = np.asarray(predicted["segments"])[batch["valid"]]
-        masks = np.asarray(batch["mask"])[batch["valid"]].astype(np.int64)
-        known = masks != IGNORE
-        for name, ids in (("mask", masks[known]), ("prediction", segments[known])):
-            if ids.size and not 0 <= ids.min() <= ids.max() < classes:
-                raise IcmError(
-                    f"a {name} has class ids {ids.min()} to {ids.max()}; expected 0 to "
-                    f"{classes - 1} (or {IGNORE} in masks, which is ignored): check the classes"
-                )
-        pairs = masks[known] * classes + segments[known]
-        self._confusion += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-        self._examples += len(masks)
+        count = len(self._classes)
+        for row in np.flatnonzero(batch["valid"]):
+            mask = np.asarray(batch["mask"][row])
+            known = mask != IGNORE
+            mask, found = mask[known], np.asarray(predicted["segments"][row])[known]
+            for name, ids in (("mask", mask), ("prediction", found)):
+                if ids.size and not 0 <= ids.min() <= ids.max() < count:
+                    raise IcmError(
+                        f"a {name} has class ids {ids.min()} to {ids.max()}; expected 0 to "
+                        f"{count - 1} (or {IGNORE} in masks, which is ignored): check the classes"
+                    )
+            several = mask[mask == found], mask, found
+            self._pixels.append(np.stack([np.bincount(ids, minlength=count) for ids in several]))
+            self.examples += 1
 
     def add(self, other):
-        self._confusion += other._confusion
-        self._examples += other._examples
+        self._pixels += other._pixels
+        self.examples += other.examples
 
     def result(self):
-        confusion, examples = self._confusion, self._examples
-        hits = np.diag(confusion)
-        union = confusion.sum(axis=0) + confusion.sum(axis=1) - hits
-        iou = hits[union > 0] / union[union > 0]
-        accuracy = hits.sum() / max(confusion.sum(), 1)
+        iou = [*self.by_class().values()]
+        right, there, _ = self._sums().sum(axis=1)
         return {
-            "miou": float(iou.mean()) if len(iou) else 0.0,
-            "pixel_accuracy": float(accuracy),
-            "examples": int(examples),
+            "miou": float(np.mean(iou)) if iou else 0.0,
+            "pixel_accuracy": float(right / max(there, 1)),
+            "examples": self.examples,
         }
 
+    def by_class(self):
+        named = zip(self._classes, _overlap(self._sums()), strict=True)
+        return {name: float(value) for name, value in named if not np.isnan(value)}
 
-class AveragePrecision(Score):
-    """COCO's mean average precision of boxes, by pycocotools: map50 (at IoU 0.5) and map (mean over
-    IoU 0.5 to 0.95), 100 boxes per image, all sizes.
-
-    Predictions: "boxes" [N, D, 4], "scores", "labels", "valid" [N, D]; batches: "boxes" [N, B, 4],
-    "box_labels", "box_valid", "box_ignored" [N, B], "image" and its "extent". Ignored boxes are
-    COCO's crowds. What is predicted ends with the picture, as in Darknet's own evaluation: truth
-    does. Overlaps do not depend on the unit of length.
-
-    Raises: IcmError (`result`, `resampled`) if no image has a box.
-    """
-
-    def __init__(self, classes: int):
-        self._classes = classes
-        self._images = 0
-        self._truth: list[tuple] = []  # image, label, box, ignored
-        self._found: list[tuple] = []  # image, label, box, score
-
-    def update(self, predicted, batch):
-        for row in np.flatnonzero(batch["valid"]):
-            self._images += 1
-            start, size = batch["extent"][row].reshape(2, 2) / np.array(batch["image"].shape[1:3])
-            low, high = np.tile(start, 2), np.tile(start + size, 2)
-            for i in np.flatnonzero(batch["box_valid"][row] | batch["box_ignored"][row]):
-                ignored = bool(batch["box_ignored"][row, i])
-                label, box = batch["box_labels"][row, i], batch["boxes"][row, i]
-                self._truth.append((self._images, int(label), box, ignored))
-            for i in np.flatnonzero(predicted["valid"][row]):
-                label, box = predicted["labels"][row, i], predicted["boxes"][row, i]
-                box = np.clip(box, low, high)
-                score = float(predicted["scores"][row, i])
-                self._found.append((self._images, int(label), box, score))
-
-    def add(self, other):
-        self._truth += [(self._images + row[0], *row[1:]) for row in other._truth]
-        self._found += [(self._images + row[0], *row[1:]) for row in other._found]
-        self._images += other._images
-
-    def result(self):
-        scoring = self._compared()
-        with _silence():
-            scoring.accumulate()
-        precision = scoring.eval["precision"]  # [IoU, recall, class, 1, 1], -1 without a box
-        mean = lambda p: float(p[p > -1].mean())  # noqa: E731
-        return {"map": mean(precision), "map50": mean(precision[0]), "examples": self._images}
+    def _sums(self) -> np.ndarray:
+        nothing = np.zeros((3, len(self._classes)), np.int64)
+        return np.stack([nothing, *self._pixels]).sum(axis=0)
 
     def resampled(self, counts):
-        # COCOeval's, with each image's detections as often as the draw takes it.
-        scoring, whole = self._compared(), np.zeros((2, len(counts)))
-        recalls, classes = scoring.params.recThrs, np.zeros(len(counts))
-        for start in range(0, len(scoring.evalImgs), self._images):
-            rows = scoring.evalImgs[start : start + self._images]
-            there = [(image, row) for image, row in enumerate(rows) if row is not None]
-            objects = [(row["gtIgnore"] == 0).sum() for _, row in there]
-            positives = counts[:, [image for image, _ in there]] @ np.array(objects, np.int64)
-            found = sum(len(row["dtScores"]) for _, row in there)
-            every = max(1, _AT_ONCE // max(1, found * len(scoring.params.iouThrs)))
-            drawn = np.flatnonzero(positives)
-            for first in range(0, len(drawn), every):
-                some = drawn[first : first + every]
-                precision = _precisions(there, counts[some], positives[some], recalls)
-                whole[:, some] += precision.mean(axis=(1, 2)), precision[:, 0].mean(axis=1)
-                classes[some] += 1
+        pixels = np.array(self._pixels, float).reshape(self.examples, -1)
+        found = np.empty((2, len(counts)))
         with np.errstate(invalid="ignore"):
-            return dict(zip(("map", "map50"), whole / classes, strict=True))
-
-    def _compared(self) -> Any:
-        """COCOeval that has matched what is found with what is there. Raises: as the class."""
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-
-        if not any(not ignored for *_, ignored in self._truth):
-            raise IcmError("no box to find in the validation split; average precision needs some")
-        truth = [dict(_annotation(*row[:3]), iscrowd=int(row[3])) for row in self._truth]
-        found = [dict(_annotation(*row[:3]), score=row[3]) for row in self._found]
-        with _silence():
-            given, predicted = COCO(), COCO()
-            for coco, rows in ((given, truth), (predicted, found)):
-                dataset: Any = {
-                    "images": [{"id": i + 1} for i in range(self._images)],
-                    "categories": [{"id": k} for k in range(self._classes)],
-                    "annotations": [dict(row, id=n) for n, row in enumerate(rows, 1)],
-                }
-                coco.dataset = dataset
-                coco.createIndex()
-            scoring: Any = COCOeval(given, predicted, "bbox")
-            scoring.params.areaRng, scoring.params.areaRngLbl = [[0, 1e10]], ["all"]
-            scoring.params.maxDets = [100]
-            scoring.evaluate()
-        return scoring
+            for place, row in enumerate(counts):  # a draw at a time: there may be many images
+                drawn = (row.astype(float) @ pixels).reshape(3, -1)
+                iou = _overlap(drawn)
+                seen = ~np.isnan(iou)
+                found[:, place] = iou[seen].sum() / seen.sum(), drawn[0].sum() / drawn[1].sum()
+        return dict(zip(("miou", "pixel_accuracy"), found, strict=True))
 
 
-def _precisions(rows: list[tuple], counts, positives, recalls) -> np.ndarray:
-    """The interpolated precision of a class at each recall: float64 [draws, IoUs, recalls].
-
-    Args: rows: (image, what COCOeval says of it). counts: [draws, images]. positives: [draws].
-    """
-    scores = np.concatenate([row["dtScores"] for _, row in rows])
-    order = np.argsort(-scores, kind="mergesort")
-    image = np.concatenate([np.full(len(row["dtScores"]), i) for i, row in rows]).astype(int)
-    matched, ignored = (
-        np.concatenate([row[key] for _, row in rows], axis=1)[:, order].astype(bool)
-        for key in ("dtMatches", "dtIgnore")
-    )
-    taken = counts[:, image[order]][:, None]  # [draws, 1, detections]
-    right = np.cumsum(taken * (matched & ~ignored), axis=2, dtype=float)
-    wrong = np.cumsum(taken * (~matched & ~ignored), axis=2, dtype=float)
-    precision = right / (right + wrong + np.spacing(1))
-    best = np.maximum.accumulate(precision[..., ::-1], axis=2)[..., ::-1]
-    best = np.concatenate([best, np.zeros((*best.shape[:2], 1))], axis=2)
-    found = right / positives[:, None, None]
-    at = [[np.searchsorted(row, recalls) for row in several] for several in found]
-    return np.take_along_axis(best, np.array(at), axis=2)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without what pycocotools prints."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-def _annotation(image: int, label: int, box, unit: float = 1000.0) -> dict:
-    """A row as COCO has it; `unit` because it takes boxes of less than one pixel for small ones."""
-    top, left, bottom, right = (unit * float(side) for side in box)
-    height, width = max(bottom - top, 0.0), max(right - left, 0.0)
-    area = height * width
-    sides = [left, top, width, height]
-    return {"image_id": image, "category_id": label, "bbox": sides, "area": area, "iscrowd": 0}
+def _overlap(pixels: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class, NaN without a pixel: of whole numbers [3, classes]."""
+    union = pixels[1] + pixels[2] - pixels[0]
+    with np.errstate(invalid="ignore"):
+        return pixels[0] / union

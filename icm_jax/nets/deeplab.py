@@ -35,6 +35,7 @@ class ASPP(ops.Module):
         """float [N, h, w, C] -> float32 [N, h, w, classes]."""
         if self.channels:
             c4 = nn.relu(nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="reduce")(c4))
+        c4 = ops.inside(c4)
         # The branches add up, so each starts as small as DeepLab's (deviation 0.01).
         logits = [
             nn.Conv(

@@ -88,6 +88,7 @@ class Conv(ops.Module):
         kernel = self.param("kernel", _HE, shape)
         if gain is not None:
             kernel = kernel * gain.reshape(1, 1, 1, -1)
+        x = ops.inside(x) if self.kernel > 1 else x
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.stride == 2 and self.kernel != 3:
             return down_by_two(x, kernel)
@@ -263,7 +264,7 @@ class Head(ops.Module):
         stem = Conv(self.width, 7, 2, dtype=self.dtype, name="stem")
         norm = BatchNorm(dtype=self.dtype, groups=self.bn_groups, name="stem_bn")
         x = nn.relu(norm(x, train, stem))  # [N, H/2, W/2, width]
-        x = max_pool(x)  # [N, H/4, W/4, width]
+        x = max_pool(ops.inside(x))  # after ReLU zeros are as good as none; [N, H/4, W/4, width]
         layer = partial(Layer, dtype=self.dtype, bn_groups=self.bn_groups, name="layer1")
         return layer(block, depths[0], self.width)(x, train)
 

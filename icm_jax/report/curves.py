@@ -11,21 +11,27 @@ from icm_jax.report.looks import FORMATS, SOURCE, looks_of, name_and_point, save
 
 
 class Measure(NamedTuple):
-    """What is drawn over the rate: records of `curve` that have `key`, times `factor`."""
+    """What is drawn over the rate: records of `curve` that have `key`, times `factor`; `classes` is
+    what the records' "by_class" is, in words, if they have it of this measure."""
 
     curve: str
     key: str
     title: str
     axis: str
     factor: float = 1.0
+    classes: str = ""
 
 
 MEASURES = (
     Measure("classify", "top1", "Classification, tail fine-tuned", "top-1 accuracy [%]", 100),
     Measure("linear", "top1", "Classification, linear", "top-1 accuracy [%]", 100),
-    Measure("segment", "miou", "Semantic segmentation", "mIoU [%]", 100),
-    Measure("detect", "map50", "Detection, mAP at IoU 0.5", "mAP@0.5 [%]", 100),
-    Measure("detect", "map", "Detection, mAP at IoU 0.5 to 0.95", "mAP@[0.5:0.95] [%]", 100),
+    Measure("segment", "miou", "Semantic segmentation", "mIoU [%]", 100, "IoU [%]"),
+    Measure(
+        "detect", "map50", "Detection, COCO's mAP at IoU 0.5", "mAP@0.5 [%]", 100, "AP@0.5 [%]"
+    ),
+    Measure("detect", "map", "Detection, COCO's mAP at IoU 0.5 to 0.95", "mAP@[0.5:0.95] [%]", 100),
+    Measure("detect", "voc2007", "Detection, VOC 2007's mAP", "11-point mAP [%]", 100, "AP [%]"),
+    Measure("detect", "voc2010", "Detection, VOC 2010's mAP", "area mAP [%]", 100, "AP [%]"),
     Measure("image", "psnr", "Image quality, PSNR", "PSNR [dB]"),
     Measure("image", "ssim_db", "Image quality, SSIM", "SSIM [dB]"),
     Measure("image", "ms_ssim_db", "Image quality, MS-SSIM", "MS-SSIM [dB]"),

@@ -105,6 +105,7 @@ def _of_curves(records, measure: curves.Measure, workdir, place: str) -> list[tu
     seeds = len({record["seed"] for record in scored})
     spread = "mean and population standard deviation over the seeds"
     further = [tables.loss_table(scored, measure), tables.bd_table(scored, measure)]
+    further += [tables.class_table(scored, measure)] if measure.classes else []
     drawn = any("draws" in record for record in scored)
     return [
         ("h2", measure.title),

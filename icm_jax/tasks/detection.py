@@ -24,6 +24,8 @@ from icm_jax.nets.yolo import build_detector
 from icm_jax.tasks import boxes, views
 from icm_jax.tasks.task import TRAIN, Aux, Task, apply
 
+PROTOCOLS = ("coco", "voc2007", "voc2010")
+"""By which average precision is measured; see `icm_jax.measure.precision`."""
 IGNORED = 0.5
 """Overlap with an object above which an anchor that is not responsible is not asked."""
 
@@ -50,7 +52,7 @@ def detection(config: ConfigDict) -> Task:
     Fields: detector (name and arguments, see `icm_jax.nets.yolo.DETECTORS`); classes; dtype;
     anchor_scale (1: anchors of the published sizes, in pixels); least, overlap, limit (of
     `boxes.suppress`); crop (least and largest share of an image that a training view shows); size
-    (side of the images, or height and width).
+    (side of the images, or height and width); protocol (one of `PROTOCOLS`, which scores it).
 
     Predictions are made of "image" or, from the detector's split on, of "feature".
 

@@ -19,6 +19,7 @@ from icm_jax.data.fields import (
 from icm_jax.nets import dct, resnet
 from icm_jax.tasks.coefficients import INPUTS
 from icm_jax.tasks.contrastive import NEGATIVES
+from icm_jax.tasks.detection import PROTOCOLS
 from icm_jax.tasks.task import FRONTENDS
 
 CODEC = Named(CODECS, of_codecs.CODECS)
@@ -83,6 +84,7 @@ TASKS: dict[str, Table] = {
         "least": SHARE,
         "overlap": SHARE,
         "limit": whole(1),
+        "protocol": optional(one_of(*PROTOCOLS)),
         "crop": SHARES,
         "size": SIZE,
     },

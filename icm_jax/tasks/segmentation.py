@@ -10,12 +10,16 @@ from icm_jax.tasks import views
 from icm_jax.tasks.task import FROZEN, TRAIN, Aux, Task, build_trunk, merge
 
 IGNORE = 255
+LINES = 32
+"""Of a label map, whose logits are interpolated together."""
 
 
 def segmentation(config: ConfigDict) -> Task:
     """The task; fields: the model's, mask_classes, frontend, aspp_rates, output_stride.
 
-    Pixels with the id 255 are ignored.
+    Pixels with the id 255 are ignored. Views of `size` are learned from; `predict` takes images,
+    or features, of any size and gives "logits" on the network's own grid, float32 [N, h, w,
+    mask_classes], from which `at_pixels` has the pixels.
     """
     trunk = build_trunk(config, config.output_stride)
     segmenter = ASPP(
@@ -24,9 +28,7 @@ def segmentation(config: ConfigDict) -> Task:
 
     def logits_of(variables, images, feature, train):
         features, stats = trunk.features(variables, images, feature, train)
-        logits = segmenter.apply({"params": variables["params"]["segmenter"]}, features[-1])
-        shape = (len(logits), *views.sides(config.size), config.mask_classes)
-        return jax.image.resize(logits, shape, "bilinear"), stats
+        return segmenter.apply({"params": variables["params"]["segmenter"]}, features[-1]), stats
 
     def init(key, batch):
         keys = jax.random.split(key)
@@ -47,6 +49,7 @@ def segmentation(config: ConfigDict) -> Task:
             masks = views.centre(batch["mask"], config.size)
         assert masks is not None  # `mild` gives as many as it gets
         logits, stats = logits_of(variables, images, feature, True)
+        logits = jax.image.resize(logits, (*masks.shape, config.mask_classes), "bilinear")
         known = ((masks != IGNORE) & batch["valid"][:, None, None]).astype(jnp.float32)
         labels = jnp.where(masks == IGNORE, 0, masks).astype(jnp.int32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -56,11 +59,45 @@ def segmentation(config: ConfigDict) -> Task:
         return (losses * known).sum() / count, Aux(metrics, {"batch_stats": stats})
 
     def predict(variables, batch):
-        images = views.centre(batch["image"], config.size) if "image" in batch else None
-        logits = logits_of(variables, images, batch.get("feature"), False)[0]
-        return {"segments": jnp.argmax(logits, axis=-1).astype(jnp.int32)}
+        logits, _ = logits_of(variables, batch.get("image"), batch.get("feature"), False)
+        return {"logits": logits}
 
     def groups(name):
         return TRAIN if name == "segmenter" or name in trunk.parts else FROZEN
 
     return Task(init, loss, predict, groups, trunk.codec, reads=trunk.reads)
+
+
+def at_pixels(
+    logits: jax.Array, sides: jax.Array, stride: float, rows: jax.Array, columns: jax.Array
+) -> jax.Array:
+    """The class of each pixel of a label map, by bilinear interpolation between logits.
+
+    Args:
+      logits: float32 [h, w, K], in whose corner the image lies. sides: float32 [2], of the image in
+        pixels, as the network saw it. stride: such pixels per element of the logits.
+      rows, columns: float32 [H], [W], centres of the label map's pixels, in the network's.
+
+    Returns: uint8 [H, W].
+    """
+
+    def between(at, side):
+        """The elements before and behind, and how far from the first one: as jax.image.resize and
+        torch's interpolate see them, whatever lies beyond the image."""
+        last = jnp.ceil(side / stride) - 1.0
+        at = jnp.clip(at / stride - 0.5, 0.0, last)
+        first = jnp.floor(at)
+        both = (x.astype(jnp.int32) for x in (first, jnp.minimum(first + 1.0, last)))
+        return *both, at - first
+
+    before, behind, share = between(columns, sides[1])
+    share = share[None, :, None]
+    across = (1 - share) * logits[:, before] + share * logits[:, behind]
+
+    def line(place):
+        before, behind, share = place
+        mixed = (1 - share) * across[before] + share * across[behind]
+        return jnp.argmax(mixed, axis=-1).astype(jnp.uint8)
+
+    # Some lines at a time: all logits of a large label map would take gigabytes.
+    return jax.lax.map(line, between(rows, sides[0]), batch_size=LINES)
