@@ -42,7 +42,7 @@ Runs, for every seed, at each operating point (bits per pixel):
                          frozen, then trained on for as many steps as "joint"
 
 Embedded data see the autoencoder, p50, r50 and c51 alone; `arms` adds networks, `joint.steps` and
-`segment.steps` above 0 the rest.
+`segment.steps` above 0 the rest, and `noise=(10.0,20.0)` scores on images with Gaussian noise, too.
 """
 
 import functools
@@ -101,6 +101,7 @@ def demo() -> dict:
         ),
         joint=common.stage(steps=0, learning_rate=3e-4, warmup_steps=20, gamma=0.001, arm="c51"),
         files=common.files(jpeg=(5, 10, 20, 40, 70), jpeg2000=(20, 24, 28, 32, 36)),
+        noise=(),  # deviations, in levels, of noise that networks are also scored on
         speed=16,  # images of a batch when speed is measured; 0: it is not
     )
 
@@ -114,6 +115,7 @@ def photos() -> dict:
     config["train"].update(batch_size=32)
     config["codec"].update(steps=500)
     config["joint"].update(steps=100)
+    config["noise"] = (10.0, 20.0, 40.0)
     return config
 
 
@@ -132,6 +134,7 @@ def imagenet() -> dict:
     config = photos()
     config.update(seeds=(0,), arms=tuple(VARIANTS))
     config["data"] = dict(name="imagenet2012", path="", canvas=256)
+    config["noise"] = (20.0,)
     config["model"].update(width=64, size=224, dtype="bfloat16")
     config["code"].update(width=128)
     config["rate"].update(size=160)
@@ -252,19 +255,20 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
 
 def network_runs(config, keys, seed: int, point: float | None, arms, code, coded) -> list:
     """Arms as classifiers and, where the data have masks, as DeepLab; on `coded`, if not pixels."""
-    listed, scored = [], Point("stream" if coded else "pixels")
+    scored = Point("stream" if coded else "pixels"), *(Point("noise", s) for s in config.noise)
+    listed = []
     run = functools.partial(arm_run, config, seed, point)
     speed = (Point("speed", config.speed),) if config.speed else ()
     for arm in arms if "label" in keys else ():
         task = network_task(config, code, arm, "classification")
         own = dict(needs=("label",), weights=foreign(config, arm))
-        listed.append(run(arm, "classify", "classify", task, coded, (scored, *speed), **own))
+        listed.append(run(arm, "classify", "classify", task, coded, (*scored, *speed), **own))
     for arm in arms if "mask" in keys and config.segment.steps else ():
         task = network_task(config, code, arm, "segmentation")
         classified = "label" in keys  # on the same data: where it starts, as published
         start = [*coded, *([Start(named(seed, arm, point), TRUNK)] if classified else [])]
         own = dict(needs=("mask",), weights=None if classified else foreign(config, arm))
-        listed.append(run(f"{arm}-d", "segment", "segment", task, start, (scored,), **own))
+        listed.append(run(f"{arm}-d", "segment", "segment", task, start, scored, **own))
     return listed
 
 

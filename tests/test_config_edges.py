@@ -170,6 +170,11 @@ FIELDS = [
     ("jpeg_dct", "data.crop=(2.0,1.0)", "--config.data.crop is (2.0, 1.0); it must be a least an"),
     ("jpeg_dct", "speed=-1", "--config.speed is -1; it must be a whole number of at least 1"),
     ("cresnet", "arms=('x51',)", "--config.arms has 'x51'; it may have p50, r50, r71, c39, c51"),
+    (
+        "cresnet",
+        "noise=(0.0,)",
+        "a value of --config.noise is 0.0; it must be a number above 0 and ",
+    ),
     ("cresnet", "points=(1,)", "--config.points has 1; a point is (bits per pixel, channels)"),
     ("cresnet", "points=((0,4),)", "a value of --config.points is 0; it must be a number above 0"),
     ("cresnet", "code.centres=1", "--config.code.centres is 1; it must be a whole number from 2"),

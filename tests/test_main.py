@@ -127,17 +127,26 @@ def test_networks_on_coefficients_end_with_a_table(tmp_path):
 
 
 def test_networks_on_a_code_end_with_a_report(tmp_path):
-    done = main(tmp_path, "--config.arms=('c39',)", "--config.joint.steps=0", name="cresnet")
+    flags = "--config.arms=('c39',)", "--config.joint.steps=0", "--config.noise=(90.0,)"
+    done = main(tmp_path, *flags, name="cresnet")
     assert done.returncode == 0, done.stderr[-3000:]
     codec, jpeg = json.loads((tmp_path / "seed0/autoencoder-0.5/records.json").read_text())
     assert codec["psnr"] > 5 and codec["worst_gap_bytes"] < 32 and jpeg["ssim_db"] > 1
-    classes, speed = json.loads((tmp_path / "seed0/c39-0.5/records.json").read_text())
+    classes, noisy, speed = json.loads((tmp_path / "seed0/c39-0.5/records.json").read_text())
+    assert noisy["curve"] == "noise" and noisy["bpp"] > classes["bpp"] and 0 <= noisy["top1"] <= 1
     assert classes["bpp"] == codec["bpp"] and 0 <= classes["top1"] <= classes["top5"] <= 1
     assert speed["images_per_second"] > 0 and speed["multiply_accumulates"] > 1e4
-    (segments,) = json.loads((tmp_path / "seed0/c39-d-0.5/records.json").read_text())
+    assert speed["peak_bytes"] > speed["parameters"]
+    segments, _ = json.loads((tmp_path / "seed0/c39-d-0.5/records.json").read_text())
     assert segments["bpp"] == codec["bpp"] and 0 <= segments["miou"] <= 1
     text = (tmp_path / "report.md").read_text()
-    for title in ("Classification", "Semantic segmentation", "Image quality, SSIM", "0.5 bpp"):
+    for title in (
+        "Classification",
+        "Semantic segmentation",
+        "Image quality, SSIM",
+        "0.5 bpp",
+        "noise",
+    ):
         assert title in text
 
 

@@ -38,9 +38,10 @@ class Point:
     """One point of a curve: by which way images reach what is scored.
 
     Attributes:
-      kind: "stream", "pixels", "picture", "detect", "speed" or a format of
+      kind: "stream", "pixels", "noise", "picture", "detect", "speed" or a format of
         `icm_jax.measure.classical.FORMATS`; see `icm_jax.measure.evaluate`.
-      quality: of a file, or of a codec with qualities (0 to 100); of "speed", images of a batch.
+      quality: of a file, or of a codec with qualities (0 to 100); of "speed", images of a batch; of
+        "noise", its deviation in levels.
       data: fields of the data set whose validation split is scored; None: the run's own, or for
         "detect" the detector's.
     """

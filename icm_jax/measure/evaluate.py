@@ -4,6 +4,8 @@ Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORE
 
     stream       every image -> bytes of the frozen codec -> decoded feature or image -> prediction
     pixels       the images as they are -> prediction
+    noise        every image plus Gaussian noise of so many levels, then as stream or, where there
+                 is no codec, as pixels; its curve is "noise"
     jpeg, ...    every image -> file of that format and quality -> decoded pixels -> prediction, or
                  of runs that need no labels, against the original; formats that are not installed
                  are left out and named
@@ -68,6 +70,7 @@ from icm_jax.measure import (
 )
 from icm_jax.measure.coded import drawn_rates, of_sizes, through_file, through_stream
 from icm_jax.measure.distortion import distortion
+from icm_jax.measure.noise import with_noise
 from icm_jax.measure.points import left, no_codec, scored_label, written_here
 from icm_jax.tasks import build_task, views
 from icm_jax.tasks.detection import PROTOCOLS
@@ -260,6 +263,17 @@ def streamed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     return {output: _padded(given, len(images))}, sizes
 
 
+def noisy(asked: Asked) -> dict:
+    """What is predicted from images that are disturbed before they are coded."""
+    through, deviation = unchanged if asked.frozen is None else streamed, asked.point.quality
+
+    def disturbed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
+        image = with_noise(batch["image"], batch["number"], deviation or 0.0)
+        return through(asked, batch | {"image": image}, count)
+
+    return {"curve": "noise", **predictions(asked, disturbed)}
+
+
 def filed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     """Images after JPEG or WebP.
 
@@ -378,6 +392,7 @@ def _distortion(asked: Asked, through: Callable, workers: int) -> dict:
 SCORERS: dict[str, Callable[[Asked], dict]] = {
     "stream": lambda asked: predictions(asked, streamed),
     "pixels": lambda asked: predictions(asked, unchanged),
+    "noise": noisy,
     "picture": pictures,
     "detect": detections,
     "speed": speed,

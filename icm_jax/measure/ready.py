@@ -203,8 +203,12 @@ def _check_point(
     """That a point fits the run's task and codec; `names` are those of all runs."""
     kind, codec = point.kind, task.codec
     place: dict[str, Any] = {"run": run.name}
-    if kind in ("stream", "pixels") or (kind in FORMATS and run.needs):
+    if kind in ("stream", "pixels", "noise") or (kind in FORMATS and run.needs):
         scored_label(run, point)
+    if kind == "noise":
+        check({kind: point.quality}, {kind: number(above=0, most=255)}, "evaluate", **place)
+        if run.data.get("coefficients"):
+            raise IcmError(f"{run.name} reads coefficients of files; noise is added to pixels")
     if kind == "speed":
         check({kind: point.quality or 1}, {kind: whole(1)}, "evaluate", **place)
     if kind == "picture" and codec is not None:

@@ -26,6 +26,7 @@ from icm_jax.report import (
     detections,
     latents,
     looks,
+    noise,
     outside,
     pictures,
     speed,
@@ -45,6 +46,11 @@ DRAWS_NOTE = (
     f"{tables.WITHIN}: {draws.DRAWS} times as many images are drawn anew, with replacement, the "
     "same for all curves; what is between holds of so many of them. It tells what other images of "
     "the kind would change, and nothing of other trainings."
+)
+
+NOISE_NOTE = (
+    "White Gaussian noise of the deviation σ, in levels of 255, is added before an image is coded, "
+    "the same for all arms; none was trained with it."
 )
 
 
@@ -75,6 +81,10 @@ def write_report(
     if foreign:
         parts.append(("table", outside.commands(foreign)))
     parts += _of_arms(records, workdir)
+    disturbed = noise.noise_table(records)
+    parts += [("h2", "Images with noise"), ("table", disturbed), ("p", NOISE_NOTE)] * bool(
+        disturbed
+    )
     streams = [record for record in records if record["kind"] == "stream"]
     if streams:
         parts += [("h2", "Bitstreams"), ("table", tables.stream_table(streams))]
