@@ -165,6 +165,7 @@ FILES = {"images/train/a.jpg": "labels/train/a.txt", "images/val/b.jpg": "labels
 FOLDERS = {"train/images/a.jpg": "train/labels/a.txt", "valid/images/b.jpg": "valid/labels/b.txt"}
 DARKNET = {"obj/a.jpg": "obj/a.txt", "obj/b.jpg": "obj/b.txt"}
 CLASSES = {"classes.txt": "cat\ndog\n"}
+AWAY = {"train.txt": "/content/x/images/train/a.jpg", "val.txt": "C:\\x\\images\\val\\b.jpg"}
 LISTS = {"t.txt": "./images/train/a.jpg", "v.txt": "images/val/b.jpg"}
 OWN = {"obj.names": "cat\ndog\n", "train.txt": "obj/a.jpg\n", "val.txt": "./obj/b.jpg\n"}
 
@@ -182,6 +183,7 @@ LAYOUTS = {
     "Roboflow": (FOLDERS, yaml("../train/images", "../valid/images")),
     "by folder": (FOLDERS, CLASSES),
     "Darknet": (DARKNET, OWN),
+    "paths of another machine": (FILES, CLASSES | AWAY),
     "lists": (FILES, LISTS | yaml("t.txt", "[v.txt]")),
 }
 

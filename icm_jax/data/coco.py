@@ -7,6 +7,8 @@ import os
 import pathlib
 from collections.abc import Callable, Hashable, Sequence
 
+import numpy as np
+
 from icm_jax.data import labels
 from icm_jax.data.labels import Box, Faults, Frame, Rows, add_object, identity, numbers, turned_box
 from icm_jax.data.outlines import Outlines, box_of, once, outline_of
@@ -63,16 +65,17 @@ def coco_json(config, split: str) -> Source:
     given = content["annotations"]
     _place(given, listed, number, faults)
     faults.said([picture.rows for picture in pictures], len(given))
-    del content, given, listed  # the outlines in it are many times larger than all that is kept
+    paths = [picture.path for picture in pictures]
     found = [labels.objects(picture.rows) for picture in pictures]
-    outlines = once(lambda: _outlines(file, pictures))
+    places = [(picture.frame, labels.places(picture.rows)) for picture in pictures]
+    outlines = once(lambda: _outlines(file, places))
 
     def load(index):
-        path, objects = pictures[index].path, found[index]
+        path, objects = paths[index], found[index]
         example = {"image": bytes_of(path), "name": str(path), "objects": objects}
         return example | {"label": largest(objects), "outlines": lambda: outlines()[index]}
 
-    return Source(str(file), len(pictures), classes, load)
+    return Source(str(file), len(paths), classes, load)
 
 
 def _read(file: pathlib.Path) -> dict[str, list]:
@@ -233,13 +236,16 @@ def _flag(given: object) -> bool:
     return bool(given) and str(given).strip().lower() not in ("0", "0.0", "false", "no")
 
 
-def _outlines(file: pathlib.Path, pictures: Sequence[_Picture]) -> list[Outlines]:
-    """Those of each picture's objects, read from the file again."""
+def _outlines(file: pathlib.Path, places: Sequence[tuple[Frame, np.ndarray]]) -> list[Outlines]:
+    """Those of each picture's objects, read from the file again: they are many times larger than
+    all else that it has.
+
+    Args: places: of each picture, its frame and the places of its objects in the file.
+    """
     given = _read(file)["annotations"]
     shares = _all_shares(given)
     found = []
-    for picture in pictures:
-        frame = _shared(picture.frame) if shares else picture.frame
-        places = picture.rows.values()
-        found.append(tuple(outline_of(given[n].get("segmentation"), frame) for n in places))
+    for frame, own in places:
+        frame = _shared(frame) if shares else frame
+        found.append(tuple(outline_of(given[n].get("segmentation"), frame) for n in own))
     return found

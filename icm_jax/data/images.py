@@ -133,7 +133,7 @@ def header(path: pathlib.Path) -> Header | None:
 
     Raises: OSError if it cannot be read.
     """
-    with path.open("rb") as file:
+    with open(path, "rb", buffering=0) as file:
         head = file.read(_BEGINNING)
     if simplejpeg.is_jpeg(head) and b"\xff\xda" in head[len(_head(head)) :][:2]:
         with contextlib.suppress(ValueError, KeyError):  # as in `_kind`

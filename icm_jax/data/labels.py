@@ -15,6 +15,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
+
 from icm_jax.data.images import Header, header, turned_points
 from icm_jax.data.sources import Objects, objects_of
 from icm_jax.errors import IcmError, reason
@@ -116,6 +118,11 @@ def add_object(
 def objects(rows: Rows) -> Objects:
     """The objects of an image."""
     return objects_of(*zip(*rows, strict=True)) if rows else objects_of()
+
+
+def places(rows: Rows) -> np.ndarray:
+    """int32 [k]: where the objects of an image are in its file."""
+    return np.fromiter(rows.values(), np.int32, len(rows))
 
 
 def turned_box(box: Box, orientation: int) -> Box:

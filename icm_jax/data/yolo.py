@@ -73,11 +73,11 @@ def yolo_txt(config, split: str) -> Source:
         count += len(lines or ())
         rows.append(_rows(lines or [], len(names.classes), keypoints, faults, file))
     faults.said(rows, count)
-    found = [labels.objects(some) for some in rows]
+    found, places = [labels.objects(some) for some in rows], [*map(labels.places, rows)]
 
     def outlines(index):
         lines = _lines(files[index]) or []
-        return tuple(_outline(lines[place], keypoints) for place in rows[index].values())
+        return tuple(_outline(lines[place], keypoints) for place in places[index])
 
     def load(index):
         example = {"image": bytes_of(paths[index]), "name": str(paths[index])}
@@ -151,12 +151,15 @@ def _images(root: pathlib.Path, given: Mapping[str, Any], split: str) -> list[pa
 
 
 def _those_of(path: pathlib.Path, root: pathlib.Path) -> list[pathlib.Path]:
-    """Images in a folder, or of a list, in which they are named from its folder or the root on."""
+    """Images in a folder, or of a list. They are named from the folder of the list or the root on;
+    of a path of another machine, the longest end counts that is below the root."""
     if path.is_dir():
         return images_in(path)
     found = []
     for line in listed_in(path):
-        tried = [path.parent / line, root / line, pathlib.Path(line)]
+        parts = pathlib.PurePosixPath(line.replace("\\", "/")).parts
+        tried = [path.parent.joinpath(*parts)]
+        tried += [root.joinpath(*parts[start:]) for start in range(len(parts))]
         found.append(next((image for image in tried if image.is_file()), tried[0]))
     return found
 
