@@ -175,6 +175,7 @@ IMAGES = {
     "sizes as text": ([entry(1, size=("20", "10")), entry(2)], 2, None),
     "sizes swapped": ([entry(1, size=(10, 20)), entry(2)], 2, "another shape than the sizes"),
     "not there": ([entry(1), entry(2), entry(3)], 2, "not there, left out with their objects: 1"),
+    "no name of a file": ([entry(1), entry(2), entry(3, "\0")], 2, "left out with their objects"),
     "no file name": ([entry(1), entry(2), dict(id=3)], 2, "without an id or a file name"),
     "no id": ([entry(1), entry(2), dict(file_name="1.png")], 2, "without an id or a file name"),
     "no dictionary": ([entry(1), entry(2), 3], 2, "without an id or a file name"),
@@ -330,3 +331,44 @@ def test_sizes_of_turned_files_that_are_not_given(tmp_path):
         for index in range(2):
             found = source.load(index)["objects"].boxes[0]
             np.testing.assert_allclose(found, bright(source, index), atol=1e-6)
+
+
+JUNK = (None, "", "x", "1", "nan", "\0", -1, 0, 2.5, 1e30, 10**40, NAN, True, [], {}, [1], [[]])
+
+
+def nodes(tree, place=()):
+    """Places of all that a JSON value holds."""
+    for key in (
+        tree if isinstance(tree, dict) else range(len(tree) if isinstance(tree, list) else 0)
+    ):
+        yield (*place, key)
+        yield from nodes(tree[key], (*place, key))
+
+
+def test_junk_anywhere_gives_an_error_or_boxes_inside(tmp_path):
+    picture(tmp_path / "images/1.png")
+    picture(tmp_path / "images/2.jpg", orientation=6)
+    given = [annotation(segmentation=TRIANGLE), annotation(None, image=2, segmentation=rle(MASK))]
+    images = [entry(1), entry(2, "2.jpg")]
+    whole = json.dumps(dict(images=images, annotations=given, categories=KINDS))
+    opened, rng = 0, np.random.default_rng(0)
+    for _ in range(300):
+        content = json.loads(whole)
+        for _ in range(rng.integers(1, 3)):
+            *above, last = list(nodes(content))[rng.integers(len(list(nodes(content))))]
+            tree = content
+            for key in above:
+                tree = tree[key]
+            tree[last] = json.loads(json.dumps(JUNK[rng.integers(len(JUNK))]))
+        (tmp_path / "train.json").write_text(json.dumps(content))
+        try:
+            source = open_source(ConfigDict(dict(name="coco_json", path=str(tmp_path))), "train")
+        except IcmError:
+            continue
+        opened += 1
+        for index in range(source.length):
+            loaded = source.load(index)
+            found = loaded["objects"].boxes
+            assert (found >= 0).all() and (found <= 1).all() and (found[:, :2] < found[:, 2:]).all()
+            assert len(loaded["outlines"]()) == len(found)
+    assert 200 < opened < 300

@@ -89,6 +89,7 @@ def test_polygons_are_filled_as_pycocotools_does():
         dict(size=[4], counts=[16]),
         dict(size=None, counts=[16]),
         dict(counts=[16]),
+        dict(size=[10**6, 10**6], counts=[10**12]),
     ],
 )
 def test_what_is_no_outline_is_none(given):

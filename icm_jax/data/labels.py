@@ -152,6 +152,8 @@ def headers(paths: Sequence[pathlib.Path]) -> list[Header | OSError | None]:
             return header(path)
         except OSError as error:
             return error
+        except ValueError as error:  # a name that no file can have
+            return FileNotFoundError(error)
 
     with ThreadPoolExecutor() as threads:
         return list(threads.map(read, paths, chunksize=64))

@@ -14,6 +14,8 @@ from icm_jax.errors import IcmError, reason
 
 _FAR = 1.0
 """How many sides beyond its image a corner may lie: pycocotools takes memory by length."""
+_MOST = 1 << 28
+"""Pixels of a mask; Pillow refuses images of fewer."""
 
 Made = TypeVar("Made")
 
@@ -51,10 +53,7 @@ def mask_of(outline: Outline, height: int, width: int) -> np.ndarray:
     from pycocotools import mask
 
     sides = np.array([width, height], np.float64)
-    corners = [
-        (np.clip(polygon[:, ::-1], -_FAR, 1 + _FAR) * sides).ravel().tolist()
-        for polygon in outline.polygons
-    ]
+    corners = [(polygon[:, ::-1] * sides).ravel().tolist() for polygon in outline.polygons]
     tool: Any = mask
     encoded = tool.merge(tool.frPyObjects(corners, height, width))
     # Its own decoder warns with NumPy 2, and leaves what short text lacks as memory has it.
@@ -101,9 +100,11 @@ def outline_of(segmentation: Any, frame: Frame) -> Outline | None:
 
 
 def polygon(points: Sequence[tuple[float, float]], frame: Frame) -> np.ndarray:
-    """float32 [n, 2] of corners (y, x) in a frame, as `Outline` has them."""
+    """float32 [n, 2] of corners (y, x) in a frame, as `Outline` has them; those that are far from
+    the image are drawn nearer."""
     corners = [(y / frame.height, x / frame.width) for y, x in points]
-    return np.array(turned_points(corners, frame.orientation), np.float32)
+    upright = np.array(turned_points(corners, frame.orientation), np.float64)
+    return upright.clip(-_FAR, 1 + _FAR).astype(np.float32)
 
 
 def box_of(segmentation: Any, frame: Frame) -> Box | None:
@@ -133,7 +134,7 @@ def _of_runs(given: dict, frame: Frame) -> Outline | None:
         lengths = _decompressed(counts)
     else:
         lengths = numbers(counts, len(counts)) if isinstance(counts, list) else None
-    if not lengths or min(lengths) < 0 or sum(lengths) != height * width:
+    if not lengths or min(lengths) < 0 or sum(lengths) != height * width or height * width > _MOST:
         return None
     runs = np.array(lengths, np.uint32)
     if frame.orientation > 1:

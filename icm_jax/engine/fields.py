@@ -45,7 +45,7 @@ RUN: Table = {
     "remat": one_of(*REMAT),
     "ema": number(0, below=1),
     "decode_once": FLAG,
-    "needs": several(one_of("label", "mask", "objects"), least=0),
+    "needs": several(one_of("label", "mask", "objects", "outlines"), least=0),
     "detector": TEXT,
     "side": either(Field("0", lambda value: value == 0), of_tasks.SIZE),
 }

@@ -121,7 +121,8 @@ class Run:
         steps = 0 they are taken as they are.
       decode_once: train on features that the codec file decoded beforehand, instead of decoding
         views at every step.
-      needs: what of an example task and score use besides the image: "label", "mask", "objects".
+      needs: what of an example task and score use besides the image: "label", "mask", "objects",
+        "outlines".
       evaluate: points that are scored once it is trained.
       codec_file: of the codec file that the run writes at its end: weights ("float32", the
         default, or "float16"), licence, description; None: it writes none.
