@@ -43,6 +43,7 @@ Runs, for every seed, at each operating point (bits per pixel):
 
 Embedded data see the autoencoder, p50, r50 and c51 alone; `arms` adds networks, `joint.steps` and
 `segment.steps` above 0 the rest, and `noise=(10.0,20.0)` scores on images with Gaussian noise, too.
+`weights.path` is what p50 and r50 start from (docs/extend/weights.md).
 """
 
 import functools
@@ -87,7 +88,7 @@ def demo() -> dict:
         points=((0.33, 16), (0.63, 32)),  # bits per pixel, C of the code
         arms=("p50", "r50", "c51"),
         data=common.scenes(train=4500, validation=600),
-        # Of p50 and r50, which they start; "": random. torchvision's have their stride in the 3×3.
+        # "": at random. torchvision's have their stride in the 3×3.
         weights=dict(reader="resnet", path="", stride_in_1x1=False),
         model=dict(width=16, size=96, crop=(0.5, 1.0), dtype="float32"),
         code=dict(name="autoencoder", width=32, centres=6, learned=True, blocks=3),
@@ -151,7 +152,7 @@ def voc() -> dict:
     """DeepLab with published widths on VOC 2012 in its own folder.
 
     As published with `data.list=trainaug` and `data.masks=SegmentationClassAug`. Networks start
-    from scratch; the paper's were pre-trained on ImageNet.
+    from scratch, or p50 and r50 from `weights.path`; the paper's were pre-trained on ImageNet.
     """
     config = imagenet()
     config.update(arms=("p50", "r50", "c39", "c51"))

@@ -25,6 +25,10 @@ Runs, in this order and for every seed:
                          stage2-λ: the feature codec at each λ, backbone frozen
                          classify-λ, linear-λ, segment-λ: tail and head trained on decoded features
     rgb                  the backbone trained on pixels, fed with JPEG and WebP files
+
+`weights.path`, torchvision's or MoCo's, is what `filter`, `contrast` or else stage1 start from;
+`pretrain.steps=0` leaves `contrast` out. `stage3.weights.path` is that of the tails of the tasks,
+and of rgb (docs/extend/weights.md).
 """
 
 import ml_collections
@@ -190,7 +194,10 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 def notes(config: ml_collections.ConfigDict) -> list[str]:
     """Tasks that are asked for and left out."""
     asked = [kind for kind, steps in config.stage3.tasks.items() if steps]
-    return common.left_out(config, {kind: NEEDS[kind] for kind in asked})
+    said = common.left_out(config, {kind: NEEDS[kind] for kind in asked})
+    if config.weights.path and config.codecs:
+        said.append(f"weights.path starts nothing: the codecs are those of {config.codecs}.")
+    return said
 
 
 def arm_runs(config, keys, seed: int, arm: str) -> list:

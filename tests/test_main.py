@@ -348,6 +348,15 @@ def test_a_task_without_its_labels_is_named(name, field, data, note):
     assert module.notes(config) == [note]
 
 
+def test_weights_that_start_nothing_are_named():
+    module = load()
+    config = module.get_config()
+    config.weights.path, config.codecs = "some.safetensors", "runs/omni"
+    assert module.notes(config) == [
+        "weights.path starts nothing: the codecs are those of runs/omni."
+    ]
+
+
 def test_a_start_that_is_not_there_is_said_before_the_first_run(tmp_path, finished):
     """Of the last run, in another work directory; and a codec that nobody wrote there."""
     done = main(tmp_path, f"--config.codecs={tmp_path / 'none'}", cache=finished[0])
