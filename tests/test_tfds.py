@@ -105,7 +105,9 @@ def example(name, index):
         return dict(
             image=picture(index, "PNG", (12, 4)),
             label=index,
+            species=0,
             file_name=f"{index}.jpg",
+            head_bbox=F.BBox(0.0, 0.0, 1.0, 1.0),
             segmentation_mask=stored(Image.fromarray(mask)),
         )
     keys = ("bbox", "label")
@@ -136,8 +138,10 @@ def pet_features():
     return {
         "image": F.Image(),
         "label": F.ClassLabel(num_classes=37),
+        "species": F.ClassLabel(num_classes=2),
         "file_name": F.Text(),
         "segmentation_mask": F.Image(shape=(None, None, 1)),
+        "head_bbox": F.BBoxFeature(),
     }
 
 
