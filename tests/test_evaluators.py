@@ -14,6 +14,7 @@ import pytest
 import scipy.interpolate
 from strangers import second_data
 
+from icm_jax.data import open_source, pipeline
 from icm_jax.engine.run import Point, Run, read_records
 from icm_jax.engine.train import train
 from icm_jax.errors import IcmError
@@ -439,3 +440,19 @@ def test_what_was_scored_apart_adds_up():
         apart, together = joint.resampled(counts), whole.resampled(counts)
         for name, values in together.items():
             np.testing.assert_array_equal(apart[name], values)
+
+
+def test_images_without_a_label_count_in_no_draw():
+    source = open_source(dict(name="scenes", size=32, train=1, validation=5), "validation")
+    load = source.load
+    source = dataclasses.replace(
+        source, load=lambda number: load(number) | ({"label": None} if number == 1 else {})
+    )
+
+    def score(batch, tally):
+        tally.update({"logits": np.eye(12)[batch["label"]]}, batch)
+        return [{"pixels": 8, "bpp": int(n)} for n in batch["number"][batch["valid"]]]
+
+    found = evaluate.over_batches("", source, pipeline.BatchSpec(2, (32, 32)), Accuracy, score)
+    assert found["examples"] == 4 and found["top1"] == 1 and found["bpp"] == (0 + 2 + 3 + 4) / 4
+    assert (draws.of(found, "top1") == 1).all() and draws.of(found, "bpp").min() < found["bpp"]

@@ -37,6 +37,7 @@ decode_ms (median of an image, networks included); of "speed" what `throughput.m
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -73,7 +74,6 @@ from icm_jax.measure.distortion import distortion
 from icm_jax.measure.noise import with_noise
 from icm_jax.measure.points import left, no_codec, scored_label, written_here
 from icm_jax.tasks import build_task, views
-from icm_jax.tasks.detection import PROTOCOLS
 from icm_jax.tasks.task import Task
 
 SCORED_AT_ONCE = 128
@@ -178,8 +178,7 @@ def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, 
     Args:
       through: (asked, batch, count of valid rows) -> (the task's inputs, sizes of each image).
     """
-    tally = _tally(asked)
-    predict = jax.jit(asked.task.predict)
+    tally, predict = _tally(asked), jax.jit(asked.task.predict)
     on_device = jax.device_put(asked.variables, jax.local_devices()[0])
 
     def score(batch: dict, tally: Score) -> list[dict]:
@@ -226,14 +225,14 @@ def over_batches(
     counts = draws.resamples(whole.examples)
     drawn = whole.resampled(counts) | drawn_rates(sizes, counts)
     found = {**whole.result(), "images": source.length, **of_sizes(sizes)}
-    of_classes = whole.by_class()
-    found |= {"by_class": of_classes} if of_classes else {}
+    if of_classes := whole.by_class():
+        found["by_class"] = of_classes
     return found | {"draws": draws.packed(drawn)}
 
 
 def _tally(asked: Asked) -> Callable[[], Score]:
     """() -> what counts the task's hits, by the labels that the run needs."""
-    source, protocol = asked.source, asked.config.get("protocol", PROTOCOLS[0])
+    source, protocol = asked.source, asked.config.get("protocol", "coco")
     tallies: dict[str, Callable[[], Score]] = {
         "mask": lambda: MeanIoU(source.mask_classes),
         "objects": lambda: average_precision(protocol, source.classes),
@@ -356,8 +355,7 @@ def detections(asked: Asked) -> dict:
         return sizes
 
     spec = pipeline.batch_spec(data, min(run.batch_size, SCORED_AT_ONCE))
-    protocol = config.get("protocol", PROTOCOLS[0])
-    tally = lambda: average_precision(protocol, source.classes)  # noqa: E731
+    tally = functools.partial(average_precision, config.get("protocol", "coco"), source.classes)
     found = over_batches(str(asked), source, spec, tally, score)
     return {"kind": "stream", "curve": "detect", **found}
 

@@ -26,6 +26,7 @@ from icm_jax.report import (
     detections,
     latents,
     looks,
+    masks,
     noise,
     outside,
     pictures,
@@ -92,6 +93,9 @@ def write_report(
     detectors = [run for run in runs if "objects" in run.needs and run.name not in missing]
     if detectors:
         parts += detections.detections(detectors[0], frozen, workdir)
+    segmenters = [run for run in runs if "mask" in run.needs and run.name not in missing]
+    if segmenters:
+        parts += masks.segmentations(segmenters, workdir)
     if any(point.kind in ("stream", "picture") for run in runs for point in run.evaluate):
         parts += pictures.decoded(runs, workdir)
     parts += latents.latents(frozen, workdir)
