@@ -43,7 +43,10 @@ Runs, for every seed, at each operating point (bits per pixel):
 
 Embedded data see the autoencoder, p50, r50 and c51 alone; `arms` adds networks, `joint.steps` and
 `segment.steps` above 0 the rest, and `noise=(10.0,20.0)` scores on images with Gaussian noise, too.
-`weights.path` is what p50 and r50 start from (docs/extend/weights.md).
+`weights.path` is what p50 and r50 start from (docs/extend/weights.md). With `codecs`, a work
+directory of this experiment, DeepLab alone is trained, on its codecs and from its classifiers:
+
+    python -m icm_jax.main --config=configs/cresnet.py:voc --config.codecs=runs/imagenet ...
 """
 
 import functools
@@ -86,6 +89,7 @@ def demo() -> dict:
         name="cresnet",
         seeds=(0,),
         points=((0.33, 16), (0.63, 32)),  # bits per pixel, C of the code
+        codecs="",  # work directory of this experiment on other data, for DeepLab; "": trained here
         arms=("p50", "r50", "c51"),
         data=common.scenes(train=4500, validation=600),
         # "": at random. torchvision's have their stride in the 3×3.
@@ -152,7 +156,8 @@ def voc() -> dict:
     """DeepLab with published widths on VOC 2012 in its own folder.
 
     As published with `data.list=trainaug` and `data.masks=SegmentationClassAug`. Networks start
-    from scratch, or p50 and r50 from `weights.path`; the paper's were pre-trained on ImageNet.
+    from scratch, p50 and r50 from `weights.path`, or all from the classifiers of `codecs`; the
+    paper's were trained on ImageNet.
     """
     config = imagenet()
     config.update(arms=("p50", "r50", "c39", "c51"))
@@ -194,6 +199,8 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
         listed += pixel_runs(config, keys, seed)
         for point, channels in config.points:
             listed += point_runs(config, keys, seed, point, channels)
+    if not listed:
+        raise IcmError("--config.codecs is for DeepLab: give data with masks, and segment.steps")
     return listed
 
 
@@ -246,11 +253,18 @@ def point_runs(config, keys, seed: int, point: float, channels: int) -> list:
     scored = Point("picture"), *(file_points(config.files) if first else ())
     run = functools.partial(arm_run, config, seed, point)
     listed = [run("autoencoder", "image", "codec", task, [], scored, codec_file={})]
-    coded = [Start(named(seed, "autoencoder", point), codec=True)]
+    listed = [] if config.codecs else listed
+    coded = [Start(named(seed, "autoencoder", point), workdir=config.codecs, codec=True)]
     arms = [arm for arm in config.arms if FRONTENDS[arm[0]] != "pixels"]
     listed += network_runs(config, keys, seed, point, arms, code, coded)
-    if "label" in keys and config.joint.steps and config.joint.arm in arms:
-        listed += joint_runs(config, keys, seed, point, code, rate)
+    if config.joint.steps and config.joint.arm in arms:
+        if "label" in keys and not config.codecs:
+            listed += joint_runs(config, seed, point, code, rate)
+        if "mask" in keys and config.segment.steps and (config.codecs or "label" in keys):
+            task = network_task(config, code, config.joint.arm, "segmentation")
+            joint = Start(named(seed, "joint", point), TRUNK, config.codecs, codec=True)
+            own = (Point("stream"),)
+            listed.append(run("joint-d", "segment", "segment", task, [joint], own, needs=("mask",)))
     return listed
 
 
@@ -260,20 +274,21 @@ def network_runs(config, keys, seed: int, point: float | None, arms, code, coded
     listed = []
     run = functools.partial(arm_run, config, seed, point)
     speed = (Point("speed", config.speed),) if config.speed else ()
-    for arm in arms if "label" in keys else ():
+    for arm in arms if "label" in keys and not config.codecs else ():
         task = network_task(config, code, arm, "classification")
         own = dict(needs=("label",), weights=foreign(config, arm))
         listed.append(run(arm, "classify", "classify", task, coded, (*scored, *speed), **own))
     for arm in arms if "mask" in keys and config.segment.steps else ():
         task = network_task(config, code, arm, "segmentation")
-        classified = "label" in keys  # on the same data: where it starts, as published
-        start = [*coded, *([Start(named(seed, arm, point), TRUNK)] if classified else [])]
+        classified = config.codecs or "label" in keys  # it starts from a classifier, as published
+        trunk = Start(named(seed, arm, point), TRUNK, config.codecs)
+        start = [*coded, *([trunk] if classified else [])]
         own = dict(needs=("mask",), weights=None if classified else foreign(config, arm))
         listed.append(run(f"{arm}-d", "segment", "segment", task, start, scored, **own))
     return listed
 
 
-def joint_runs(config, keys, seed: int, point: float, code, rate) -> list:
+def joint_runs(config, seed: int, point: float, code, rate) -> list:
     """Torfason et al. 2018, section 5: joint training and what it is compared with."""
     arm, name = config.joint.arm, functools.partial(named, seed, point=point)
     run = functools.partial(arm_run, config, seed, point)
@@ -291,10 +306,6 @@ def joint_runs(config, keys, seed: int, point: float, code, rate) -> list:
     listed.append(run("anew", "classify", "classify", task, [joint], own, **given))
     start = [joint, Start(name("anew"), NETWORK)]
     listed.append(run("again", "classify", "joint", task, start, own, **given))
-    if "mask" in keys and config.segment.steps:
-        task = network_task(config, code, arm, "segmentation")
-        start = [joint, Start(name("joint"), TRUNK)]
-        listed.append(run("joint-d", "segment", "segment", task, start, own, needs=("mask",)))
     return listed
 
 

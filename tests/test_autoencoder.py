@@ -218,8 +218,16 @@ def test_the_experiment_has_networks_on_pixels_and_the_arm_that_is_trained_joint
     runs = {run.name.partition("/")[2]: run for run in module.runs(config)}
     starts = {name: [start.run for start in run.start] for name, run in runs.items()}
     assert starts["p50"] == [] and starts["p50-d"] == ["seed0/p50"]
-    assert starts["joint-d-0.33"] == ["seed0/joint-0.33"] * 2
-    assert [start.codec for start in runs["joint-d-0.33"].start] == [True, False]
+    assert starts["joint-d-0.33"] == ["seed0/joint-0.33"]
+    assert runs["joint-d-0.33"].start[0].codec and "label" not in runs["joint-d-0.33"].needs
+    config.codecs = "elsewhere"  # DeepLab alone, on what was trained on other data
+    there = {run.name.partition("/")[2]: run.start for run in module.runs(config)}
+    assert list(there) == ["p50-d", "c51-d-0.33", "joint-d-0.33"]
+    assert {start.workdir for starts in there.values() for start in starts} == {"elsewhere"}
+    config.segment.steps = 0
+    with pytest.raises(IcmError, match=r"--config\.codecs is for DeepLab: give data"):
+        module.runs(config)
+    config.codecs = ""
     config.arms = ("p50",)
     assert module.notes(config) == ["No joint training: the arms have no c51."]
     assert [run.name for run in module.runs(config)][-1] == "seed0/autoencoder-0.33"
