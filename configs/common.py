@@ -10,6 +10,7 @@ import ml_collections
 from icm_jax import data
 from icm_jax.errors import IcmError
 from icm_jax.measure.classical import FORMATS
+from icm_jax.measure.coded import LEARNED
 
 
 def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.ConfigDict]:
@@ -78,12 +79,14 @@ def left_out(config: ml_collections.ConfigDict, needs: dict[str, str]) -> list[s
     ]
 
 
-def files(**qualities: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
-    """Qualities of the classical files that a codec is compared with, for every format there is.
+def files(**qualities: tuple) -> dict[str, tuple]:
+    """Qualities of the files that a codec is compared with, for every format there is.
 
     heif (HEVC intra), vvc (VVC intra, by quantisation parameters) and jxl need the extra `formats`.
+    icm is the model in the package, or any other: (20, 50, ("a.icmc", 50), ("of_one_rate.icmc",
+    None)).
     """
-    return {name: qualities.get(name, ()) for name in FORMATS}
+    return {name: qualities.get(name, ()) for name in (*FORMATS, LEARNED)}
 
 
 def foreign(weights: ml_collections.ConfigDict) -> tuple[str, str] | None:

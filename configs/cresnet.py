@@ -54,8 +54,9 @@ import functools
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, make_run
 from icm_jax.errors import IcmError
+from icm_jax.measure.points import file_points
 
 CODEC = ("params/autoencoder", "batch_stats/autoencoder")
 NETWORK = ("params/tail", "batch_stats/tail", "params/classifier")

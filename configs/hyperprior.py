@@ -36,7 +36,8 @@ import dataclasses
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, make_run
+from icm_jax.measure.points import file_points
 
 LAMBDAS = (0.0018, 0.0035, 0.0067, 0.0130, 0.0250, 0.0483, 0.0932, 0.1800)
 """The field's λ for the mean squared error on 0...255 (docs/papers.md 6.2)."""

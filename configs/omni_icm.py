@@ -34,7 +34,8 @@ and of rgb (docs/extend/weights.md).
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, make_run
+from icm_jax.measure.points import file_points
 
 ARMS = {
     "omni": dict(title="Omni-ICM (α > 0)", colour="#0072B2", reference=True),

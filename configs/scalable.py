@@ -41,8 +41,9 @@ import dataclasses
 import ml_collections
 
 from configs import common, yolov3
-from icm_jax.engine.run import Labels, Point, Run, Start, file_points, make_run
+from icm_jax.engine.run import Labels, Point, Run, Start, make_run
 from icm_jax.errors import IcmError
+from icm_jax.measure.points import file_points
 from icm_jax.nets.yolo import whole
 from icm_jax.report import outside
 

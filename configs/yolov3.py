@@ -31,7 +31,8 @@ and `--config.model.size` are then the size that it names.
 import ml_collections
 
 from configs import common
-from icm_jax.engine.run import Labels, Point, Run, file_points, make_run
+from icm_jax.engine.run import Labels, Point, Run, make_run
+from icm_jax.measure.points import file_points
 from icm_jax.nets.yolo import outline, whole
 
 

@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 
 from icm_jax.errors import IcmError
-from icm_jax.nets import integer, transforms
+from icm_jax.nets import entropy_parameters, integer
 
 RNG = np.random.default_rng(3)
 CHANNELS, LATENT = 6, 5
 RANGES = [integer.Range(0, 63, 1.0)] * LATENT
-RANGES += [integer.Range(-(1 << 15), 1 << 15, 1 / transforms.MEAN_STEPS)] * LATENT
+RANGES += [integer.Range(-(1 << 15), 1 << 15, 1 / entropy_parameters.MEAN_STEPS)] * LATENT
 
 
 def integers(params, z):
     """A hyper-synthesis with means as a frozen codec holds it."""
-    weights = transforms.hyper_synthesis_weights(params, LATENT)
-    return integer.quantise(transforms.HYPER_SYNTHESIS, weights, {"z": z}, RANGES)
+    weights = entropy_parameters.hyper_synthesis_weights(params, LATENT)
+    return integer.quantise(entropy_parameters.HYPER_SYNTHESIS, weights, {"z": z}, RANGES)
 
 
 def run_integers(layers, z):
-    return integer.run(transforms.HYPER_SYNTHESIS, layers, {"z": z})
+    return integer.run(entropy_parameters.HYPER_SYNTHESIS, layers, {"z": z})
 
 
 @pytest.fixture(scope="module")
 def stack():
     """(float parameters, sample inputs, integer stack) of a hyper-synthesis with means."""
-    module = transforms.HyperSynthesis(CHANNELS, LATENT, mean=True)
+    module = entropy_parameters.HyperSynthesis(CHANNELS, LATENT, mean=True)
     z = RNG.integers(-6, 7, (3, 4, 5, CHANNELS)).astype(np.float32)
     params = jax.device_get(module.init(jax.random.key(0), z)["params"])
     params["Conv_0"]["kernel"] = params["Conv_0"]["kernel"] * 5  # a range of scales and means
@@ -69,7 +69,7 @@ def test_equals_its_definition_in_wide_integers(stack):
         given = jax.jit(run_integers)(layers, z)
         assert given.dtype == jnp.int32
         np.testing.assert_array_equal(
-            given, in_python(transforms.HYPER_SYNTHESIS, layers, {"z": z})
+            given, in_python(entropy_parameters.HYPER_SYNTHESIS, layers, {"z": z})
         )
 
 
@@ -99,7 +99,7 @@ CONTEXT = (
 
 def test_a_context_model_equals_its_definition_and_follows_its_floats():
     """Two branches of other sides and steps, 1×1, 3×3 and 5×5, leaky ReLU, depth to space."""
-    module = transforms.EntropyParameters(CONTEXT, LATENT, mean=True)
+    module = entropy_parameters.EntropyParameters(CONTEXT, LATENT, mean=True)
     inputs = {
         "z": RNG.integers(-6, 7, (2, 3, 4, CHANNELS)).astype(np.float32),
         "y": (RNG.normal(0, 40, (2, 5, 7, LATENT)) / 16).round(4).astype(np.float32),
@@ -128,7 +128,7 @@ def test_follows_the_float_network(stack):
     module, params, z, layers = stack
     real = np.asarray(module.apply({"params": params}, z))
     given = np.asarray(run_integers(layers, jnp.asarray(z)))
-    index, mean = given[..., :LATENT], given[..., LATENT:] / transforms.MEAN_STEPS
+    index, mean = given[..., :LATENT], given[..., LATENT:] / entropy_parameters.MEAN_STEPS
     assert index.min() >= 0 and index.max() <= 63
     spread = real.std()
     assert np.abs(index - real[..., :LATENT].clip(0, 63)).mean() < 0.25 + 0.02 * spread

@@ -3,6 +3,7 @@
 from icm_jax.codecs.autoencoder import autoencoder_codec
 from icm_jax.codecs.feature import feature_codec, filter_codec
 from icm_jax.codecs.hyperprior import image_codec
+from icm_jax.codecs.layered import layered_codec
 from icm_jax.codecs.scalable import scalable_codec
 from icm_jax.codecs.space_channel import space_channel_codec
 
@@ -13,5 +14,6 @@ CODECS = {
     "space_channel": space_channel_codec,
     "autoencoder": autoencoder_codec,
     "scalable": scalable_codec,
+    "layered": layered_codec,
 }
 """Name -> builder; a builder called twice with equal arguments returns the same Codec."""

@@ -70,6 +70,8 @@ class Segment(NamedTuple):
       rows: of its tables, or None for what only `freeze` knows.
       integers: (shapes of the arrays in `variables["integer"][name]`, channels of each latent) ->
         {(array of arrays, array): (shape, dtype)}, what `exact` needs of them; None: not checked.
+      thaw: (arrays that `freeze` gave, {segment: channels}) -> the parameters below `spent` in
+        floats, about as they were; None: the codec file has them as they are.
       reach: what the exact prior looks at, so that it can be had in windows; of none, if that is
         the same everywhere. `decoded` then has "bounds", as `integer.run` takes them. None: the
         prior is computed of whole latents, by a program for each size.
@@ -86,6 +88,7 @@ class Segment(NamedTuple):
     reach: Reach | None = None
     rows: int | None = None
     integers: Callable[..., dict[tuple[str, str], tuple[tuple[int, ...], str]]] | None = None
+    thaw: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Any]] | None = None
 
 
 class Codec(NamedTuple):

@@ -18,14 +18,13 @@ from icm_jax.codecs.codec import Codec, Outputs, builder, method_of, require_dty
 from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
 from icm_jax.nets import resnet
-from icm_jax.nets.transforms import (
+from icm_jax.nets.entropy_parameters import (
     HYPER_SYNTHESIS,
-    Analysis,
-    HyperAnalysis,
     HyperSynthesis,
-    Synthesis,
+    hyper_synthesis_params,
     hyper_synthesis_weights,
 )
+from icm_jax.nets.transforms import Analysis, HyperAnalysis, Synthesis
 
 
 class InformationFilter(ops.Module):
@@ -159,6 +158,7 @@ def feature_codec(
         lambda variables, inputs: run(variables, inputs["z"], method="hyper_synthesis"),
         lambda params: hyper_synthesis_weights(params, channels),
         ("feature_codec", "hyper_synthesis"),
+        params=lambda weights: hyper_synthesis_params(weights, channels),
     )
     bits = functools.partial(run, method="prior")
     path = ("feature_codec", "prior")

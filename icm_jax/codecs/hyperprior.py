@@ -23,14 +23,13 @@ from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of, require_dtype
 from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
-from icm_jax.nets.transforms import (
+from icm_jax.nets.entropy_parameters import (
     HYPER_SYNTHESIS,
-    HyperAnalysis,
     HyperSynthesis,
-    ImageAnalysis,
-    ImageSynthesis,
+    hyper_synthesis_params,
     hyper_synthesis_weights,
 )
+from icm_jax.nets.transforms import HyperAnalysis, ImageAnalysis, ImageSynthesis
 
 PART = "image_codec"
 KINDS = ("factorised", "scale_hyperprior", "mean_scale_hyperprior")
@@ -213,6 +212,7 @@ def _segments(run, side: int, channels: int, hyper: bool, mean: bool) -> tuple[S
         lambda variables, inputs: run(variables, inputs["z"], method="hyper_synthesis"),
         lambda params: hyper_synthesis_weights(params, channels),
         (PART, "hyper_synthesis"),
+        params=lambda weights: hyper_synthesis_params(weights, channels),
     )
     return (
         priors.factorised("z", priors.halvings(6, side), bits, (PART, "prior")),

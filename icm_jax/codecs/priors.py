@@ -16,7 +16,7 @@ from icm_jax.codecs import needs
 from icm_jax.codecs.codec import Prior, Segment, pass_masks, seen
 from icm_jax.coding import tables
 from icm_jax.nets import integer
-from icm_jax.nets.transforms import MEAN_STEPS, TOP_INDEX
+from icm_jax.nets.entropy_parameters import MEAN_STEPS, TOP_INDEX
 
 Shape = Callable[[int, int], tuple[int, int, int]]
 
@@ -78,6 +78,7 @@ class Network(NamedTuple):
       weights: the network's parameters -> {node: integer.Weights}.
       path: below "params", where its parameters lie; a frozen codec does without them.
       renamed: name in `nodes` -> name in `decoded`, where they differ.
+      params: the way back from `weights`, so that a frozen codec can go on learning.
     """
 
     nodes: Sequence[integer.Node]
@@ -85,6 +86,7 @@ class Network(NamedTuple):
     weights: Callable[[Any], Mapping[str, integer.Weights]]
     path: tuple[str, ...]
     renamed: Mapping[str, str] = {}
+    params: Callable[[Mapping[str, integer.Weights]], Mapping[str, Any]] | None = None
 
     def inputs(self, decoded) -> dict:
         names = integer.input_names(self.nodes)
@@ -131,6 +133,13 @@ def conditional(
         arrays = integer.quantise(network.nodes, weights, samples, ranges)
         return tables.gaussian_tables(), arrays
 
+    def thaw(arrays, channels):
+        count = shape(1, 1)[2]
+        of_inputs = network.inputs(dict(channels) | {"known": count})
+        last = np.repeat([1.0, 1 / MEAN_STEPS], [count, count * mean])
+        assert network.params
+        return network.params(integer.approximate(network.nodes, arrays, of_inputs, last))
+
     def integers(shapes, channels):
         inputs = network.inputs(dict(channels) | {"known": shape(1, 1)[2]})
         return needs.of_network(network.nodes, shapes, inputs, shape(1, 1)[2] * (1 + mean))
@@ -139,7 +148,9 @@ def conditional(
     factors = tuple((network.renamed.get(name, name), factor) for name, factor in reach.factors)
     reach = reach._replace(factors=factors)
     segment = Segment(name, shape, prior, freeze, exact, layer, network.path, passes, reach)
-    return segment._replace(rows=len(tables.SCALES), integers=integers)
+    return segment._replace(
+        rows=len(tables.SCALES), integers=integers, thaw=thaw if network.params else None
+    )
 
 
 def sample_of_passes(segment: Segment, sample: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -29,19 +29,17 @@ from icm_jax.codecs.hyperprior import Gain
 from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
 from icm_jax.nets.detector import Detector, Part, Shape, reach
+from icm_jax.nets.entropy_parameters import HYPER_SYNTHESIS, HyperSynthesis, hyper_synthesis_weights
 from icm_jax.nets.transforms import (
-    HYPER_SYNTHESIS,
     BaseAnalysis,
     BaseSynthesis,
     HyperAnalysis,
-    HyperSynthesis,
     ImageAnalysis,
     ImageSynthesis,
     LatentTransform,
     Prediction,
     ResidualAnalysis,
     ResidualSynthesis,
-    hyper_synthesis_weights,
 )
 from icm_jax.nets.yolo import yolov3
 
@@ -261,8 +259,8 @@ def _initial(module: Scalable, detector: Detector, grid: int, key) -> dict:
 def detector_of(codec: Codec) -> Detector:
     """The detector that a scalable codec was built for. Raises IcmError for another codec."""
     name, items = codec.config
-    if name != "scalable":
-        raise IcmError(f"a codec of kind {name!r} has no detector; scalable ones do")
+    if name not in ("scalable", "layered"):
+        raise IcmError(f"a codec of kind {name!r} has no detector; scalable and layered ones do")
     return Detector(*upgraded(dict(items))["detector"])
 
 
@@ -288,12 +286,18 @@ def _require(kind, widths, channels, hypers, backbone, detector) -> None:
             f"hyperpriors; kinds are {', '.join(KINDS)}, width is one number or four, the numbers "
             "at least 1, hyperpriors 1 or 2"
         )
+    require_detector(detector, (2, 4, 8, 16))
+
+
+def require_detector(detector: Detector, strides: tuple[int, ...]) -> None:
+    """Raises: IcmError if its grid is too coarse, or its feature at none of these strides."""
     if detector.grid > FINEST:
         raise IcmError(f"sides of images would be multiples of {detector.grid}; {FINEST} at most")
-    if detector.feature.stride not in (2, 4, 8, 16):
+    if detector.feature.stride not in strides:
+        *most, last = (f"1/{stride}" for stride in strides)
         raise IcmError(
             f"the feature of the detector is at 1/{detector.feature.stride} of the image's sides; "
-            "scalable codecs take 1/2, 1/4, 1/8 or 1/16"
+            f"this codec takes {', '.join(most)} or {last}"
         )
 
 

@@ -12,6 +12,7 @@ sees the first. So there are a few passes, whatever the size of an image. Rates 
 """
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -23,14 +24,20 @@ from icm_jax.codecs.codec import Codec, Segment, builder, require_dtype
 from icm_jax.codecs.hyperprior import Gain, of_module
 from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
-from icm_jax.nets.bottleneck import BlockAnalysis, BlockSynthesis, SignedHyperAnalysis
+from icm_jax.nets.bottleneck import (
+    BlockAnalysis,
+    BlockSynthesis,
+    FeatureSynthesis,
+    SignedHyperAnalysis,
+)
+from icm_jax.nets.entropy_parameters import EntropyParameters
 from icm_jax.nets.integer import Node
-from icm_jax.nets.transforms import EntropyParameters
 
 PART = "space_channel"
 DEEPEST = 16
 """Blocks at a scale, and slices."""
-_HYPER_WIDTH = 64
+HYPER_WIDTH = 64
+"""Of the middle of the hyper-analysis."""
 
 
 def checkerboard(shape: tuple[int, ...]) -> np.ndarray:
@@ -39,18 +46,25 @@ def checkerboard(shape: tuple[int, ...]) -> np.ndarray:
     return (rows + columns) % 2
 
 
-def slice_names(slices: tuple[int, ...]) -> list[str]:
+def slice_names(slices: tuple[int, ...], latent: str = "y") -> list[str]:
     """Of the segments: y0, y1, ..."""
-    return [f"y{number}" for number in range(len(slices))]
+    return [f"{latent}{number}" for number in range(len(slices))]
 
 
-def nodes_of(slices: tuple[int, ...], checkered: int, number: int, side: int) -> tuple[Node, ...]:
+def nodes_of(
+    slices: tuple[int, ...],
+    checkered: int,
+    number: int,
+    side: int,
+    latent: str = "y",
+    beside: tuple[str, ...] = (),
+) -> tuple[Node, ...]:
     """The network that gives the scale indexes and means of one slice.
 
     Args: slices: channels of each. checkered: of them, see `space_channel_codec`. number: of the
-      slice. side: channels of what it makes of z.
+      slice. side: channels of what it makes of z. latent, beside: of `SpaceChannelCodec`.
     """
-    names, size = slice_names(slices), slices[number]
+    names, size = slice_names(slices, latent), slices[number]
     nodes = [
         Node("hyper_0", ("z",), "leaky_relu", up=True, features=4 * side),
         Node("hyper_1", ("hyper_0",), "leaky_relu", up=True, features=4 * side),
@@ -62,6 +76,9 @@ def nodes_of(slices: tuple[int, ...], checkered: int, number: int, side: int) ->
     if number < checkered:
         nodes.append(Node("space", (names[number],), "leaky_relu", features=48, side=5))
         seen += ["space", "known"]
+    if beside:  # last, so that weights without it are the first rows of those with it
+        nodes.append(Node("beside", beside, "leaky_relu", features=96))
+        seen.append("beside")
     joint = max(96, min(size + 64, 160))
     nodes.append(Node("joint", tuple(seen), "leaky_relu", features=joint, side=1))
     nodes.append(Node("last", ("joint",), features=2 * size, side=1))
@@ -69,7 +86,13 @@ def nodes_of(slices: tuple[int, ...], checkered: int, number: int, side: int) ->
 
 
 class SpaceChannelCodec(ops.Module):
-    """All networks of a codec; fields are those of `space_channel_codec`."""
+    """All networks of a codec; fields are those of `space_channel_codec`, and in layers of a file:
+
+    Attributes:
+      latent: what the names of its slices begin with. beside: latents of another layer that its
+        priors see. feature: of a detector's feature that is decoded in place of an image, its
+        channels and stride.
+    """
 
     widths: tuple[int, int]
     slices: tuple[int, ...]
@@ -81,26 +104,36 @@ class SpaceChannelCodec(ops.Module):
     side: int
     levels: int
     dtype: str
+    latent: str = "y"
+    beside: tuple[str, ...] = ()
+    feature: tuple[int, int] | None = None
 
     def setup(self):
         channels = sum(self.slices)
         widths, dtype = (*self.widths, channels), jnp.dtype(self.dtype)
         self.analysis = BlockAnalysis(widths, self.blocks, self.inner, dtype)
-        self.synthesis = BlockSynthesis(widths, self.back_blocks, self.inner, dtype)
+        back = widths, self.back_blocks, self.inner, dtype
+        self.synthesis = (
+            BlockSynthesis(*back) if self.feature is None else FeatureSynthesis(*back, self.feature)
+        )
         self.gain = Gain(self.levels, channels)
-        self.hyper_analysis = SignedHyperAnalysis(_HYPER_WIDTH, self.hyper_channels)
+        self.hyper_analysis = SignedHyperAnalysis(HYPER_WIDTH, self.hyper_channels)
         self.prior = entropy.Factorised()
         self.parameters = [self.parameters_of(number) for number in range(len(self.slices))]
 
+    @property
+    def names(self) -> list[str]:
+        return slice_names(self.slices, self.latent)
+
     @nn.nowrap
     def parameters_of(self, number: int) -> EntropyParameters:
-        nodes = nodes_of(self.slices, self.checkered, number, self.side)
+        nodes = nodes_of(self.slices, self.checkered, number, self.side, self.latent, self.beside)
         return EntropyParameters(nodes, self.slices[number], mean=True)
 
     def __call__(self, x, quality):
         latents = self.latents(self.front(x, quality))
         parts = [self.prior_bits(latents["z"])]
-        for number, name in enumerate(slice_names(self.slices)):
+        for number, name in enumerate(self.names):
             known = {"known": jnp.ones_like(latents[name])}
             parts.append(self.of_slice(number, latents | known))
         return self.decode(latents, quality), parts
@@ -110,7 +143,7 @@ class SpaceChannelCodec(ops.Module):
 
     def latents(self, y):
         parts = jnp.split(y, np.cumsum(self.slices)[:-1], axis=-1)
-        named = dict(zip(slice_names(self.slices), parts, strict=True))
+        named = dict(zip(self.names, parts, strict=True))
         return {"z": self.hyper_analysis(y)} | named
 
     def prior_bits(self, latent):
@@ -120,7 +153,7 @@ class SpaceChannelCodec(ops.Module):
         return self.parameters[number](inputs)
 
     def decode(self, latents, quality):
-        y = jnp.concatenate([latents[name] for name in slice_names(self.slices)], axis=-1)
+        y = jnp.concatenate([latents[name] for name in self.names], axis=-1)
         return self.synthesis(self.gain.undo(y, quality))
 
 
@@ -153,14 +186,14 @@ def space_channel_codec(
     module = SpaceChannelCodec(
         widths, slices, checkered, blocks, back_blocks, inner, hyper_channels, side, levels, dtype
     )
-    _check(module)
+    check_fields(module)
 
     segments, tiling = functools.partial(_segments, module), functools.partial(_tiling, module)
     return of_module(module, PART, segments, tiling)
 
 
-def _check(module: SpaceChannelCodec) -> None:
-    """Raises IcmError for fields that no codec has."""
+def check_fields(module: SpaceChannelCodec) -> None:
+    """Raises: IcmError for fields that no codec has."""
     widths, slices, blocks, back = module.widths, module.slices, module.blocks, module.back_blocks
     numbers = (*widths, *slices, *blocks, *back, module.inner, module.hyper_channels, module.side)
     counts = len(widths), len(blocks), len(back)
@@ -177,13 +210,15 @@ def _check(module: SpaceChannelCodec) -> None:
     require_dtype(module.dtype)
 
 
+def halo_of(blocks: tuple[int, int, int]) -> int:
+    """How far bottlenecks at 1/4, 1/8 and 1/16 look together, in elements of y."""
+    quarter, eighth, sixteenth = blocks
+    return -(-(quarter + 2 * eighth + 4 * sixteenth) // 4)
+
+
 def _tiling(module: SpaceChannelCodec, front) -> Tiling:
-    # How far bottlenecks at 1/4, 1/8 and 1/16 look together, in elements of y.
-    halo, back_halo = (
-        -(-(quarter + 2 * eighth + 4 * sixteenth) // 4)
-        for quarter, eighth, sixteenth in (module.blocks, module.back_blocks)
-    )
-    names = tuple(slice_names(module.slices))
+    halo, back_halo = halo_of(module.blocks), halo_of(module.back_blocks)
+    names = tuple(module.names)
     back = (Back("image", names, 1, back_halo),)
     return Tiling(names, front, 16, 16, 16 * halo, back, rest=4, rest_halo=4)
 
@@ -203,9 +238,28 @@ def _slice(run, module: SpaceChannelCodec, number: int) -> Segment:
     def real(variables, inputs):
         return run(variables, number, inputs, method="of_slice")
 
-    channels = module.slices[number]
-    own = module.parameters_of(number)
-    network = priors.Network(own.nodes, real, own.weights, (PART, f"parameters_{number}"))
+    return slice_segment(module, number, real, (PART,))
+
+
+def slice_segment(
+    module: SpaceChannelCodec,
+    number: int,
+    real: Callable,
+    path: tuple[str, ...],
+    hyper: str = "z",
+    layer: int = 0,
+) -> Segment:
+    """The segment of one of a module's slices.
+
+    Args:
+      real: of `priors.Network`. path: below "params", where the module's parameters lie.
+      hyper: name of the hyper-latent. layer: of the file.
+    """
+    channels, own = module.slices[number], module.parameters_of(number)
+    place = (*path, f"parameters_{number}")
+    network = priors.Network(own.nodes, real, own.weights, place, {"z": hyper}, own.params)
     passes = checkerboard if number < module.checkered else None
-    name, shape = slice_names(module.slices)[number], priors.halvings(4, channels)
-    return priors.conditional(name, shape, network, mean=True, passes=passes)
+    shape = priors.halvings(4, channels)
+    return priors.conditional(
+        module.names[number], shape, network, mean=True, layer=layer, passes=passes
+    )

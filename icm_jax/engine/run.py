@@ -38,10 +38,11 @@ class Point:
     """One point of a curve: by which way images reach what is scored.
 
     Attributes:
-      kind: "stream", "pixels", "noise", "picture", "detect", "speed" or a format of
+      kind: "stream", "pixels", "noise", "picture", "detect", "speed", or "icm" or a format of
         `icm_jax.measure.classical.FORMATS`; see `icm_jax.measure.evaluate`.
       quality: of a file, or of a codec with qualities (0 to 100); of "speed", images of a batch; of
         "noise", its deviation in levels.
+      model: of "icm" the codec file; "": the model in the package.
       data: fields of the data set whose validation split is scored; None: the run's own, or for
         "detect" the detector's.
     """
@@ -49,9 +50,11 @@ class Point:
     kind: str
     quality: float | None = None
     data: Mapping[str, Any] | None = None
+    model: str = ""
 
     def __str__(self) -> str:
-        text = self.kind if self.quality is None else f"{self.kind} {self.quality:g}"
+        words = self.kind, self.model, "" if self.quality is None else f"{self.quality:g}"
+        text = " ".join(filter(None, words))
         return text if self.data is None else f"{text} on {place_of(self.data)}"
 
 
@@ -262,16 +265,6 @@ def check_starts(runs: Iterable[Run], base: str | os.PathLike) -> None:
             if start.codec and not (folder / CODEC).is_file():
                 raise IcmError(f"{run.name} stands on a codec, but {folder} has no {CODEC}")
         before.add(run.name)
-
-
-def file_points(
-    files: Mapping[str, tuple[float, ...]], data: Mapping[str, Any] | None = None
-) -> tuple[Point, ...]:
-    """The points of {format: qualities}, e.g. {"jpeg": (5, 10), "webp": (0, 25)}; `data` as for
-    `Point`."""
-    return tuple(
-        Point(kind, quality, data) for kind, qualities in files.items() for quality in qualities
-    )
 
 
 def make_run(

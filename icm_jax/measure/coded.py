@@ -1,15 +1,20 @@
-"""Images through real bytes, of the frozen codec or of a classical format, and what they cost."""
+"""Images through real bytes, of the frozen codec, of a classical format or of another model's
+files, and what they cost."""
 
+import functools
 import time
 
 import numpy as np
 
-from icm_jax.codecs import bitstream, tiles, walk
+from icm_jax.codecs import CODECS, bitstream, model_file, tiles, walk
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.coding import container
 from icm_jax.engine.run import Point
 from icm_jax.errors import IcmError
 from icm_jax.measure import classical, draws
+
+LEARNED = "icm"
+"""Kind of files that a codec of images wrote, which is not the run's: a learned rival."""
 
 
 def through_stream(
@@ -65,11 +70,32 @@ def through_stream(
 
 
 def through_file(image: np.ndarray, point: Point) -> tuple[np.ndarray, dict]:
-    """(uint8 [h, w, 3] after a file of the point's format and quality, its sizes in bytes)."""
+    """(uint8 [h, w, 3] after a file of the point's format and quality, its sizes in bytes).
+
+    Raises: IcmError as `rival` does.
+    """
+    if point.kind == LEARNED:
+        codec = rival(point.model)
+        file = codec.compress(image, quality=point.quality)
+        bare = len(file) - container.overhead(file)
+        sizes = {"pixels": image[..., 0].size, "bpp": len(file), "bpp_without_tables": bare}
+        return np.asarray(codec.decompress(file)), sizes
     file = classical.encode(image, point.kind, point.quality)
     bare = len(file) - (classical.table_bytes(file) if point.kind == "jpeg" else 0)
     sizes = {"pixels": image[..., 0].size, "bpp": len(file), "bpp_without_tables": bare}
     return classical.decode(file), sizes
+
+
+@functools.cache
+def rival(path: str) -> FrozenCodec:
+    """The codec of images in a model's file; "": that of the package.
+
+    Raises: IcmError if there is none, or it gives no images.
+    """
+    codec = model_file.load(path or None, CODECS)
+    if "image" not in codec.codec.outputs:
+        raise IcmError(f"{path} gives no images, and so is no codec to compare pictures with")
+    return codec
 
 
 def drawn_rates(sizes: list[dict], counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORE
     jpeg, ...    every image -> file of that format and quality -> decoded pixels -> prediction, or
                  of runs that need no labels, against the original; formats that are not installed
                  are left out and named
+    icm          the same, the file being that of the model in the package, or of the point's
     picture      every image -> bytes of the frozen codec -> decoded image against the original
     detect       the detector of the run `run.detector` on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
@@ -23,16 +24,17 @@ that the data set has them (`icm_jax.measure.segments`).
 
 A record is a flat dict, kept in records.json of the run's folder: the fields of `run.labels` (the
 curve of "picture", "detect" and "speed" is "image", "detect" and "speed"), run, seed, asked (the
-point), fingerprint (of the codec file, where there is one), kind
+point), fingerprint (of the codec file, where there is one; of "icm" its own), kind
 ("stream" for all that went through a codec's bytes, or as the point's), quality,
 images, bpp (measured), top1 / top5, miou and pixel_accuracy, by the task's protocol map50 / map,
 voc2007 or voc2010 (`icm_jax.measure.precision`), or psnr, ssim_db and ms_ssim_db (means over
 images, of a similarity s as -10 log10(1 - s)); of these and of bpp also "draws" (see
 `icm_jax.measure.draws`); where classes are averaged, "by_class": {name: IoU or precision}; of
-pixels with boxes bpp_source, that of the files they are read from; of JPEG and WebP also
-bpp_without_tables; of streams also bpp_estimated, bpp_header, bpp_<segment>,
-worst_gap_bytes (the most by which an image's bytes exceed its estimate + 1 %), encode_ms and
-decode_ms (median of an image, networks included); of "speed" what `throughput.measure` gives.
+pixels with boxes bpp_source, that of the files they are read from; of files also bpp_without_tables
+(of JPEG less its tables, of "icm" less its header); of streams also bpp_estimated, bpp_header,
+bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed its estimate + 1 %),
+encode_ms and decode_ms (median of an image, networks included); of "speed" what
+`throughput.measure` gives.
 """
 
 import concurrent.futures
@@ -51,7 +53,6 @@ import tqdm
 
 from icm_jax.codecs.bitstream import FrozenCodec
 from icm_jax.data import geometry, pipeline
-from icm_jax.data.fields import check
 from icm_jax.engine import checkpoint, sharding
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.frozen import check_same, load_codec, with_file
@@ -69,10 +70,17 @@ from icm_jax.measure import (
     segments,
     throughput,
 )
-from icm_jax.measure.coded import drawn_rates, of_sizes, through_file, through_stream
+from icm_jax.measure.coded import (
+    LEARNED,
+    drawn_rates,
+    of_sizes,
+    rival,
+    through_file,
+    through_stream,
+)
 from icm_jax.measure.distortion import distortion
 from icm_jax.measure.noise import with_noise
-from icm_jax.measure.points import left, no_codec, scored_label, written_here
+from icm_jax.measure.points import check_quality, left, no_codec, scored_label, written_here
 from icm_jax.tasks import build_task, views
 from icm_jax.tasks.task import Task
 
@@ -167,9 +175,7 @@ def check_points(run: Run) -> None:
                 f"{run.name} is to be scored by {str(point)!r}, which is none of "
                 f"{', '.join(SCORERS)}"
             )
-        if point.kind in classical.QUALITIES:
-            table = {point.kind: classical.QUALITIES[point.kind]}
-            check({point.kind: point.quality}, table, "evaluate", run=run.name)
+        check_quality(run, point)
 
 
 def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, list]]) -> dict:
@@ -374,11 +380,14 @@ def pictures(asked: Asked) -> dict:
 
 
 def files(asked: Asked) -> dict:
-    """Rate of a format, and what is predicted from its files or, where the run needs no labels,
-    their distortion."""
+    """Rate of a format or of a learned rival, and what is predicted from its files or, where the
+    run needs no labels, their distortion."""
+    about = {}
+    if asked.point.kind == LEARNED:
+        about["fingerprint"] = rival(asked.point.model).fingerprint.hex()
     if asked.run.needs:
-        return predictions(asked, filed)
-    return _distortion(asked, lambda image: through_file(image, asked.point), cores())
+        return about | predictions(asked, filed)
+    return about | _distortion(asked, lambda image: through_file(image, asked.point), cores())
 
 
 def _distortion(asked: Asked, through: Callable, workers: int) -> dict:
@@ -394,6 +403,6 @@ SCORERS: dict[str, Callable[[Asked], dict]] = {
     "picture": pictures,
     "detect": detections,
     "speed": speed,
-    **dict.fromkeys(classical.FORMATS, files),
+    **dict.fromkeys((*classical.FORMATS, LEARNED), files),
 }
 """Kind of a point -> what scores it: its fields of the record, which go before the run's labels."""

@@ -1,8 +1,38 @@
-"""Points of a run: which are left to be scored, and what they need of the run."""
+"""Points of a run: those of files, which are left to be scored, what they need of the run."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from icm_jax.data.fields import check, number
 from icm_jax.engine.run import Point, Run, read_point
 from icm_jax.errors import IcmError
 from icm_jax.measure import classical
+from icm_jax.measure.coded import LEARNED, rival
+
+
+def file_points(
+    files: Mapping[str, tuple], data: Mapping[str, Any] | None = None
+) -> tuple[Point, ...]:
+    """The points of {format: qualities}, e.g. {"jpeg": (5, 10), "icm": (0, ("a.icmc", None))}, a
+    pair being a model's file and its quality, None of a model of one rate; `data` as for `Point`.
+
+    Raises: IcmError for a quality that is neither a number nor such a pair.
+    """
+    points = []
+    for kind, qualities in files.items():
+        for given in qualities:
+            model, quality = given if _is_model(given) else ("", given)
+            if not isinstance(quality, int | float | None) or (quality is None and not model):
+                raise IcmError(
+                    f"a quality of config.files.{kind} is {given!r}; give numbers, of icm also "
+                    "(model's file, quality or None)"
+                )
+            points.append(Point(kind, quality, data, model))
+    return tuple(points)
+
+
+def _is_model(given: Any) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str)
 
 
 def left(run: Run, records: list[dict]) -> list[Point]:
@@ -14,6 +44,15 @@ def left(run: Run, records: list[dict]) -> list[Point]:
 def written_here(point: Point) -> bool:
     """Whether a point can be scored on this machine: whether its format is installed."""
     return point.kind not in classical.FORMATS or classical.available(point.kind)
+
+
+def check_quality(run: Run, point: Point) -> None:
+    """Raises: FieldError if a file's quality is none that its format, or model, has; IcmError if
+    there is no such model."""
+    table = {kind: field for kind, field in classical.QUALITIES.items() if kind == point.kind}
+    if point.kind == LEARNED and rival(point.model).codec.qualities:
+        table = {LEARNED: number(0, 100)}
+    check({point.kind: point.quality}, table, "evaluate", run=run.name)
 
 
 def no_codec(run: Run, point: Point) -> IcmError:

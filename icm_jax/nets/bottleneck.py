@@ -1,6 +1,7 @@
 """Transforms of residual bottlenecks, at 1/4, 1/8 and 1/16 of an image's sides alone.
 
     x [H] -> blocks of 4×4 pixels -> 1/4 -> 1/8 -> 1/16 = y        y -> 1/8 -> 1/4 -> 4×4 -> x [H]
+                                                                   y -> 1/8 -> a detector's feature
 
 The bottlenecks are those of ELIC (He et al. 2022, "ELIC: Efficient learned image compression with
 unevenly grouped space-channel contextual adaptive coding", figure 2). What is left out of it is all
@@ -90,6 +91,39 @@ class BlockSynthesis(_Stages):
             x = nn.Dense(back.shape[-1], dtype=self.dtype, kernel_init=_matrix(back))(x)
             x = ops.depth_to_space(x, 2 if stage else PIXELS)
         return 255.0 * (x.astype(jnp.float32) + 0.5)
+
+
+class FeatureSynthesis(_Stages):
+    """A detector's feature from y: a `BlockSynthesis` with these attributes up to the scale of the
+    feature, so that it can begin as that of a picture codec, and two layers to its channels.
+
+    Attributes:
+      feature: its channels, and its stride, 16, 8 or 4.
+    """
+
+    feature: tuple[int, int] = (1, 16)
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        """float [N, h, w, M] -> float32 [N, 16h/s, 16w/s, F], before any activation."""
+        channels, stride = self.feature
+        windows = self._windows()
+        x = y.astype(self.dtype)
+        if y.shape[-1] != self.widths[2]:  # of some channels of y alone
+            x = nn.Dense(self.widths[2], dtype=self.dtype, name="lift")(x)
+        for stage in (2, 1, 0):
+            x = self._bottlenecks(x, stage)
+            if PIXELS << stage == stride:
+                break
+            back = windows[stage].T / (16.0 if stage == 2 else 1.0)
+            x = nn.Dense(back.shape[-1], dtype=self.dtype, kernel_init=_matrix(back))(x)
+            x = ops.depth_to_space(x, 2)
+        straight = nn.Dense(channels, dtype=self.dtype, name="straight")(x)
+        x = nn.Conv(channels, (3, 3), dtype=self.dtype, name="around")(ops.inside(x))
+        x = nn.leaky_relu(x, 0.1)
+        zeros = nn.initializers.zeros
+        x = nn.Dense(channels, dtype=self.dtype, kernel_init=zeros, name="last")(x)
+        return (straight + x).astype(jnp.float32)
 
 
 def _matrix(window: np.ndarray, surplus: float = 0.01):

@@ -199,6 +199,36 @@ def _converted(node: Node, weights: Weights, input_step: np.ndarray, ranges: lis
     return found
 
 
+def approximate(
+    nodes: Sequence[Node],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    channels: Mapping[str, int],
+    last: np.ndarray,
+) -> dict[str, Weights]:
+    """The float network that `arrays`, what `quantise` gave, stand for, but for rounding and
+    clipping: where a network that was frozen goes on learning. A unit of its activations is 16
+    integers.
+
+    Args: channels: of each input. last: what an integer of each output channel [F] stands for.
+    """
+    steps = {}
+    for name in input_names(nodes):
+        shift = arrays[name]["shift"] if name in arrays else _WHOLE
+        steps[name] = np.broadcast_to(2.0 ** np.asarray(shift) / FRACTIONS, channels[name])
+    weights = {}
+    for node in nodes:
+        layer = {name: np.asarray(value, np.float64) for name, value in arrays[node.name].items()}
+        step = (
+            np.asarray(last) if node is nodes[-1] else np.full(layer["bias"].shape, 1 / FRACTIONS)
+        )
+        unit = step * layer["multiplier"] * 2.0 ** -(layer["first"] + layer["second"])
+        of_inputs = np.concatenate([steps[name] for name in node.inputs]).reshape(1, 1, -1, 1)
+        kernel, bias = layer["kernel"] * unit / of_inputs, layer["bias"] * unit
+        weights[node.name] = Weights(kernel.astype(np.float32), bias.astype(np.float32))
+        steps[node.name] = step[: len(step) // 4] if node.up else step
+    return weights
+
+
 def _input_shift(value: np.ndarray) -> int:
     """s of the step 2^s/16 that represents the values seen with least squared error, whole numbers
     at a tie."""

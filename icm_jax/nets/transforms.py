@@ -7,7 +7,7 @@
     base layer (Özyılkan et al. 2023, table 1)        f, x [H/8] -> y_b [H/16] -> f [H/8]
     latent-space transform (Choi and Bajić 2022)      y_b [H/16] -> f [H/8]
     prediction (Yan et al. 2021)                      f [H/8] -> x [H]
-    hyperprior of y (Ballé et al. 2018)               y -> z [/4] -> scale index of y
+    hyper-analysis (Ballé et al. 2018)                y -> z [/4]
 
 Layer lists follow docs/papers.md 5.2 and 6.3; synthesis goes by sub-pixel convolution. Sizes that
 do not divide are rounded up on the way down and cropped by the caller on the way up.
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import ops
-from icm_jax.nets import integer
 from icm_jax.nets.layers import (
     GDN,
     Down,
@@ -281,115 +280,3 @@ class HyperAnalysis(ops.Module):
         x = nn.relu(nn.Conv(self.channels, (3, 3))(ops.inside(jnp.abs(y))))
         x = nn.relu(Down(self.channels, 5)(x))
         return Down(self.channels, 5)(x)
-
-
-TOP_INDEX = 63
-
-
-class HyperSynthesis(ops.Module):
-    """ẑ -> real-valued scale index of each element of y (64 scales, 0.11 to 256), and its mean.
-
-    Attributes:
-      channels: inner width. latent_channels: C of y.
-      mean: also give a mean (Minnen et al. 2018): 2C channels, indexes first.
-    """
-
-    channels: int
-    latent_channels: int
-    mean: bool = False
-
-    @nn.compact
-    def __call__(self, z: jax.Array) -> jax.Array:
-        x = nn.relu(Up(self.channels)(z))
-        x = nn.relu(Up(self.channels)(x))
-        init = nn.initializers.variance_scaling(0.1 / _REACH**2, "fan_in", "truncated_normal")
-        x = nn.Conv(self.latent_channels * (1 + self.mean), (3, 3), kernel_init=init)(x)
-        reach, first = _affine(x.shape[-1], self.latent_channels)
-        return x * reach.reshape(1, 1, 1, -1) + first.reshape(1, 1, 1, -1)
-
-
-# Adaptive optimisers move each weight by about the learning rate. Indexes have a long way to go, so
-# what the last layer says of them is multiplied.
-_REACH = 64.0
-
-
-def _affine(count: int, indexes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(factor, offset) of the last layer's outputs: `indexes` indexes, then means.
-
-    Index 18 is a scale of about one: a new codec starts neither starved nor flooded.
-    """
-    is_index = np.arange(count) < indexes
-    return np.where(is_index, _REACH, 1.0).astype(np.float32), 18.0 * is_index.astype(np.float32)
-
-
-HYPER_SYNTHESIS = (
-    integer.Node("layer_0", ("z",), "relu", up=True),
-    integer.Node("layer_1", ("layer_0",), "relu", up=True),
-    integer.Node("layer_2", ("layer_1",)),
-)
-"""`HyperSynthesis` as `integer` takes it."""
-MEAN_STEPS = integer.FRACTIONS  # per unit of a mean, in integers
-
-
-def hyper_synthesis_weights(params, indexes: int) -> dict[str, integer.Weights]:
-    """A trained `HyperSynthesis` as the weights of `HYPER_SYNTHESIS`.
-
-    Args: indexes: how many of its outputs are scale indexes; means follow.
-    """
-    convolutions = params["Up_0"]["Conv_0"], params["Up_1"]["Conv_0"], params["Conv_0"]
-    return _with_affine(HYPER_SYNTHESIS, convolutions, indexes)
-
-
-def _with_affine(nodes, convolutions, indexes: int) -> dict[str, integer.Weights]:
-    """Weights of nodes, what `_affine` does to the outputs in those of the last."""
-    weights = {
-        node.name: integer.Weights(layer["kernel"], layer["bias"])
-        for node, layer in zip(nodes, convolutions, strict=True)
-    }
-    name, last = nodes[-1].name, weights[nodes[-1].name]
-    reach, first = _affine(len(last.bias), indexes)
-    kernel = reach.reshape(1, 1, 1, -1) * last.kernel
-    weights[name] = integer.Weights(kernel, reach * last.bias + first)
-    return weights
-
-
-class EntropyParameters(ops.Module):
-    """Decoded latents -> scale index, and mean, of each element of y, by a network of any shape.
-
-    As `HyperSynthesis`, of which it is the general form: a context model concatenates what the
-    hyperprior says with what is decoded of y.
-
-    Attributes:
-      nodes: the network; the last gives latent_channels features, or twice as many with `mean`.
-      latent_channels: C of y. mean: also give a mean.
-    """
-
-    nodes: tuple[integer.Node, ...]
-    latent_channels: int
-    mean: bool = False
-
-    @nn.compact
-    def __call__(self, inputs: dict[str, jax.Array]) -> jax.Array:
-        """float [N, h, w, C] by the names of inputs -> float32 [N, h', w', C or 2C]."""
-        values: dict[str, Any] = dict(inputs)
-        convolutions = []
-        for node in self.nodes:
-            channels = sum(values[name].shape[-1] for name in node.inputs)
-            factor = 0.1 / _REACH**2 if node is self.nodes[-1] else 1.0
-            init = nn.initializers.variance_scaling(factor, "fan_in", "truncated_normal")
-            shape = (node.side, node.side, channels, node.features)
-            kernel = self.param(f"{node.name}_kernel", init, shape)
-            bias = self.param(f"{node.name}_bias", nn.initializers.zeros, (node.features,))
-            convolutions.append(dict(kernel=kernel, bias=bias))
-            features = node.features // 4 if node.up else node.features
-            values[node.name] = jax.ShapeDtypeStruct((1, 1, 1, features), jnp.float32)
-        weights = _with_affine(self.nodes, convolutions, self.latent_channels)
-        return integer.run_float(self.nodes, weights, inputs)[self.nodes[-1].name]
-
-    def weights(self, params) -> dict[str, integer.Weights]:
-        """Trained parameters as `integer.quantise` takes them."""
-        convolutions = [
-            {kind: params[f"{node.name}_{kind}"] for kind in ("kernel", "bias")}
-            for node in self.nodes
-        ]
-        return _with_affine(self.nodes, convolutions, self.latent_channels)

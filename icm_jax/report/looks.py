@@ -28,6 +28,7 @@ FORMATS = {
     "heif": Look("HEIF (HEVC intra)", "#56B4E9"),
     "vvc": Look("VVC intra", "#7F7F7F"),
     "jpeg2000": Look("JPEG 2000"),
+    "icm": Look("learned pictures (photo.icmc)", "#332288"),
 }
 
 
@@ -44,7 +45,10 @@ def name_and_point(record: Mapping[str, Any]) -> tuple[str, str]:
     quality = "" if record.get("quality") is None else f"{record['quality']:g}"
     if record["kind"] == "stream":
         return record["arm"], f"{record['point']} {quality}".strip()
-    return record["kind"], quality
+    model = (record.get("asked") or {}).get("model")
+    if model and not quality:  # of one rate: their points are one curve
+        return f"{record['kind']} models", pathlib.Path(model).parent.name
+    return " ".join(filter(None, (record["kind"], model))), quality
 
 
 def looks_of(records: list[dict]) -> dict[str, Look]:
@@ -55,7 +59,7 @@ def looks_of(records: list[dict]) -> dict[str, Look]:
         if record["kind"] == "stream":
             looks[name] = Look(title_of_arm(record), record.get("colour") or None)
         else:
-            looks[name] = FORMATS.get(name, Look(name))
+            looks[name] = FORMATS.get(name, Look(name.replace("icm ", "learned pictures: ")))
     return looks
 
 

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 
 from icm_jax.errors import IcmError
-from icm_jax.weights import darknet, resnet
+from icm_jax.weights import darknet, icmc, resnet
 
 READERS: dict[str, Callable[[str | os.PathLike, Mapping[str, Any]], Mapping[str, Any]]] = {
     "darknet": darknet.detector,
+    "icmc": icmc.codec,
     "resnet": resnet.backbone,
 }
 """Name -> reader."""

@@ -10,8 +10,8 @@ import numpy as np
 
 from icm_jax.codecs import image_codec, priors
 from icm_jax.codecs.codec import Codec, builder
+from icm_jax.nets.entropy_parameters import EntropyParameters
 from icm_jax.nets.integer import Node
-from icm_jax.nets.transforms import EntropyParameters
 
 PART = "checkerboard"
 

@@ -1,0 +1,322 @@
+"""Scalable codecs that can begin as a trained picture codec: layers of `space_channel`, all rates.
+
+    conditional:
+        x -> base analysis -> y_b -> feature synthesis -> f_hat
+        x -> analysis -> y_e -> synthesis -> x_hat;  the prior of y_e sees y_b
+    split (Choi and Bajić 2022, docs/papers.md 4):
+        x -> analysis -> y_b, y_e -> synthesis -> x_hat;  y_b -> feature synthesis -> f_hat
+
+f is what the front of a frozen detector makes of x; its tail takes f_hat. The picture's networks
+are those of `space_channel_codec`, and so are the base's up to the scale of f: they can start from
+the weights of such a codec (`icm_jax.weights.icmc`), which has seen more pictures than a detector
+has labels. The codecs of `icm_jax.codecs.scalable` have to learn that the enhancement need not
+repeat what the base says; here its prior is told, so that it costs what is new in it, and the
+picture is that of the codec it began as (successive refinement, Equitz and Cover 1991).
+
+Parameters lie under `layered`, the detector's under `detector`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from icm_jax import entropy, ops
+from icm_jax.codecs import priors
+from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
+from icm_jax.codecs.scalable import DETECTOR, LATENT, require_detector
+from icm_jax.codecs.space_channel import (
+    DEEPEST,
+    HYPER_WIDTH,
+    SpaceChannelCodec,
+    check_fields,
+    halo_of,
+    slice_segment,
+)
+from icm_jax.codecs.tiles import Back, Tiling
+from icm_jax.errors import IcmError
+from icm_jax.nets.bottleneck import FeatureSynthesis, SignedHyperAnalysis
+from icm_jax.nets.detector import ACTIVATIONS, Detector, Part
+
+PART = "layered"
+KINDS = ("conditional", "split")
+
+
+class Conditional(ops.Module):
+    """Two codecs, the first for the machine; y is [y_b | y_e], with their gains.
+
+    Attributes:
+      machine, picture: the codecs of base and enhancement. share: of `layered_codec`.
+    """
+
+    machine: SpaceChannelCodec
+    picture: SpaceChannelCodec
+    share: float
+
+    def __call__(self, x, quality):
+        return _everything(self, x, quality)
+
+    @property
+    def places(self) -> list[tuple[str, SpaceChannelCodec, int, str, str, int]]:
+        """Of each slice: its name, its codec and number there, that codec's name, the hyper-latent,
+        the layer."""
+        both = (self.machine, "machine", "z_b", 0), (self.picture, "picture", "z_e", 1)
+        return [
+            (name, codec, number, own, z, layer)
+            for codec, own, z, layer in both
+            for number, name in enumerate(codec.names)
+        ]
+
+    def front(self, x, quality):
+        both = self.machine.front(x, self._of_base(quality)), self.picture.front(x, quality)
+        return jnp.concatenate(both, axis=-1)
+
+    def latents(self, y):
+        at = sum(self.machine.slices)
+        machine, picture = self.machine.latents(y[..., :at]), self.picture.latents(y[..., at:])
+        return {"z_b": machine.pop("z"), **machine, "z_e": picture.pop("z"), **picture}
+
+    def prior_bits(self, z, name):
+        return (self.machine if name == "z_b" else self.picture).prior_bits(z)
+
+    def of_slice(self, own, number, inputs):
+        return getattr(self, own).of_slice(number, inputs)
+
+    def feature_hat(self, latents, quality):
+        return self.machine.decode(latents, self._of_base(quality))
+
+    def image(self, latents, quality):
+        return self.picture.decode(latents, quality)
+
+    def _of_base(self, quality):
+        return None if quality is None else self.share * quality
+
+
+class Split(ops.Module):
+    """One codec whose first slices are the base.
+
+    Attributes:
+      picture: the codec. first: how many of its slices are the base. synthesis: of f. hypers: 1 for
+        all of y, in the base, or 2, one for each layer's part.
+    """
+
+    picture: SpaceChannelCodec
+    first: int
+    synthesis: FeatureSynthesis
+    hypers: int
+
+    def setup(self):
+        if self.hypers == 2:
+            self.hyper_analysis = SignedHyperAnalysis(HYPER_WIDTH, self.picture.hyper_channels)
+            self.prior = entropy.Factorised()
+
+    def __call__(self, x, quality):
+        return _everything(self, x, quality)
+
+    @property
+    def places(self) -> list[tuple[str, SpaceChannelCodec, int, str, str, int]]:
+        """As of `Conditional`."""
+        z = ("z", "z") if self.hypers == 1 else ("z_b", "z_e")
+        layers = [int(number >= self.first) for number in range(len(self.picture.slices))]
+        return [
+            (name, self.picture, number, "picture", z[layer], layer)
+            for number, (name, layer) in enumerate(zip(self.picture.names, layers, strict=True))
+        ]
+
+    @property
+    def channels(self) -> int:
+        """Of the base."""
+        return sum(self.picture.slices[: self.first])
+
+    def front(self, x, quality):
+        return self.picture.front(x, quality)
+
+    def latents(self, y):
+        if self.hypers == 1:
+            return self.picture.latents(y)
+        # Each hyper-analysis sees its own channels in their places, so that both can start alike.
+        of_base = jnp.arange(y.shape[-1]) < self.channels
+        z_b = self.picture.hyper_analysis(jnp.where(of_base, y, 0.0))
+        z_e = self.hyper_analysis(jnp.where(of_base, 0.0, y))
+        slices = self.picture.latents(y)
+        return {"z_b": z_b, "z_e": z_e} | {name: slices[name] for name in self.picture.names}
+
+    def prior_bits(self, z, name):
+        return self.prior(z) if name == "z_e" else self.picture.prior_bits(z)
+
+    def of_slice(self, own, number, inputs):
+        return getattr(self, own).of_slice(number, inputs)
+
+    def feature_hat(self, latents, quality):
+        y = jnp.concatenate([latents[name] for name in self.picture.names[: self.first]], axis=-1)
+        rest = jnp.zeros((*y.shape[:-1], sum(self.picture.slices) - self.channels), y.dtype)
+        y = self.picture.gain.undo(jnp.concatenate([y, rest], axis=-1), quality)
+        return self.synthesis(y[..., : self.channels])
+
+    def image(self, latents, quality):
+        return self.picture.decode(latents, quality)
+
+
+def _everything(module, x, quality):
+    """Both outputs and all bits, for the parameters that they need."""
+    latents = module.latents(module.front(x, quality))
+    bits = [module.prior_bits(value, name) for name, value in latents.items() if name[0] == "z"]
+    for name, _, number, own, z, _ in module.places:
+        known = {"z": latents[z], "known": jnp.ones_like(latents[name])}
+        bits.append(module.of_slice(own, number, latents | known))
+    return module.feature_hat(latents, quality), module.image(latents, quality), bits
+
+
+@builder("layered")
+def layered_codec(
+    kind: str,
+    widths: tuple[int, int],
+    base: tuple[int, ...],
+    enhancement: tuple[int, ...],
+    hypers: int,
+    detector: Detector,
+    checkered: int = 1,
+    blocks: tuple[int, int, int] = (2, 4, 4),
+    base_blocks: tuple[int, int, int] = (2, 4, 4),
+    inner: int = 64,
+    hyper_channels: int = 32,
+    side: int = 24,
+    levels: int = 1,
+    share: float = 0.5,
+    dtype: str = "float32",
+) -> Codec:
+    """The codec of a kind in `KINDS`; layers 0 (base) and 1 (enhancement).
+
+    Outputs: "feature", float32 [N, h/s, w/s, F] from the base alone, h and w the sides padded to
+    the detector's grid, s the stride of its feature; "image", float32 [N, H, W, 3] on 0...255.
+
+    Args:
+      widths, checkered, inner, hyper_channels, side, levels, dtype: of `space_channel_codec`.
+      base, enhancement: channels of their slices, in the order of decoding; in "split" they follow
+        one another, as those of one picture codec.
+      hypers: hyperpriors, 2 (one per layer) or, in "split" alone, 1 (for both, in the base).
+      detector: whose feature the base is for; or its fields as JSON gives them back.
+      blocks: bottlenecks at 1/4, 1/8, 1/16 of analyses and of the picture's synthesis.
+      base_blocks: of the synthesis of the feature; those finer than it are not there.
+      share: in "conditional", the part of the quality's scale that the base goes over.
+
+    Raises: IcmError for an unknown kind, numbers that are not as above, or a detector whose feature
+    is at another scale than 1/4 to 1/16.
+    """
+    detector = Detector(*detector)
+    _require(kind, hypers, share, base_blocks, detector)
+    common = dict(widths=widths, checkered=checkered, blocks=blocks, inner=inner, side=side)
+    common |= dict(hyper_channels=hyper_channels, levels=levels, dtype=dtype)
+    feature = tuple(detector.feature)
+    if kind == "conditional":
+        first = SpaceChannelCodec(
+            slices=base, back_blocks=base_blocks, latent="b", feature=feature, **common
+        )
+        beside = tuple(first.names)
+        second = SpaceChannelCodec(slices=enhancement, back_blocks=blocks, beside=beside, **common)
+        module, codecs = Conditional(first, second, share), (first, second)
+    else:
+        codec = SpaceChannelCodec(slices=base + enhancement, back_blocks=blocks, **common)
+        check_fields(codec)
+        back = (*widths, sum(codec.slices)), base_blocks, inner, jnp.dtype(dtype), feature
+        module, codecs = Split(codec, len(base), FeatureSynthesis(*back), hypers), (codec,)
+    for codec in codecs:
+        check_fields(codec)
+    return _built(module, detector, levels, blocks, base_blocks, hyper_channels)
+
+
+def _built(module, detector: Detector, levels: int, blocks, base_blocks, hyper: int) -> Codec:
+    run = method_of(module, PART)
+    grid = math.lcm(detector.grid, LATENT)
+    last = detector.table[detector.split - 1]
+    activation = ACTIVATIONS[last.activation if last.kind == "conv" else "linear"]
+
+    def front(variables, inputs):
+        x = ops.pad_to(inputs["image"], grid).astype(jnp.float32)
+        return run(variables, x, inputs.get("quality"), method="front")
+
+    def analyse(variables, inputs):
+        y = inputs["latent"] if "latent" in inputs else front(variables, inputs)
+        return run(variables, y, method="latents")
+
+    def feature_of(variables, decoded, shape):
+        return activation(run(variables, decoded, decoded.get("quality"), method="feature_hat"))
+
+    def image_of(variables, decoded, shape):
+        return ops.crop_to(run(variables, decoded, decoded.get("quality"), method="image"), *shape)
+
+    names = [name for name, *_ in module.places]
+    base = tuple(name for name, *_, layer in module.places if layer == 0)
+    own = tuple(names) if isinstance(module, Split) else tuple(n for n in names if n not in base)
+    back = Back("feature", base, detector.feature.stride, halo_of(base_blocks) + 1)
+    back = back, Back("image", own, 1, halo_of(blocks))
+    halo = LATENT * halo_of(blocks)
+    return Codec(
+        parts=(PART, DETECTOR),
+        init=lambda key, image: _initial(module, detector, levels, grid, key),
+        analyse=analyse,
+        segments=_segments(module, run, grid, hyper),
+        outputs=Outputs(feature=feature_of, image=image_of),
+        qualities=levels > 1,
+        tiling=Tiling(tuple(names), front, LATENT, grid, halo, back, rest=4, rest_halo=4),
+    )
+
+
+def _initial(module, detector: Detector, levels: int, grid: int, key) -> dict:
+    """Variables of the detector and of the codec."""
+    keys = jax.random.split(key)
+    x = jnp.zeros((1, 2 * grid, 2 * grid, 3))
+    whole = Part(detector).init(keys[0], x, train=False)
+    variables = {name: {DETECTOR: tree} for name, tree in whole.items()}
+    quality = None if levels == 1 else jnp.zeros((1,))
+    variables["params"][PART] = module.init(keys[1], x, quality)["params"]
+    return variables
+
+
+def _segments(module, run, grid: int, hyper: int) -> tuple[Segment, ...]:
+    """Each hyper-latent, then the slices that are told by it."""
+    segments, there = [], []
+
+    def side(pixels):
+        return grid // LATENT * -(-pixels // grid)
+
+    def shape_of(channels, halvings):
+        return lambda h, w: (ops.halved(side(h), halvings), ops.halved(side(w), halvings), channels)
+
+    for _, codec, number, own, z, layer in module.places:
+        if z not in there:
+            there.append(z)
+            of_z = (
+                (PART, "prior")
+                if z == "z_e" and isinstance(module, Split)
+                else (PART, own, "prior")
+            )
+            bits = functools.partial(_bits, run, z)
+            segments.append(priors.factorised(z, shape_of(hyper, 2), bits, of_z, layer))
+        real = functools.partial(_real, run, own, number)
+        segment = slice_segment(codec, number, real, (PART, own), z, layer)
+        segments.append(segment._replace(shape=shape_of(codec.slices[number], 0)))
+    return tuple(segments)
+
+
+def _bits(run, name, variables, z):
+    return run(variables, z, name, method="prior_bits")
+
+
+def _real(run, own, number, variables, inputs):
+    return run(variables, own, number, inputs, method="of_slice")
+
+
+def _require(kind, hypers: int, share: float, base_blocks, detector: Detector) -> None:
+    if kind not in KINDS or hypers not in ((2,) if kind == "conditional" else (1, 2)):
+        raise IcmError(
+            f"no layered codec {kind!r} with {hypers} hyperpriors; kinds are {', '.join(KINDS)}, "
+            'hyperpriors 2, of "split" 1 or 2'
+        )
+    if not 0.0 < share <= 1.0 or len(base_blocks) != 3 or not 0 < max(base_blocks) <= DEEPEST:
+        raise IcmError(
+            f"no layered codec with share {share} and base_blocks {base_blocks}: above 0 and up to "
+            f"1, and three numbers up to {DEEPEST}"
+        )
+    require_detector(detector, (4, 8, 16))

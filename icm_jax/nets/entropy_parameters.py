@@ -1,0 +1,153 @@
+"""Networks that tell how latents are distributed: decoded latents -> scale index, and mean.
+
+    z -> HyperSynthesis -> of each element of y (Ballé et al. 2018; with mean, Minnen et al. 2018)
+    any latents -> EntropyParameters -> of each element of a latent
+
+In floats for training; as `icm_jax.nets.integer` takes them, weights go both ways.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icm_jax import ops
+from icm_jax.nets import integer
+from icm_jax.nets.layers import Up
+
+TOP_INDEX = 63
+
+
+class HyperSynthesis(ops.Module):
+    """ẑ -> real-valued scale index of each element of y (64 scales, 0.11 to 256), and its mean.
+
+    Attributes:
+      channels: inner width. latent_channels: C of y.
+      mean: also give a mean (Minnen et al. 2018): 2C channels, indexes first.
+    """
+
+    channels: int
+    latent_channels: int
+    mean: bool = False
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = nn.relu(Up(self.channels)(z))
+        x = nn.relu(Up(self.channels)(x))
+        init = nn.initializers.variance_scaling(0.1 / _REACH**2, "fan_in", "truncated_normal")
+        x = nn.Conv(self.latent_channels * (1 + self.mean), (3, 3), kernel_init=init)(x)
+        reach, first = _affine(x.shape[-1], self.latent_channels)
+        return x * reach.reshape(1, 1, 1, -1) + first.reshape(1, 1, 1, -1)
+
+
+# Adaptive optimisers move each weight by about the learning rate. Indexes have a long way to go, so
+# what the last layer says of them is multiplied.
+_REACH = 64.0
+
+
+def _affine(count: int, indexes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(factor, offset) of the last layer's outputs: `indexes` indexes, then means.
+
+    Index 18 is a scale of about one: a new codec starts neither starved nor flooded.
+    """
+    is_index = np.arange(count) < indexes
+    return np.where(is_index, _REACH, 1.0).astype(np.float32), 18.0 * is_index.astype(np.float32)
+
+
+HYPER_SYNTHESIS = (
+    integer.Node("layer_0", ("z",), "relu", up=True),
+    integer.Node("layer_1", ("layer_0",), "relu", up=True),
+    integer.Node("layer_2", ("layer_1",)),
+)
+"""`HyperSynthesis` as `integer` takes it."""
+MEAN_STEPS = integer.FRACTIONS  # per unit of a mean, in integers
+
+
+def hyper_synthesis_weights(params, indexes: int) -> dict[str, integer.Weights]:
+    """A trained `HyperSynthesis` as the weights of `HYPER_SYNTHESIS`.
+
+    Args: indexes: how many of its outputs are scale indexes; means follow.
+    """
+    convolutions = params["Up_0"]["Conv_0"], params["Up_1"]["Conv_0"], params["Conv_0"]
+    return _with_affine(HYPER_SYNTHESIS, convolutions, indexes)
+
+
+def hyper_synthesis_params(weights: Mapping[str, integer.Weights], indexes: int) -> dict:
+    """The parameters that `hyper_synthesis_weights` makes these weights of."""
+    up_0, up_1, last = _without_affine(HYPER_SYNTHESIS, weights, indexes)
+    return {"Up_0": {"Conv_0": up_0}, "Up_1": {"Conv_0": up_1}, "Conv_0": last}
+
+
+def _with_affine(nodes, convolutions, indexes: int) -> dict[str, integer.Weights]:
+    """Weights of nodes, what `_affine` does to the outputs in those of the last."""
+    weights = {
+        node.name: integer.Weights(layer["kernel"], layer["bias"])
+        for node, layer in zip(nodes, convolutions, strict=True)
+    }
+    name, last = nodes[-1].name, weights[nodes[-1].name]
+    reach, first = _affine(len(last.bias), indexes)
+    kernel = reach.reshape(1, 1, 1, -1) * last.kernel
+    weights[name] = integer.Weights(kernel, reach * last.bias + first)
+    return weights
+
+
+def _without_affine(nodes, weights, indexes: int) -> list[dict[str, np.ndarray]]:
+    """The convolutions of `_with_affine`, from what it gives."""
+    reach, first = _affine(len(weights[nodes[-1].name].bias), indexes)
+    last = weights[nodes[-1].name]
+    last = last._replace(kernel=last.kernel / reach, bias=(last.bias - first) / reach)
+    return [layer._asdict() for layer in (*(weights[node.name] for node in nodes[:-1]), last)]
+
+
+class EntropyParameters(ops.Module):
+    """Decoded latents -> scale index, and mean, of each element of y, by a network of any shape.
+
+    As `HyperSynthesis`, of which it is the general form: a context model concatenates what the
+    hyperprior says with what is decoded of y.
+
+    Attributes:
+      nodes: the network; the last gives latent_channels features, or twice as many with `mean`.
+      latent_channels: C of y. mean: also give a mean.
+    """
+
+    nodes: tuple[integer.Node, ...]
+    latent_channels: int
+    mean: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: dict[str, jax.Array]) -> jax.Array:
+        """float [N, h, w, C] by the names of inputs -> float32 [N, h', w', C or 2C]."""
+        values: dict[str, Any] = dict(inputs)
+        convolutions = []
+        for node in self.nodes:
+            channels = sum(values[name].shape[-1] for name in node.inputs)
+            factor = 0.1 / _REACH**2 if node is self.nodes[-1] else 1.0
+            init = nn.initializers.variance_scaling(factor, "fan_in", "truncated_normal")
+            shape = (node.side, node.side, channels, node.features)
+            kernel = self.param(f"{node.name}_kernel", init, shape)
+            bias = self.param(f"{node.name}_bias", nn.initializers.zeros, (node.features,))
+            convolutions.append(dict(kernel=kernel, bias=bias))
+            features = node.features // 4 if node.up else node.features
+            values[node.name] = jax.ShapeDtypeStruct((1, 1, 1, features), jnp.float32)
+        weights = _with_affine(self.nodes, convolutions, self.latent_channels)
+        return integer.run_float(self.nodes, weights, inputs)[self.nodes[-1].name]
+
+    def weights(self, params) -> dict[str, integer.Weights]:
+        """Trained parameters as `integer.quantise` takes them."""
+        convolutions = [
+            {kind: params[f"{node.name}_{kind}"] for kind in ("kernel", "bias")}
+            for node in self.nodes
+        ]
+        return _with_affine(self.nodes, convolutions, self.latent_channels)
+
+    def params(self, weights: Mapping[str, integer.Weights]) -> dict:
+        """The parameters that `weights` gives these of."""
+        layers = _without_affine(self.nodes, weights, self.latent_channels)
+        return {
+            f"{node.name}_{kind}": value
+            for node, layer in zip(self.nodes, layers, strict=True)
+            for kind, value in layer.items()
+        }
