@@ -56,6 +56,8 @@ TITLES = {
     "split-cheng2020": "split latents (the original's transforms)",
     "residual": "feature, then residual (SSSIC)",
     "single": "one layer (hyperprior)",
+    "conditional": "layers over photo.icmc, conditional",
+    "layered-split": "layers over photo.icmc, split (Choi and Bajić)",
 }
 COLOURS = {
     "disentangled": ("#0072B2", "#56B4E9", "#003B5C"),
@@ -63,12 +65,16 @@ COLOURS = {
     "split-cheng2020": ("#8B3A00", "#661144"),
     "residual": ("#E69F00", "#B8A000"),
     "single": ("#000000",),
+    "conditional": ("#0072B2",),
+    "layered-split": ("#CC3377", "#7A3300"),
 }
 """Of the first arm of a kind, the second, ..."""
 SIZES = ("base", "enhancement", "hypers")  # C_b, C_e, hyperpriors
 HYPERS = {1: "one hyperprior for both", 2: "a hyperprior each"}
 WEIGHTS = ("feature_weight", "output_weight")
 DETECTOR = ("params/detector", "batch_stats/detector")
+PICTURE = tuple(f"layered/picture/{part}" for part in ("analysis", "gain", "synthesis"))
+"""What of "conditional" stays as in the picture codec that it begins as."""
 
 
 def detector(scale: str) -> dict:
@@ -109,6 +115,19 @@ def demo() -> dict:
             straight_through=True,
         ),
         single=dict(width=(16, 32, 64, 32), channels=152, lambdas=SMALL_LAMBDAS),
+        layered=dict(
+            kinds=(),  # (name, slices of the base, of the enhancement, hyperpriors)
+            codec=dict(name="layered", widths=(96, 160), levels=6),
+            weights=dict(reader="icmc", path=""),  # "": the model in the package
+            lambdas=(0.001, 0.04),  # of qualities 0 and 100
+            feature_weight=100.0,
+            output_weight=10_000.0,
+            size=256,
+            straight_through=True,
+            qualities=(0, 25, 50, 75, 100),
+            train=dict(steps=6000, batch_size=4)
+            | common.stage(learning_rate=5e-4, warmup_steps=100),
+        ),
         train=common.loop(
             save_every=500,
             keep_every=500,  # for the redundancy during training; a multiple of save_every
@@ -133,12 +152,16 @@ def coco_tiny() -> dict:
     """YOLOv3-tiny with its published weights; small codecs that learn from photographs."""
     config = demo() | detector("tiny_coco")
     config["detector"]["train"].update(steps=0)
-    config.update(codec_data=dict(name="photos", path="", canvas=321))
+    config["detector"]["files"].update(icm=(0, 10, 20, 30, 45, 65, 85))
+    config.update(codec_data=dict(name="photos", path="", canvas=256, crop=(0.36, 1.0)))
     config.update(picture_data=dict(name="photos", path="", whole=True))
     sizes = 48, 96  # C_b, C_e
     kinds = ("disentangled", *sizes, 2), ("split", *sizes, 1), ("split", *sizes, 2)
     config["model"].update(kinds=(*kinds, ("residual", *sizes, 2)), lambdas=SMALL_LAMBDAS[:5])
     config["model"].update(size=192)
+    whole = 48, 64, 144  # slices of photo.icmc
+    layered = ("conditional", whole, whole, 2), ("split", whole[:2], whole[2:], 1)
+    config["layered"].update(kinds=(*layered, ("split", whole[:2], whole[2:], 2)))
     config["single"].update(channels=sum(sizes), lambdas=SMALL_LAMBDAS[:5])
     config["train"].update(steps=3000, following_steps=1000, batch_size=8, save_every=1000)
     config["train"].update(keep_every=1000)
@@ -190,8 +213,10 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
         if second:
             again = (*first.evaluate, Point("pixels", data=second))
             listed[-1] = dataclasses.replace(first, evaluate=again)
-        codecs = []
+        codecs = layered_runs(config, first)
         named = [kind_of(given) for given in config.model.kinds]
+        paper = "disentangled" in named and not config.layered.kinds
+        reference = named.index("disentangled") if paper else None
         for number, kind in enumerate(config.model.kinds):
             codec = codec_of(config, kind)
             tasks = [scalable_task(config, codec, lmbda) for lmbda in config.model.lambdas]
@@ -199,7 +224,7 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
                 arm=kind if isinstance(kind, str) else "-".join(map(str, kind)),
                 title=title_of(kind, codec),
                 colour=colour_of(named, number),
-                reference=named[number] == "disentangled" and "disentangled" not in named[:number],
+                reference=number == reference,
             )
             codecs += sweep(config, first, look, config.model.lambdas, tasks)
         tasks = [single_task(config, lmbda) for lmbda in config.single.lambdas]
@@ -210,6 +235,26 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
             points = codecs[0].evaluate + file_points(config.detector.files, pictures)
             codecs[0] = dataclasses.replace(codecs[0], evaluate=points)
         listed += codecs
+    return listed
+
+
+def layered_runs(config, found: Run) -> list[Run]:
+    """A codec of every rate per kind of `config.layered`, which begins as a picture codec."""
+    listed, own = [], config.layered
+    named = [f"layered-{given[0]}" if given[0] == "split" else given[0] for given in own.kinds]
+    for number, (kind, base, enhancement, hypers) in enumerate(own.kinds):
+        codec = dict(own.codec, kind=kind, base=base, enhancement=enhancement, hypers=hypers)
+        task = {key: own[key] for key in (*WEIGHTS, "lambdas", "size", "straight_through")}
+        task |= dict(name="scalable_compression", codec=codec)
+        task |= dict(detector=whole(config.detector.model.detector))
+        if kind == "conditional":  # the picture is that of the codec it begins as
+            task |= dict(fixed=PICTURE, picture_weight=0.0)
+        title = f"{TITLES[named[number]]}, {HYPERS[hypers]}"
+        arm = "-".join(map(str, ("layered", kind, hypers)))
+        look = dict(arm=arm, title=title, colour=colour_of(named, number), reference=number == 0)
+        run = codec_run(config, found, look, task, own.train, own.qualities, "quality")
+        reader = own.weights.reader, own.weights.path
+        listed.append(dataclasses.replace(run, weights=reader))
     return listed
 
 
@@ -252,7 +297,7 @@ def colour_of(named: list[str], number: int) -> str:
 def scalable_task(config, codec: dict, lmbda: float) -> dict:
     """The task of a scalable codec."""
     task = {key: config.model[key] for key in (*WEIGHTS, "size", "straight_through")}
-    task |= dict(name="scalable_compression", codec=codec, lmbda=lmbda)
+    task |= dict(name="scalable_compression", codec=codec, lambdas=(lmbda,))
     return task | dict(detector=whole(config.detector.model.detector))
 
 
@@ -277,33 +322,42 @@ def single_task(config, lmbda: float) -> dict:
 def sweep(config, found: Run, look: dict, lambdas, tasks: list[dict]) -> list[Run]:
     """The codecs of one arm; `found` is the detector's run, `look` are fields of `Labels`."""
     listed, train = [], config.train
-    given, pictures = (common.own_data(config, name) for name in ("codec_data", "picture_data"))
-    second = common.own_data(config, "second_data", like="data")
-    points = Point("detect"), Point("picture", data=pictures)
-    points += (Point("detect", data=second),) if second else ()
     for lmbda, task in zip(lambdas, tasks, strict=True):
-        scalable, steps = task["name"] == "scalable_compression", train.steps
-        start = [Start(found.name, DETECTOR)] if scalable else []
+        start, steps = (), train.steps
         if listed and train.following_steps:
             steps = train.following_steps
-            part = "scalable" if scalable else "image_codec"
-            start.append(Start(listed[-1].name, (f"params/{part}",)))
-        run = make_run(
-            config,
-            train,
-            name=f"seed{found.seed}/{look['arm']}-{lmbda:g}",
-            seed=found.seed,
-            task=task,
-            data=given or dict(config.data, boxes=0),
-            classes_of=found.data if given else None,
-            weight_decay=0.0,
-            steps=steps,
-            keep_every=train.keep_every,
-            start=tuple(start),
-            detector=found.name,
-            codec_file={},
-            evaluate=points,
-            labels=Labels("image", point=f"{lmbda:g}", **look),
-        )
-        listed.append(run)
+            part = "scalable" if task["name"] == "scalable_compression" else "image_codec"
+            start = (Start(listed[-1].name, (f"params/{part}",)),)
+        stage = dict(train, steps=steps)
+        listed.append(codec_run(config, found, look, task, stage, point=f"{lmbda:g}", start=start))
     return listed
+
+
+def codec_run(
+    config, found: Run, look: dict, task: dict, stage, qualities=(None,), point="", start=()
+) -> Run:
+    """One codec's run; `stage` are its fields of `train`."""
+    given, pictures = (common.own_data(config, name) for name in ("codec_data", "picture_data"))
+    second = common.own_data(config, "second_data", like="data")
+    points = []
+    for quality in qualities:
+        points += [Point("detect", quality), Point("picture", quality, pictures)]
+        points += [Point("detect", quality, second)] if second else []
+    if task["name"] == "scalable_compression":
+        start = (Start(found.name, DETECTOR), *start)
+    return make_run(
+        config,
+        ml_collections.ConfigDict(stage),
+        name=f"seed{found.seed}/{look['arm']}" + (f"-{point}" if qualities == (None,) else ""),
+        seed=found.seed,
+        task=task,
+        data=given or dict(config.data, boxes=0),
+        classes_of=found.data if given else None,
+        weight_decay=0.0,
+        keep_every=config.train.keep_every,
+        start=start,
+        detector=found.name,
+        codec_file={},
+        evaluate=tuple(points),
+        labels=Labels("image", point=point, **look),
+    )

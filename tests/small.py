@@ -14,6 +14,7 @@ from icm_jax.codecs import (
     feature_codec,
     filter_codec,
     image_codec,
+    layered_codec,
     scalable_codec,
     space_channel_codec,
 )
@@ -61,10 +62,15 @@ STRANGERS = {
     "plain_feature": lambda: plain_codec("10", 8, 6, (4, 8, 8), 5),
 }
 DETECTOR = yolov3(2, 1 / 32, 0.1)
+LAYERS = dict(blocks=(1, 1, 1), base_blocks=(1, 1, 1), inner=4, hyper_channels=5, side=4)
 SCALABLE = {
     "disentangled": lambda: scalable_codec("disentangled", 6, 5, 4, 2, DETECTOR),
     "split": lambda: scalable_codec("split", 6, 3, 5, 1, DETECTOR, "cheng2020"),
     "residual": lambda: scalable_codec("residual", 6, 4, 5, 2, DETECTOR),
+    "conditional": lambda: layered_codec(
+        "conditional", (8, 6), (2, 3), (2, 3, 3), 2, DETECTOR, **LAYERS, levels=3
+    ),
+    "layered_split": lambda: layered_codec("split", (8, 6), (2, 3), (3,), 2, DETECTOR, **LAYERS),
 }
 
 
@@ -83,10 +89,8 @@ def initial(built, batch):
     shapes = jax.eval_shape(built.init, key, batch)
     if "detector" not in shapes["params"]:
         variables = jax.jit(built.init)(key, batch)
-        if (
-            "space_channel" in variables["params"]
-        ):  # where blocks are the identity none looks around
-            variables = jax.tree.map(lambda x: x if x.any() else x + 0.05, variables)
+        if "space_channel" in variables["params"]:
+            variables = looking_around(variables)
         if "checkerboard" in variables["params"]:  # as if trained: means and scales that differ
             variables["params"]["checkerboard"]["last_kernel"] *= 40
         return variables
@@ -96,11 +100,17 @@ def initial(built, batch):
             return RNG.normal(0, np.prod(leaf.shape[:3]) ** -0.5, leaf.shape).astype(np.float32)
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
 
-    own = jax.jit(lambda: built.init(key, batch)["params"]["scalable"])()
+    (name,) = set(built.parts) - {"detector"}
+    own = jax.jit(lambda: built.init(key, batch)["params"][name])()
     detector = {name: {"detector": tree["detector"]} for name, tree in shapes.items()}
     variables = jax.tree_util.tree_map_with_path(drawn, detector)
-    variables["params"]["scalable"] = own
+    variables["params"][name] = looking_around(own) if name == "layered" else own
     return variables
+
+
+def looking_around(variables):
+    """Bottlenecks begin as the identity, and none would see its neighbours."""
+    return jax.tree.map(lambda x: x if x.any() else x + 0.05, variables)
 
 
 def quality_of(built):

@@ -12,8 +12,10 @@ import ml_collections
 import numpy as np
 import pytest
 import scipy.interpolate
+from small import small_codec
 from strangers import second_data
 
+from icm_jax.codecs import model_file
 from icm_jax.data import open_source, pipeline
 from icm_jax.engine.run import Point, Run, read_records
 from icm_jax.engine.train import train
@@ -24,11 +26,13 @@ from icm_jax.measure import (
     MeanIoU,
     average_precision,
     classical,
+    coded,
     draws,
     evaluate,
     metrics,
     precision,
 )
+from icm_jax.measure.points import file_points
 from icm_jax.tasks.detection import PROTOCOLS
 
 HERE = pathlib.Path(__file__).parent
@@ -349,6 +353,28 @@ def scored_by(point, **fields):
     empty = ml_collections.ConfigDict()
     fields |= dict(batch_size=1, steps=1, log_every=1, save_every=1, evaluate=(point,))
     return Run("run", 0, ml_collections.ConfigDict(task), empty, empty, **fields)
+
+
+def test_a_learned_model_is_a_rival_by_its_files(tmp_path):
+    """Its files' bytes are measured, and its pictures seen; a wrong model or quality is said."""
+    path, codec = tmp_path / "a.icmc", small_codec("space_channel")
+    model_file.save(path, codec)
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    (point, single) = file_points({"icm": ((str(path), 30), (str(path), None))})
+    assert str(point) == f"icm {path} 30"
+    given, sizes = coded.through_file(image, point)
+    file = codec.compress(image, quality=30)
+    np.testing.assert_array_equal(given, codec.decompress(file))
+    assert sizes["bpp"] == len(file) and 0 < sizes["bpp_without_tables"] < len(file)
+    evaluate.check_points(scored_by(point))
+    for wrong in (single, dataclasses.replace(point, quality=101)):
+        with pytest.raises(IcmError, match="it must be a number of at least 0 and of at most 100"):
+            evaluate.check_points(scored_by(wrong))
+    with pytest.raises(IcmError, match=r"nothing\.icmc"):
+        evaluate.check_points(scored_by(Point("icm", 30, model=str(tmp_path / "nothing.icmc"))))
+    for given in ("high", None, ("a.icmc", "high")):
+        with pytest.raises(IcmError, match=r"a quality of config\.files\.icm is"):
+            file_points({"icm": (given,)})
 
 
 def test_points_of_an_unknown_kind_are_refused():

@@ -1,6 +1,6 @@
 """What the arguments of codecs may be in a config; their builders say what they mean."""
 
-from icm_jax.codecs import hyperprior, scalable
+from icm_jax.codecs import hyperprior, layered, scalable
 from icm_jax.data.fields import (
     DTYPE,
     FLAG,
@@ -78,6 +78,22 @@ CODECS: dict[str, Table] = {
         "enhancement": COUNT,
         "hypers": one_of(1, 2),
         "backbone": optional(one_of(*scalable.BACKBONES)),
+    },
+    "layered": {
+        "kind": one_of(*layered.KINDS),
+        "widths": several(COUNT, 2),
+        "base": several(COUNT),
+        "enhancement": several(COUNT),
+        "hypers": one_of(1, 2),
+        "checkered": optional(whole()),
+        "blocks": optional(several(COUNT, 3)),
+        "base_blocks": optional(several(COUNT, 3)),
+        "inner": optional(COUNT),
+        "hyper_channels": optional(COUNT),
+        "side": optional(COUNT),
+        "levels": optional(COUNT),
+        "share": optional(number(above=0, most=1)),
+        "dtype": optional(DTYPE),
     },
 }
 """Of `icm_jax.codecs.CODECS`. One of your own may be added to both; it may be left out here."""

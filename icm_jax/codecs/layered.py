@@ -206,21 +206,26 @@ def layered_codec(
     """
     detector = Detector(*detector)
     _require(kind, hypers, share, base_blocks, detector)
-    common = dict(widths=widths, checkered=checkered, blocks=blocks, inner=inner, side=side)
-    common |= dict(hyper_channels=hyper_channels, levels=levels, dtype=dtype)
-    feature = tuple(detector.feature)
+    plain = SpaceChannelCodec(
+        widths,
+        base + enhancement,
+        checkered,
+        blocks,
+        blocks,
+        inner,
+        hyper_channels,
+        side,
+        levels,
+        dtype,
+    )
+    feature = detector.feature
     if kind == "conditional":
-        first = SpaceChannelCodec(
-            slices=base, back_blocks=base_blocks, latent="b", feature=feature, **common
-        )
-        beside = tuple(first.names)
-        second = SpaceChannelCodec(slices=enhancement, back_blocks=blocks, beside=beside, **common)
+        first = plain.clone(slices=base, back_blocks=base_blocks, latent="b", feature=feature)
+        second = plain.clone(slices=enhancement, beside=tuple(first.names))
         module, codecs = Conditional(first, second, share), (first, second)
     else:
-        codec = SpaceChannelCodec(slices=base + enhancement, back_blocks=blocks, **common)
-        check_fields(codec)
-        back = (*widths, sum(codec.slices)), base_blocks, inner, jnp.dtype(dtype), feature
-        module, codecs = Split(codec, len(base), FeatureSynthesis(*back), hypers), (codec,)
+        back = (*widths, sum(plain.slices)), base_blocks, inner, jnp.dtype(dtype), feature
+        module, codecs = Split(plain, len(base), FeatureSynthesis(*back), hypers), (plain,)
     for codec in codecs:
         check_fields(codec)
     return _built(module, detector, levels, blocks, base_blocks, hyper_channels)
@@ -314,9 +319,9 @@ def _require(kind, hypers: int, share: float, base_blocks, detector: Detector) -
             f"no layered codec {kind!r} with {hypers} hyperpriors; kinds are {', '.join(KINDS)}, "
             'hyperpriors 2, of "split" 1 or 2'
         )
-    if not 0.0 < share <= 1.0 or len(base_blocks) != 3 or not 0 < max(base_blocks) <= DEEPEST:
+    if not 0.0 < share <= 1.0 or max(base_blocks) > DEEPEST:
         raise IcmError(
-            f"no layered codec with share {share} and base_blocks {base_blocks}: above 0 and up to "
-            f"1, and three numbers up to {DEEPEST}"
+            f"no layered codec with share {share} and base_blocks {base_blocks}: the one above 0 "
+            f"and up to 1, the others up to {DEEPEST}"
         )
     require_detector(detector, (4, 8, 16))

@@ -98,6 +98,12 @@ def rival(path: str) -> FrozenCodec:
     return codec
 
 
+def written_by(point: Point) -> dict[str, str]:
+    """{"fingerprint"} of the model that writes a learned rival's files; {} of other formats."""
+    learned = point.kind == LEARNED
+    return {"fingerprint": rival(point.model).fingerprint.hex()} if learned else {}
+
+
 def drawn_rates(sizes: list[dict], counts: np.ndarray) -> dict[str, np.ndarray]:
     """{rate: its mean over the images of each draw, float64 [draws]}; counts: `draws.resamples`."""
     pixels = np.array([size["pixels"] for size in sizes], np.float64)

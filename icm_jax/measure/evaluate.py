@@ -9,13 +9,12 @@ Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORE
     jpeg, ...    every image -> file of that format and quality -> decoded pixels -> prediction, or
                  of runs that need no labels, against the original; formats that are not installed
                  are left out and named
-    icm          the same, the file being that of the model in the package, or of the point's
+    icm          the same, with files of the model in the package, or of the point's
     picture      every image -> bytes of the frozen codec -> decoded image against the original
     detect       the detector of the run `run.detector` on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
                  (of the detector's data, if the point names no other)
-    speed        batches of so many images from files to predictions, timed; see
-                 `throughput.measure`
+    speed        batches of so many images from files to predictions: `throughput.measure`
 
 Pictures are compared at their full size or, where the run has a `side`, as the middle of that size,
 which networks see. Networks see the middle of an image on its canvas, but segmentation, which sees
@@ -66,17 +65,10 @@ from icm_jax.measure import (
     Score,
     average_precision,
     classical,
+    coded,
     draws,
     segments,
     throughput,
-)
-from icm_jax.measure.coded import (
-    LEARNED,
-    drawn_rates,
-    of_sizes,
-    rival,
-    through_file,
-    through_stream,
 )
 from icm_jax.measure.distortion import distortion
 from icm_jax.measure.noise import with_noise
@@ -229,8 +221,8 @@ def over_batches(
         sizes += found
         whole.add(part)
     counts = draws.resamples(whole.examples)
-    drawn = whole.resampled(counts) | drawn_rates(sizes, counts)
-    found = {**whole.result(), "images": source.length, **of_sizes(sizes)}
+    drawn = whole.resampled(counts) | coded.drawn_rates(sizes, counts)
+    found = {**whole.result(), "images": source.length, **coded.of_sizes(sizes)}
     if of_classes := whole.by_class():
         found["by_class"] = of_classes
     return found | {"draws": draws.packed(drawn)}
@@ -261,9 +253,9 @@ def unchanged(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
 
 def streamed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     """What the frozen codec's decoder gives of the bytes of each valid image."""
-    images = _middle(asked, batch)
-    output = asked.task.reads
-    given, sizes = through_stream(asked.codec(), images[:count], output, same=not _whole(asked))
+    images, output = _middle(asked, batch), asked.task.reads
+    codec, same = asked.codec(), not _whole(asked)
+    given, sizes = coded.through_stream(codec, images[:count], output, same=same)
     given = given.clip(0, 255) if output == "image" else given
     return {output: _padded(given, len(images))}, sizes
 
@@ -291,7 +283,7 @@ def filed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     def code(row: int) -> dict:
         extent = (0, 0, *images.shape[1:3]) if extents is None else extents[row]
         at = (row, *geometry.inside(extent))
-        given[at], size = through_file(np.ascontiguousarray(images[at]), asked.point)
+        given[at], size = coded.through_file(np.ascontiguousarray(images[at]), asked.point)
         return size
 
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
@@ -352,7 +344,8 @@ def detections(asked: Asked) -> dict:
 
     def score(batch: dict, tally: Score) -> list[dict]:
         count = int(batch["valid"].sum())
-        given, sizes = through_stream(frozen, batch["image"][:count], output, layers=layers)
+        images, quality = batch["image"][:count], asked.point.quality
+        given, sizes = coded.through_stream(frozen, images, output, quality, layers)
         for size, extent in zip(sizes, batch["extent"], strict=False):
             size["pixels"] = int(extent[2:].prod())
         given = given if output == "feature" else given.clip(0, 255)
@@ -372,7 +365,7 @@ def pictures(asked: Asked) -> dict:
 
     def through(image: np.ndarray) -> tuple[np.ndarray, dict]:
         quality, same = asked.point.quality, bool(asked.run.side)
-        given, (size,) = through_stream(codec, image[None], "image", quality, same=same)
+        given, (size,) = coded.through_stream(codec, image[None], "image", quality, same=same)
         return np.rint(given[0].clip(0, 255)).astype(np.uint8), size
 
     # Coding times are measured: one stream at a time.
@@ -382,18 +375,14 @@ def pictures(asked: Asked) -> dict:
 def files(asked: Asked) -> dict:
     """Rate of a format or of a learned rival, and what is predicted from its files or, where the
     run needs no labels, their distortion."""
-    about = {}
-    if asked.point.kind == LEARNED:
-        about["fingerprint"] = rival(asked.point.model).fingerprint.hex()
-    if asked.run.needs:
-        return about | predictions(asked, filed)
-    return about | _distortion(asked, lambda image: through_file(image, asked.point), cores())
+    about, through = coded.written_by(asked.point), lambda x: coded.through_file(x, asked.point)
+    needs = asked.run.needs
+    return about | (predictions(asked, filed) if needs else _distortion(asked, through, cores()))
 
 
 def _distortion(asked: Asked, through: Callable, workers: int) -> dict:
-    whole = dict(side=asked.run.side, canvas=asked.data.get("canvas", 0))
-    found = distortion(asked.source, through, title=str(asked), workers=workers, **whole)
-    return {"curve": "image", **found}
+    seen = dict(side=asked.run.side, canvas=asked.data.get("canvas", 0), title=str(asked))
+    return {"curve": "image", **distortion(asked.source, through, workers=workers, **seen)}
 
 
 SCORERS: dict[str, Callable[[Asked], dict]] = {
@@ -403,6 +392,6 @@ SCORERS: dict[str, Callable[[Asked], dict]] = {
     "picture": pictures,
     "detect": detections,
     "speed": speed,
-    **dict.fromkeys((*classical.FORMATS, LEARNED), files),
+    **dict.fromkeys((*classical.FORMATS, coded.LEARNED), files),
 }
 """Kind of a point -> what scores it: its fields of the record, which go before the run's labels."""

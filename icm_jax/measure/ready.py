@@ -38,7 +38,7 @@ from icm_jax.measure.evaluate import check_points
 from icm_jax.measure.points import left, no_codec, scored_label
 from icm_jax.tasks import build_task
 from icm_jax.tasks.task import Task, require_output
-from icm_jax.weights import READERS
+from icm_jax.weights import PACKAGED, READERS
 
 MARKERS = tuple("ovsP*XDdp^<>hH8.+x1234|_")
 """Of Matplotlib, for points of a curve."""
@@ -111,6 +111,8 @@ def _check_labels(run: Run) -> None:
 
 def _check_weights(run: Run, reader: str, path: str) -> None:
     check({"reader": reader}, {"reader": one_of(*READERS)}, "weights", run=run.name)
+    if not path and reader == PACKAGED:
+        return
     if not pathlib.Path(path).is_file():
         raise FieldError(("weights", "path"), path, f"is {path!r}, which is no file", run.name)
 
@@ -212,14 +214,15 @@ def _check_point(
             raise IcmError(f"{run.name} reads coefficients of files; noise is added to pixels")
     if kind == "speed":
         check({kind: point.quality or 1}, {kind: whole(1)}, "evaluate", **place)
-    if kind == "picture" and codec is not None:
-        require_output(codec, "image", f"{run.name} {point}")
+    if kind in ("picture", "detect") and codec is not None:
+        if kind == "picture":
+            require_output(codec, "image", f"{run.name} {point}")
         if codec.qualities:
             check({"quality": point.quality}, {"quality": number(0, 100)}, "evaluate", **place)
         elif point.quality is not None:
             told = f"is {point.quality:g}, but the codec has one rate; leave it out"
             raise FieldError(("evaluate", "quality"), point.quality, told, run.name)
-    if kind in ("stream", "detect") and codec is not None and codec.qualities:
+    if kind == "stream" and codec is not None and codec.qualities:
         raise IcmError(f"{run.name} {point} needs a codec of one rate, and this one has qualities")
     if kind == "detect":
         there = run.detector in names or _has(pathlib.Path(base) / run.detector, DONE)

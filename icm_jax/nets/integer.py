@@ -206,16 +206,14 @@ def approximate(
     last: np.ndarray,
 ) -> dict[str, Weights]:
     """The float network that `arrays`, what `quantise` gave, stand for, but for rounding and
-    clipping: where a network that was frozen goes on learning. A unit of its activations is 16
-    integers.
+    clipping, to go on learning. A unit of its activations is 16 integers.
 
     Args: channels: of each input. last: what an integer of each output channel [F] stands for.
     """
-    steps = {}
+    weights, steps = {}, {}
     for name in input_names(nodes):
         shift = arrays[name]["shift"] if name in arrays else _WHOLE
         steps[name] = np.broadcast_to(2.0 ** np.asarray(shift) / FRACTIONS, channels[name])
-    weights = {}
     for node in nodes:
         layer = {name: np.asarray(value, np.float64) for name, value in arrays[node.name].items()}
         step = (
@@ -223,8 +221,8 @@ def approximate(
         )
         unit = step * layer["multiplier"] * 2.0 ** -(layer["first"] + layer["second"])
         of_inputs = np.concatenate([steps[name] for name in node.inputs]).reshape(1, 1, -1, 1)
-        kernel, bias = layer["kernel"] * unit / of_inputs, layer["bias"] * unit
-        weights[node.name] = Weights(kernel.astype(np.float32), bias.astype(np.float32))
+        both = layer["kernel"] * unit / of_inputs, layer["bias"] * unit
+        weights[node.name] = Weights(*(value.astype(np.float32) for value in both))
         steps[node.name] = step[: len(step) // 4] if node.up else step
     return weights
 

@@ -144,18 +144,18 @@ def losses(
 
 def divergence(outputs: Sequence[jax.Array], given: Sequence[jax.Array]) -> jax.Array:
     """How far what a detector makes of a decoded feature is from what it makes of the feature
-    itself: float32, nats per image. No labels are needed.
+    itself: float32 [N], nats of each image. No labels are needed.
 
     The Kullback-Leibler divergences of objectness, and of each class and of the offsets in the
     cell, half the squared error of the log sizes: these weighted by the objectness that there is.
 
     Args: outputs, given: of the feature, of the decoded one; float32 [N, h, w, A, 5 + K] each.
     """
-    total = jnp.float32(0.0)
+    total = jnp.zeros(outputs[0].shape[0], jnp.float32)
     for p, q in zip(outputs, given, strict=True):
         apart, there = _binary_divergence(p, q), jax.nn.sigmoid(p[..., 4])
         place = apart[..., :2].sum(-1) + 0.5 * jnp.square(p[..., 2:4] - q[..., 2:4]).sum(-1)
-        total += (apart[..., 4] + there * (place + apart[..., 5:].sum(-1))).sum() / p.shape[0]
+        total += (apart[..., 4] + there * (place + apart[..., 5:].sum(-1))).sum(axis=(1, 2, 3))
     return total
 
 

@@ -6,6 +6,7 @@ from icm_jax.codecs.fields import VARIANT
 from icm_jax.data.fields import (
     DTYPE,
     FLAG,
+    NAME,
     SHARES,
     SIZE,
     Named,
@@ -91,9 +92,11 @@ TASKS: dict[str, Table] = {
     "scalable_compression": {
         "detector": DETECTOR,
         "codec": CODEC,
-        "lmbda": POSITIVE,
+        "lambdas": several(POSITIVE),
         "feature_weight": WEIGHT,
         "output_weight": optional(WEIGHT),
+        "picture_weight": optional(WEIGHT),
+        "fixed": optional(several(NAME, least=0)),
         "size": SIZE,
         "straight_through": FLAG,
     },

@@ -45,9 +45,7 @@ def image_compression(config: ConfigDict) -> Task:
         inputs = {"image": x}
         ends = variables["constants"]["log_lambdas"]
         if codec.qualities:
-            quality = (jax.random.uniform(keys[1]) + jnp.arange(len(x)) / len(x)) % 1.0
-            inputs["quality"] = quality
-            lmbda = jnp.exp(ends[0] + quality * (ends[1] - ends[0]))
+            inputs["quality"], lmbda = views.qualities(keys[1], ends, len(x))
         else:
             lmbda = jnp.exp(ends)
         shape = x.shape[1:3]

@@ -314,3 +314,10 @@ def _blur(image, key):
         return jnp.where(blurred, weights, jnp.eye(side))
 
     return _separable(image, kernel(image.shape[0]), kernel(image.shape[1]))
+
+
+def qualities(key: jax.Array, ends: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(quality, λ), float32 [count] each, of the examples of a batch: qualities at equal distances
+    from a random start, modulo 1; log λ goes linearly with them between `ends`, float32 [2]."""
+    quality = (jax.random.uniform(key) + jnp.arange(count) / count) % 1.0
+    return quality, jnp.exp(ends[0] + quality * (ends[1] - ends[0]))

@@ -26,6 +26,8 @@ READERS: dict[str, Callable[[str | os.PathLike, Mapping[str, Any]], Mapping[str,
     "resnet": resnet.backbone,
 }
 """Name -> reader."""
+PACKAGED = "icmc"
+"""The reader whose path may be empty, for the model in the package."""
 
 
 def start_from(
@@ -46,6 +48,7 @@ def start_from(
     shapes = {c: {k: v for k, v in tree.items() if k not in kept} for c, tree in shapes.items()}
     leaves: dict = flax.traverse_util.flatten_dict(variables, keep_empty_nodes=True)
     given: dict = flax.traverse_util.flatten_dict(READERS[reader](path, shapes))
+    path = path or "the model in the package"
     if not given:
         raise IcmError(f"{path} has no weights for this task's networks")
     for place, value in given.items():

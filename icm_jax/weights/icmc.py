@@ -26,8 +26,9 @@ def codec(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
     frozen = model_file.load(path or None, CODECS)
     kept: dict = flax.traverse_util.flatten_dict(floats(frozen))
     endings = {place[2:]: value for place, value in kept.items()}
-    given = {}
-    for place, leaf in flax.traverse_util.flatten_dict(dict(shapes)).items():
+    given: dict = {}
+    asked: dict = flax.traverse_util.flatten_dict(dict(shapes))
+    for place, leaf in asked.items():
         if place in kept:
             found = kept[place]
         else:
