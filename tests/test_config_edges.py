@@ -333,7 +333,7 @@ def test_formats_that_nothing_writes_are_named_once_and_first(tmp_path, capsys, 
         (dict(decode_once=True), "is to decode once, but no `start` of it has codec=True"),
         (
             dict(weights=("torch", "x.pt")),
-            "weights.reader is 'torch'; it must be one of darknet, resnet",
+            "weights.reader is 'torch'; it must be one of darknet, icmc, resnet",
         ),
         (dict(start=(Start("seed0/none"),)), "starts from .*none, where no run has finished"),
     ],

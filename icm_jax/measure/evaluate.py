@@ -381,8 +381,9 @@ def files(asked: Asked) -> dict:
 
 
 def _distortion(asked: Asked, through: Callable, workers: int) -> dict:
-    seen = dict(side=asked.run.side, canvas=asked.data.get("canvas", 0), title=str(asked))
-    return {"curve": "image", **distortion(asked.source, through, workers=workers, **seen)}
+    seen = dict(side=asked.run.side, canvas=asked.data.get("canvas", 0))
+    found = distortion(asked.source, through, title=str(asked), workers=workers, **seen)
+    return {"curve": "image", **found}
 
 
 SCORERS: dict[str, Callable[[Asked], dict]] = {
