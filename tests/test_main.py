@@ -84,10 +84,11 @@ def test_the_main_job_ends_with_a_report(finished):
         "jax ",
     ):
         assert text in report
-    for picture in ("rate_classify.png", "rate_segment.png", "features.png", "training.png"):
+    pictures = ("rate_classify.png", "rate_segment.png", "segments.png", "features.png")
+    for picture in (*pictures, "training.png"):
         assert (workdir / picture).read_bytes()[:4] == b"\x89PNG"
         assert picture in report
-    assert (workdir / "report.html").read_text().count("data:image/png;base64,") == 4
+    assert (workdir / "report.html").read_text().count("data:image/png;base64,") == 5
 
 
 def test_image_codecs_end_with_a_report(tmp_path):
