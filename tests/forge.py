@@ -211,7 +211,17 @@ VALUES = (
     *([1] * 600, [[[]]], {}, [-1, -1, -1, -1], [1e9], ["a"]),
 )
 """For a field of a configuration."""
-NAMES = ("image", "space_channel", "autoencoder", "scalable", "omni_filter", "omni_feature", "", 7)
+NAMES = (
+    "image",
+    "space_channel",
+    "autoencoder",
+    "scalable",
+    "layered",
+    "omni_filter",
+    "omni_feature",
+    "",
+    7,
+)
 
 
 _opened = functools.lru_cache(8)(opened)
