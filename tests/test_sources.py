@@ -1,6 +1,7 @@
 """Sources: folders of images, lists, masks and boxes, and those that are not as they should be."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -284,6 +285,25 @@ def test_a_field_of_another_set_is_refused_by_name(tmp_path):
             "canvas": 8,
             **{f: v for f, v in dict(train=5, list="x").items() if f in known.fields},
         }
+
+
+def test_photos_of_several_folders_are_one_set(tmp_path):
+    """Each by its own list or hash; the one that is missing is said."""
+    for number in range(20):
+        save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    (tmp_path / "b" / "train.txt").write_text("1.png\n3.png\n")
+    (tmp_path / "b" / "val.txt").write_text("5.png\n")
+    both = os.pathsep.join(str(tmp_path / folder) for folder in "ab")
+    found = {}
+    for split in ("train", "validation"):
+        sources = [opened("photos", path, split) for path in (both, tmp_path / "a", tmp_path / "b")]
+        whole, *parts = ([s.load(n)["name"] for n in range(s.length)] for s in sources)
+        assert whole == parts[0] + parts[1]
+        found[split] = set(whole)
+    assert len(found["train"] | found["validation"]) == 13
+    assert not found["train"] & found["validation"]
+    with pytest.raises(IcmError, match="nowhere"):
+        opened("photos", both + os.pathsep + "nowhere")
 
 
 def test_photos_that_are_only_scored_on(tmp_path):

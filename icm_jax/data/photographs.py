@@ -1,4 +1,6 @@
-"""Sources of images without labels: any folder, and Vimeo-90K."""
+"""Sources of images without labels: any folders, and Vimeo-90K."""
+
+import os
 
 from icm_jax.data.sources import (
     SPLITS,
@@ -14,26 +16,28 @@ from icm_jax.errors import IcmError
 
 
 def photos(config, split: str) -> Source:
-    """Images without labels, in a folder and its subfolders.
+    """Images without labels, in a folder and its subfolders, or in several, as "here:there".
 
     `train.txt` and `val.txt` list files, or every fifth image by name hash is kept for validation.
     With the field `whole` either split is all of them: a set that is only scored on, as Kodak's.
     """
-    root = existing(config)
-    short = SPLITS[split]
-    if config["whole"]:
-        entries = images_in(root)
-    elif (root / f"{short}.txt").is_file():
-        entries = [root / line for line in listed_in(root / f"{short}.txt")]
-    else:
-        entries = images_of(root, split)
-    if not entries:
-        raise IcmError(f"no images for {split} in {root}; expected files {', '.join(SUFFIXES)}")
+    short, entries = SPLITS[split], []
+    folders = str(config["path"]).split(os.pathsep)
+    for root in [existing(dict(config, path=folder)) for folder in folders]:
+        if config["whole"]:
+            found = images_in(root)
+        elif (root / f"{short}.txt").is_file():
+            found = [root / line for line in listed_in(root / f"{short}.txt")]
+        else:
+            found = images_of(root, split)
+        if not found:
+            raise IcmError(f"no images for {split} in {root}; expected files {', '.join(SUFFIXES)}")
+        entries += found
 
     def load(index):
         return {"image": bytes_of(entries[index]), "name": str(entries[index])}
 
-    return Source(str(root), len(entries), (), load)
+    return Source(os.pathsep.join(folders), len(entries), (), load)
 
 
 def vimeo90k(config, split: str) -> Source:
