@@ -28,31 +28,39 @@ def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.Con
 
 def overridable(config: dict) -> ml_collections.ConfigDict:
     """An experiment whose command may give a canvas or a size as one number or as (height, width),
-    and in `data` or "..._data" the fields of any data set; those that it has no value for are None,
-    which is not given."""
-
-    def opened(tree: dict) -> dict:
-        found = {key: opened(v) if isinstance(v, dict) else v for key, v in tree.items()}
-        for key in found.keys() & {"canvas", "size"}:
-            found[key] = ml_collections.FieldReference(found[key], field_type=object)
-        return found
-
+    and wherever there is `data` or "..._data" the fields of any data set; those that it has no
+    value for are None, which is not given."""
     fields = {*data.BATCH_FIELDS, *(f for known in data.DATASETS.values() for f in known.fields)}
 
     def every():  # a reference of its own for each set
         return {field: ml_collections.config_dict.placeholder(object) for field in fields}
 
-    sets = {key: every() | config[key] for key in config if key == "data" or key.endswith("_data")}
-    return ml_collections.ConfigDict(opened(config | sets))
+    def opened(tree: dict) -> dict:
+        found = {key: opened(v) if isinstance(v, dict) else v for key, v in tree.items()}
+        for key in found:
+            if key == "data" or key.endswith("_data"):
+                found[key] = every() | found[key]
+        for key in found.keys() & {"canvas", "size"}:
+            found[key] = ml_collections.FieldReference(found[key], field_type=object)
+        return found
+
+    return ml_collections.ConfigDict(opened(config))
 
 
 def own_data(config: ml_collections.ConfigDict, name: str, like: str = "") -> dict | None:
     """Fields of the data set that an experiment's "..._data" names; None where it names none. Those
     of batches are as in `config[like]` where it does not give them."""
-    given = config[name].copy_and_resolve_references().to_dict()
+    return fields_of(config[name], config[like] if like else None)
+
+
+def fields_of(
+    own: ml_collections.ConfigDict, like: ml_collections.ConfigDict | None = None
+) -> dict | None:
+    """Those of a data set, as `own_data`."""
+    given = own.copy_and_resolve_references().to_dict()
     if not given["name"]:
         return None
-    shared = data.data_fields(config[like]) if like else {}
+    shared = {} if like is None else data.data_fields(like)
     found = {field: shared[field] for field in data.BATCH_FIELDS if field in shared}
     return found | data.data_fields(given)
 

@@ -31,10 +31,13 @@ Runs, in this order and for every seed:
 and of rgb (docs/extend/weights.md).
 """
 
+from typing import NamedTuple
+
 import ml_collections
 
 from configs import common
 from icm_jax.engine.run import Labels, Point, Run, Start, make_run
+from icm_jax.errors import IcmError
 from icm_jax.measure.points import file_points
 
 ARMS = {
@@ -48,6 +51,17 @@ BACKBONE = HEAD + TAIL
 PROJECTOR = ("params/projector",)
 FILTER = ("params/filter", "batch_stats/filter")
 NEEDS = {"classify": "label", "linear": "label", "segment": "mask"}
+"""Kind of task -> label that its images need."""
+
+
+def task(kind: str, steps: int, **own) -> dict:
+    """One of `stage3.tasks`.
+
+    Its data are the experiment's, or a set of its own (data.name); learning_rate and batch_size are
+    those of stage 3, size that of the model, where they are 0. Of 0 steps it is left out.
+    """
+    fields = dict(kind=kind, steps=steps, learning_rate=0.0, batch_size=0, size=0)
+    return fields | dict(data=dict(name="")) | own
 
 
 def demo() -> dict:
@@ -102,7 +116,12 @@ def demo() -> dict:
             learning_rate=1e-2,
             warmup_steps=20,
             decode_once=True,  # train on features decoded beforehand; they are kept in memory
-            tasks=dict(classify=900, linear=0, segment=0),  # steps of each; 0 leaves it out
+            # By their names; all read the same files of a codec.
+            tasks=dict(
+                classify=task("classify", 900),
+                linear=task("linear", 0),
+                segment=task("segment", 0),
+            ),
             batch_size=0,
             aspp_rates=(1, 2, 3),
             output_stride=16,
@@ -123,7 +142,7 @@ def study() -> dict:
     config["pretrain"].update(steps=450)
     config["stage1"].update(steps=150)
     config["stage2"].update(lambdas=(0.1, 0.3, 1.0))
-    config["stage3"].update(tasks=dict(classify=1200, linear=0, segment=0))
+    config["stage3"]["tasks"]["classify"].update(steps=1200)
     config["rgb"].update(steps=1200)
     return config
 
@@ -140,7 +159,9 @@ def tiny() -> dict:
     config["stage0"].update(steps=4, warmup_steps=2)
     config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
-    config["stage3"].update(tasks=dict(classify=4, linear=4, segment=4), warmup_steps=2)
+    config["stage3"].update(warmup_steps=2)
+    for own in config["stage3"]["tasks"].values():
+        own.update(steps=4)
     config["rgb"].update(steps=4, files=common.files(jpeg=(20,), webp=(20,)))
     return config
 
@@ -170,7 +191,7 @@ def imagenet() -> dict:
     config["stage2"].update(steps=100_000, learning_rate=1e-4)
     config["stage3"].update(
         decode_once=False,  # 3 MB an image
-        tasks=dict(classify=100_000, linear=100_000, segment=0),  # ImageNet has no masks
+        tasks=dict(classify=task("classify", 100_000), linear=task("linear", 100_000)),
         learning_rate=1e-4,
         aspp_rates=(6, 12, 18, 24),
         output_stride=8,
@@ -179,29 +200,93 @@ def imagenet() -> dict:
     return config
 
 
-get_config = common.scales(demo, study, tiny, imagenet)
+def transfer() -> dict:
+    """The feature is learned on photographs without labels, and tasks on data of their own."""
+    config = demo()
+    config["data"] = dict(name="photos", path="", canvas=128)
+    config["model"].update(size=128)
+    street = dict(name="mask_folder", path="", canvas=(192, 256))
+    config["stage3"].update(
+        tasks=dict(
+            objects=task("classify", 1200, data=dict(name="folder", path="", canvas=128)),
+            street=task("segment", 1200, size=(192, 256), data=street),
+        )
+    )
+    config["stage2"].update(lambdas=(0.1, 0.3, 1.0))
+    config["rgb"].update(steps=1200)
+    return config
+
+
+get_config = common.scales(demo, study, tiny, imagenet, transfer)
 
 
 def runs(config: ml_collections.ConfigDict) -> list[Run]:
     """All runs, each complete in itself, in the order in which they depend on each other."""
-    keys, listed = common.label_keys(config), []
+    tasks, listed = tasks_of(config), []
     for seed in config.seeds:
         for arm in ARMS:
-            listed += arm_runs(config, keys, seed, arm)
-        listed.append(rgb_run(config, keys, seed))
-    return [run for run in listed if run is not None]
+            listed += arm_runs(config, tasks, seed, arm)
+        listed += rgb_runs(config, tasks, seed)
+    return listed
 
 
 def notes(config: ml_collections.ConfigDict) -> list[str]:
     """Tasks that are asked for and left out."""
-    asked = [kind for kind, steps in config.stage3.tasks.items() if steps]
-    said = common.left_out(config, {kind: NEEDS[kind] for kind in asked})
+    shared = [own for own in config.stage3.tasks.values() if own.steps and not own.data.name]
+    said = common.left_out(config, {own.kind: NEEDS[own.kind] for own in shared})
     if config.weights.path and config.codecs:
         said.append(f"weights.path starts nothing: the codecs are those of {config.codecs}.")
     return said
 
 
-def arm_runs(config, keys, seed: int, arm: str) -> list:
+class OwnTask(NamedTuple):
+    """A task of stage 3 that its data have labels for.
+
+    Attributes:
+      name, kind, steps: of `stage3.tasks`. stage: what is of its runs alone, as `make_run` takes
+        it. size: of its views. data: fields of its own data set, or None.
+    """
+
+    name: str
+    kind: str
+    steps: int
+    stage: ml_collections.ConfigDict
+    size: int | tuple[int, int]
+    data: dict | None
+
+
+def tasks_of(config: ml_collections.ConfigDict) -> list[OwnTask]:
+    """Tasks that are asked for, but for those whose labels the experiment's data lack; if they have
+    masks alone, these are segmented.
+
+    Raises: IcmError for an unknown kind.
+    """
+    keys, found, asked = common.label_keys(config), [], config.stage3.tasks
+    for name, own in asked.items():
+        if own.kind not in NEEDS:
+            raise IcmError(
+                f"config.stage3.tasks.{name}.kind is {own.kind!r}; choose one of {', '.join(NEEDS)}"
+            )
+        data = common.fields_of(own.data, config.data)
+        if own.steps and (data or NEEDS[own.kind] in keys):
+            found.append(own_task(config, name, own.kind, own.steps, data))
+    if not found and "mask" in keys and asked:
+        steps = max(own.steps for own in asked.values())
+        name = next((name for name, own in asked.items() if own.kind == "segment"), "segment")
+        found += [own_task(config, name, "segment", steps, None)] if steps else []
+    return found
+
+
+def own_task(config, name: str, kind: str, steps: int, data: dict | None) -> OwnTask:
+    """A task with what it has of its own."""
+    own, stage = config.stage3.tasks.get(name, {}), dict(config.stage3)
+    for field in ("learning_rate", "batch_size"):
+        stage[field] = own.get(field) or stage[field]
+    size = own.get("size") or config.model.size
+    return OwnTask(name, kind, steps, ml_collections.ConfigDict(stage), size, data)
+
+
+def arm_runs(config, tasks: list[OwnTask], seed: int, arm: str) -> list:
     """What both arms share, with the first; stage 1; per λ stage 2 and the tasks of stage 3."""
     base = f"seed{seed}/{arm}"
     listed, start = [], []
@@ -243,10 +328,10 @@ def arm_runs(config, keys, seed: int, arm: str) -> list:
             fields = dict(codec_file={})
             listed.append(stage_run(config, config.stage2, seed, codec, task, start, **fields))
         start = [Start(codec, TAIL, config.codecs, codec=True)]
-        for kind, steps in task_steps(config, keys).items():
-            name = f"{base}/{kind}-{lmbda:g}"
-            labels = Labels(kind, arm, f"{lmbda:g}", **ARMS[arm])
-            listed.append(task_run(config, seed, name, kind, steps, start, labels))
+        for own in tasks:
+            name = f"{base}/{own.name}-{lmbda:g}"
+            labels = Labels(own.kind, arm, f"{lmbda:g}", **ARMS[arm])
+            listed.append(task_run(config, seed, name, own, start, labels))
     return listed
 
 
@@ -261,47 +346,48 @@ def codec_fields(config) -> dict:
     return dict(config.codec, variant=config.model.variant, width=config.model.width, **inner)
 
 
-def task_steps(config, keys) -> dict[str, int]:
-    """Steps of each task of stage 3 that the data has labels for; masks alone are segmented."""
-    asked = config.stage3.tasks
-    known = {kind: asked[kind] for kind in asked if asked[kind] and NEEDS[kind] in keys}
-    return known or ({"segment": max(asked.values())} if "mask" in keys else {})
-
-
-def task_run(config, seed, name, kind, steps, start, labels):
+def task_run(config, seed, name: str, own: OwnTask, start, labels: Labels) -> Run:
     """Stage 3: a head (and the tail) on decoded features."""
     task = dict(config.model, frontend="feature", codec=codec_fields(config))
-    if kind == "segment":
-        own = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
-        task |= dict(name="segmentation", **own)
-    else:
-        mode = "linear" if kind == "linear" else "finetune"
-        task |= dict(name="classification", mode=mode)
-    own = dict(steps=steps, decode_once=config.stage3.decode_once, labels=labels)
-    own |= dict(needs=(NEEDS[kind],), evaluate=(Point("stream"),))
-    own |= dict(weights=common.foreign(config.stage3.weights))
-    return stage_run(config, config.stage3, seed, name, task, start, **own)
+    task |= head_fields(config, own)
+    fields = dict(decode_once=config.stage3.decode_once, labels=labels)
+    fields |= dict(evaluate=(Point("stream", data=own.data),))
+    return own_run(config, own, seed, name, task, start, own.steps, **fields)
 
 
-def rgb_run(config, keys, seed: int):
-    """The rival: the backbone trained on pixels, fed with JPEG and WebP files."""
-    task = dict(config.model, frontend="pixels")
-    kinds = [kind for kind in ("classify", "segment") if kind in task_steps(config, keys)]
-    if not kinds:
-        return None
-    kind = kinds[0]
-    if kind == "classify":
-        task |= dict(name="classification", mode="finetune")
-    else:
-        own = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
-        task |= dict(name="segmentation", **own)
-    name = f"seed{seed}/rgb/{kind}"
+def rgb_runs(config, tasks: list[OwnTask], seed: int) -> list[Run]:
+    """The rivals: the backbone trained on pixels, fed with files of other formats. One per data set
+    of a task's own, and one for the first task of the experiment's."""
+    listed, shared = [], False
     origin = "contrast" if config.pretrain.steps else "unfiltered/stage1"
     start = [Start(f"seed{seed}/{origin}", BACKBONE, config.codecs)]
-    own = dict(steps=config.rgb.steps, labels=Labels(kind, "rgb"), needs=(NEEDS[kind],))
-    own |= dict(weights=common.foreign(config.stage3.weights))
-    own |= dict(evaluate=(Point("pixels"), *file_points(config.rgb.files)))
-    return stage_run(config, config.stage3, seed, name, task, start, **own)
+    for own in tasks:
+        if own.kind == "linear" or (own.data is None and shared):
+            continue
+        shared |= own.data is None
+        task = dict(config.model, frontend="pixels") | head_fields(config, own)
+        points = (Point("pixels", data=own.data), *file_points(config.rgb.files, own.data))
+        fields = dict(labels=Labels(own.kind, "rgb"), evaluate=points)
+        name = f"seed{seed}/rgb/{own.name}"
+        listed.append(own_run(config, own, seed, name, task, start, config.rgb.steps, **fields))
+    return listed
+
+
+def head_fields(config, own: OwnTask) -> dict:
+    """Of the task: its name, its size, and what belongs to its kind."""
+    if own.kind == "segment":
+        of_kind = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
+        return dict(name="segmentation", size=own.size, **of_kind)
+    mode = "linear" if own.kind == "linear" else "finetune"
+    return dict(name="classification", size=own.size, mode=mode)
+
+
+def own_run(config, own: OwnTask, seed, name: str, task: dict, start, steps: int, **fields) -> Run:
+    """A run of a task of stage 3, on its data."""
+    fields |= dict(needs=(NEEDS[own.kind],), weights=common.foreign(config.stage3.weights))
+    return stage_run(
+        config, own.stage, seed, name, task, start, steps=steps, data=own.data, **fields
+    )
 
 
 def stage_run(config, stage, seed: int, name: str, task: dict, start, **fields) -> Run:

@@ -108,7 +108,7 @@ def test_a_codec_of_features_goes_through_stages_2_and_3(tmp_path, monkeypatch):
     fields = experiment.tiny()
     for stage in ("stage0", "pretrain", "stage1"):
         fields[stage]["steps"] = 0
-    fields["stage3"]["tasks"] = dict(classify=4, linear=0, segment=0)
+    fields["stage3"]["tasks"] = dict(classify=experiment.task("classify", 4))
     fields["codec"] = dict(name="plain_feature", channels=6)
     stage1, stage2, classes, *_ = experiment.runs(ConfigDict(fields))
     with jax.numpy_dtype_promotion("standard"):

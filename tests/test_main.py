@@ -63,7 +63,7 @@ def main(workdir, *flags, name="omni_icm", scale="tiny", cache=None):
 @pytest.fixture(scope="module")
 def finished(shared_programs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("main")
-    done = main(workdir, "--config.stage3.tasks.linear=0")
+    done = main(workdir, "--config.stage3.tasks.linear.steps=0")
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir, done
 
@@ -208,7 +208,7 @@ def test_rates_are_those_of_written_bytes(finished):
 def test_running_again_does_nothing_but_the_report(finished):
     workdir, _ = finished
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
-    done = main(workdir, "--config.stage3.tasks.linear=0")
+    done = main(workdir, "--config.stage3.tasks.linear.steps=0")
     assert done.returncode == 0
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("metrics.jsonl")}
 
@@ -327,7 +327,7 @@ def test_tasks_follow_the_labels_that_the_data_has(name, curves):
     [
         (
             "omni_icm",
-            ("stage3", "tasks", "segment"),
+            ("stage3", "tasks", "segment", "steps"),
             "folder",
             "No segment task: folder has no masks.",
         ),
@@ -347,6 +347,33 @@ def test_a_task_without_its_labels_is_named(name, field, data, note):
     functools.reduce(operator.getitem, path, config)[last] = 5
     config.data.name = data
     assert module.notes(config) == [note]
+
+
+def test_tasks_on_data_of_their_own_read_one_codec():
+    """Each with its rival on pixels; the experiment's own data need no labels."""
+    module = load()
+    config = module.get_config("transfer")
+    config.data.path, config.stage2.lambdas = "photographs", (1.0,)
+    tasks = config.stage3.tasks
+    tasks.objects.data.path, tasks.street.data.path = "objects", "streets"
+    tasks.street.learning_rate = 0.5
+    runs = {run.name: run for run in module.runs(config)}
+    assert module.notes(config) == []
+    for name, task, path, size in (
+        ("objects", "classification", "objects", 128),
+        ("street", "segmentation", "streets", (192, 256)),
+    ):
+        ours, rival = (runs[f"seed0/{place}"] for place in (f"omni/{name}-1", f"rgb/{name}"))
+        (start,) = ours.start
+        assert start.codec and start.run == "seed0/omni/stage2-1"
+        for run in (ours, rival):
+            assert (run.task.name, run.data.path, run.task.size) == (task, path, size)
+            assert all(dict(point.data) == run.data.to_dict() for point in run.evaluate)
+            assert (run.optim.learning_rate == 0.5) == (name == "street")
+    assert {runs[start.run].data.path, runs["seed0/contrast"].data.path} == {"photographs"}
+    tasks.street.kind = "guess"
+    with pytest.raises(IcmError, match=r"stage3\.tasks\.street\.kind is 'guess'; choose one of"):
+        module.runs(config)
 
 
 def test_weights_that_start_nothing_are_named():
@@ -379,7 +406,8 @@ def test_no_field_of_the_config_is_without_effect(name):
     module = load(name)
     config = module.get_config("demo")
     if name == "omni_icm":
-        config.stage3.tasks.update(linear=100, segment=100)
+        for own in config.stage3.tasks.values():
+            own.steps = 100
     if name == "cresnet":
         config.segment.steps = config.joint.steps = 100
     for tree in (config, config.get("detector", {}), config.get("stage3", {})):
