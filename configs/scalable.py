@@ -45,6 +45,7 @@ import dataclasses
 import ml_collections
 
 from configs import common, yolov3
+from icm_jax.codecs import layered
 from icm_jax.engine.run import Labels, Point, Run, Start, make_run
 from icm_jax.errors import IcmError
 from icm_jax.measure.points import file_points
@@ -126,7 +127,7 @@ def demo() -> dict:
             lambdas=(0.001, 0.04),  # of qualities 0 and 100
             feature_weight=100.0,
             output_weight=10_000.0,
-            size=256,
+            size=96,
             straight_through=True,
             qualities=(0, 25, 50, 75, 100),
             train=dict(steps=6000, batch_size=4)
@@ -148,6 +149,7 @@ def photos() -> dict:
     """The same on a folder of photographs at 256 × 256 pixels."""
     config = demo() | detector("photos")
     config["model"].update(size=128)
+    config["layered"].update(size=128)
     config["train"].update(batch_size=8)
     return config
 
@@ -163,9 +165,9 @@ def coco_tiny() -> dict:
     kinds = ("disentangled", *sizes, 2), ("split", *sizes, 1), ("split", *sizes, 2)
     config["model"].update(kinds=(*kinds, ("residual", *sizes, 2)), lambdas=SMALL_LAMBDAS[:5])
     config["model"].update(size=192)
-    whole = 48, 64, 144  # slices of photo.icmc
-    layered = ("conditional", whole, whole, 2), ("split", whole[:2], whole[2:], 1)
-    config["layered"].update(kinds=(*layered, ("split", whole[:2], whole[2:], 2)))
+    slices = 48, 64, 144  # of photo.icmc
+    first = ("conditional", slices, slices, 2), ("split", slices[:2], slices[2:], 1)
+    config["layered"].update(size=256, kinds=(*first, ("split", slices[:2], slices[2:], 2)))
     config["single"].update(channels=sum(sizes), lambdas=SMALL_LAMBDAS[:5])
     config["train"].update(steps=3000, following_steps=1000, batch_size=8, save_every=1000)
     config["train"].update(keep_every=1000)
@@ -245,6 +247,12 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 def layered_runs(config, found: Run) -> list[Run]:
     """A codec of every rate per kind of `config.layered`, which begins as a picture codec."""
     listed, own = [], config.layered
+    for given in own.kinds:
+        if not isinstance(given, tuple) or len(given) != 4 or given[0] not in layered.KINDS:
+            raise IcmError(
+                f"a kind of config.layered.kinds is {given!r}; it must be (name, slices of the "
+                f"base, of the enhancement, hyperpriors), the name one of {', '.join(layered.KINDS)}"
+            )
     named = [f"layered-{given[0]}" if given[0] == "split" else given[0] for given in own.kinds]
     for number, (kind, base, enhancement, hypers) in enumerate(own.kinds):
         codec = dict(own.codec, kind=kind, base=base, enhancement=enhancement, hypers=hypers)

@@ -410,6 +410,8 @@ def test_no_field_of_the_config_is_without_effect(name):
             own.steps = 100
     if name == "cresnet":
         config.segment.steps = config.joint.steps = 100
+    if name == "scalable":
+        config.layered.kinds = (("conditional", (2,), (3,), 2), ("split", (2,), (3,), 1))
     for tree in (config, config.get("detector", {}), config.get("stage3", {})):
         if "weights" in tree:
             tree.weights.path = "some.weights"
