@@ -250,8 +250,8 @@ def layered_runs(config, found: Run) -> list[Run]:
     for given in own.kinds:
         if not isinstance(given, tuple) or len(given) != 4 or given[0] not in layered.KINDS:
             raise IcmError(
-                f"a kind of config.layered.kinds is {given!r}; it must be (name, slices of the "
-                f"base, of the enhancement, hyperpriors), the name one of {', '.join(layered.KINDS)}"
+                f"a kind of config.layered.kinds is {given!r}; it must be (name, slices of the base"
+                f", of the enhancement, hyperpriors), the name one of {', '.join(layered.KINDS)}"
             )
     named = [f"layered-{given[0]}" if given[0] == "split" else given[0] for given in own.kinds]
     for number, (kind, base, enhancement, hypers) in enumerate(own.kinds):
