@@ -16,6 +16,13 @@
     On:      a TPU slice; `--mode=plan` says which
     Expect:  no number of ours: published schedule
 
+    Command: python -m icm_jax.main --config=configs/omni_icm.py:transfer \\
+                 --config.data.path=PHOTOS --config.stage3.tasks.objects.data.path=FOLDER \\
+                 --config.stage3.tasks.street.data.path=MASKS
+    Takes:   not run here to its end
+    On:      2 CPU cores
+    Expect:  no number of ours yet: one codec, learned on photographs, for tasks on other data
+
 Runs, in this order and for every seed:
 
     filter               stage 0: the information filter alone, on features of the untrained head
@@ -25,6 +32,9 @@ Runs, in this order and for every seed:
                          stage2-λ: the feature codec at each λ, backbone frozen
                          classify-λ, linear-λ, segment-λ: tail and head trained on decoded features
     rgb                  the backbone trained on pixels, fed with JPEG and WebP files
+
+`stage3.tasks` names the tasks; each may have data of its own (`data.name`, `data.path`), and then a
+rival of its own on pixels.
 
 `weights.path`, torchvision's or MoCo's, is what `filter`, `contrast` or else stage1 start from;
 `pretrain.steps=0` leaves `contrast` out. `stage3.weights.path` is that of the tails of the tasks,
