@@ -205,12 +205,9 @@ def layered_codec(
     is at another scale than 1/4 to 1/16.
     """
     detector = Detector(*detector)
-    _require(kind, hypers, base, enhancement, detector)
-    if not 0.0 < share <= 1.0 or max(base_blocks) > DEEPEST:
-        raise IcmError(
-            f"no layered codec with share {share} and base_blocks {base_blocks}: the one above 0 "
-            f"and up to 1, the others up to {DEEPEST}"
-        )
+    _require(kind, hypers, base, enhancement)
+    _require_numbers(share, base_blocks)
+    require_detector(detector, (4, 8, 16))
     plain = SpaceChannelCodec(
         widths,
         base + enhancement,
@@ -318,7 +315,7 @@ def _real(run, own, number, variables, inputs):
     return run(variables, own, number, inputs, method="of_slice")
 
 
-def _require(kind, hypers: int, base, enhancement, detector: Detector) -> None:
+def _require(kind, hypers: int, base, enhancement) -> None:
     fits = hypers in ((2,) if kind == "conditional" else (1, 2))
     if kind not in KINDS or not fits or not base or not enhancement:
         raise IcmError(
@@ -326,4 +323,11 @@ def _require(kind, hypers: int, base, enhancement, detector: Detector) -> None:
             f"; kinds are {', '.join(KINDS)}, each layer has a slice, hyperpriors are 2, of "
             '"split" 1 or 2'
         )
-    require_detector(detector, (4, 8, 16))
+
+
+def _require_numbers(share: float, base_blocks) -> None:
+    if not 0.0 < share <= 1.0 or max(base_blocks) > DEEPEST:
+        raise IcmError(
+            f"no layered codec with share {share} and base_blocks {base_blocks}: the one above 0 "
+            f"and up to 1, the others up to {DEEPEST}"
+        )
