@@ -208,18 +208,8 @@ def layered_codec(
     _require(kind, hypers, base, enhancement)
     _require_numbers(share, base_blocks)
     require_detector(detector, (4, 8, 16))
-    plain = SpaceChannelCodec(
-        widths,
-        base + enhancement,
-        checkered,
-        blocks,
-        blocks,
-        inner,
-        hyper_channels,
-        side,
-        levels,
-        dtype,
-    )
+    networks = inner, hyper_channels, side, levels, dtype
+    plain = SpaceChannelCodec(widths, base + enhancement, checkered, blocks, blocks, *networks)
     feature = detector.feature
     if kind == "conditional":
         first = plain.clone(slices=base, back_blocks=base_blocks, latent="b", feature=feature)
