@@ -26,6 +26,7 @@ BATCHES: Table = {
     "canvas": SIZE,
     "boxes": optional(whole()),
     "letterbox": optional(one_of(*geometry.LETTERBOXES)),
+    "outlines": optional(whole()),
     "coefficients": optional(_FORMS._replace(expected='"", "file" or a quality from "1" to "100"')),
     "crop": optional(SHARES),
 }

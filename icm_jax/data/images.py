@@ -128,21 +128,25 @@ class Header(NamedTuple):
         return (self.width, self.height) if turned else (self.height, self.width)
 
 
-def header(path: pathlib.Path) -> Header | None:
-    """What the beginning of an image file says, of which no more is read; None if it is none.
+def header(given: pathlib.Path | bytes) -> Header | None:
+    """What the beginning of an image file says, of which no more is read, or of its content; None
+    if it is none.
 
     Raises: OSError if it cannot be read.
     """
-    with open(path, "rb", buffering=0) as file:
-        head = file.read(_BEGINNING)
+    if isinstance(given, bytes):
+        head = given[:_BEGINNING]
+    else:
+        with open(given, "rb", buffering=0) as file:
+            head = file.read(_BEGINNING)
     if simplejpeg.is_jpeg(head) and b"\xff\xda" in head[len(_head(head)) :][:2]:
         with contextlib.suppress(ValueError, KeyError):  # as in `_kind`
             found: Any = simplejpeg.decode_jpeg_header(head)
             return Header(found[0], found[1], orientation(head))
     try:
-        with _opened(path) as image:
-            given = image.getexif().get(0x0112, 1)
-            return Header(image.height, image.width, given if given in _TURNED else 1)
+        with _opened(given) as image:
+            found = image.getexif().get(0x0112, 1)
+            return Header(image.height, image.width, found if found in _TURNED else 1)
     except Exception:  # as in `read_image`
         return None
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from icm_jax.data import BATCH_FIELDS, geometry, images, jpeg
 from icm_jax.data.outlines import canvas_masks
-from icm_jax.data.sources import Source
+from icm_jax.data.sources import Objects, Source
 from icm_jax.errors import IcmError
 from icm_jax.files import cores
 
@@ -105,7 +105,7 @@ def batch_spec(data: Mapping, batch_size: int, **changes) -> BatchSpec:
 
     Args:
       data: canvas, a number or (height, width), and where they are not the defaults boxes,
-        letterbox, coefficients and crop; None is not given, other fields are left alone.
+        letterbox, outlines, coefficients and crop; None is not given, other fields are left alone.
       changes: fields of `BatchSpec` in place of those.
     """
     fields = {name: data[name] for name in BATCH_FIELDS[1:] if data.get(name) is not None}
@@ -138,8 +138,8 @@ def batches(
     Yields: {"image": uint8 [b, *canvas, 3] or "feature", "valid": bool [b], "label": int32 [b] and
       "mask": uint8 [b, *canvas] where the source has them}, b = B / processes. Rows whose
       example has no label (COCO images without an object) are not "valid".
-      With `boxes`, {"image", "valid", "extent": int32 [b, 4], top, left, height and width of the
-      picture in its canvas, "boxes": float32 [b, boxes, 4] as fractions of the canvas,
+      With `boxes`, {"image" or "feature", "valid", "extent": int32 [b, 4], top, left, height and
+      width of the picture in its canvas, "boxes": float32 [b, boxes, 4] as fractions of the canvas,
       "box_labels": int32 [b, boxes], "box_valid" and "box_ignored": bool [b, boxes]}; no two of
       these are both set.
       With `outlines`, n, also "box_masks": bool [b, boxes, height / n, width / n], whether an
@@ -165,9 +165,9 @@ def batches(
 
     def load(position):
         number = int(permutation(position // source.length)[position % source.length])
-        if spec.boxes:
-            return _boxed_example(source, number, spec)
         feature = None if features is None else features[number]
+        if spec.boxes:
+            return _boxed_example(source, number, spec, feature)
         rng = None if spec.crop == WHOLE else np.random.default_rng([seed, 1, position])
         return _example(source, number, spec, feature, rng)
 
@@ -355,7 +355,15 @@ def read_planes(data: bytes, name: str, canvas: tuple[int, int]) -> dict[str, np
     }
 
 
-def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
+def largest_first(objects: Objects, rows: int) -> np.ndarray:
+    """Numbers of the objects of an image that a batch with so many `rows` has, in its order."""
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    return np.argsort(-sides.prod(axis=1), kind="stable")[:rows]
+
+
+def _boxed_example(
+    source: Source, number: int, spec: BatchSpec, feature: np.ndarray | None = None
+) -> dict:
     """One row of a batch with boxes."""
     loaded, canvas, rows = source.load(number), spec.canvas, spec.boxes
     if "objects" not in loaded:
@@ -363,8 +371,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
     image = source.read(loaded["image"], loaded["name"], (max(canvas), max(canvas)))
     image, extent = geometry.letterbox(image, canvas, spec.letterbox)
     objects = loaded["objects"]
-    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
-    order = np.argsort(-sides.prod(axis=1), kind="stable")[:rows]
+    order = largest_first(objects, rows)
     shift, scale = np.array(extent, np.float32).reshape(2, 2) / np.array(canvas, np.float32)
     ignored = objects.ignored[order]
 
@@ -373,7 +380,7 @@ def _boxed_example(source: Source, number: int, spec: BatchSpec) -> dict:
 
     example = {
         "valid": np.bool_(True),
-        "image": image,
+        **({"image": image} if feature is None else {"feature": feature}),
         "extent": np.array(extent, np.int32),
         "boxes": padded(objects.boxes[order] * np.tile(scale, 2) + np.tile(shift, 2)),
         "box_labels": padded(objects.labels[order]),

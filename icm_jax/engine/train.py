@@ -173,7 +173,9 @@ def decoded_split(codec: frozen.FrozenCodec | None, source, run: Run) -> np.ndar
         inputs = {"image": views.centre(images, size)}
         return forward(codec.codec, variables, inputs, size).outputs["feature"]
 
-    batches = pipeline.in_order(source, pipeline.image_spec(run.data, DECODED_AT_ONCE))
+    boxed = pipeline.batch_spec(run.data, DECODED_AT_ONCE, masks=False, outlines=0)
+    spec = boxed if boxed.boxes else pipeline.image_spec(run.data, DECODED_AT_ONCE)
+    batches = pipeline.in_order(source, spec)
     total = -(-source.length // DECODED_AT_ONCE)
     hidden = jax.process_index() > 0
     bar = tqdm.tqdm(batches, f"{run.name} decoding", total, unit="batch", disable=hidden)
