@@ -68,7 +68,7 @@ def test_boxes_follow_their_image(monkeypatch):
         images[i, top : top + 16, left : left + 15] = 255
         boxes[i, 0] = [top / 40, left / 60, (top + 16) / 40, (left + 15) / 60]
     valid = np.tile([[True, False]], (48, 1))
-    given, placed, seen = jax.jit(
+    given, placed, seen, _ = jax.jit(
         lambda key: views.boxed(images, boxes, valid, crop=(0.3, 1.0), key=key)
     )(jax.random.key(3))
     assert not seen[:, 1].any() and 0.5 < seen[:, 0].mean() < 1

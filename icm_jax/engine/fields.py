@@ -118,7 +118,7 @@ def _check_views(run: Any) -> None:
     if any(side > most for side, most in zip(size, canvas, strict=True)):
         told += f"a canvas (data.canvas) of {canvas[0]} × {canvas[1]} pixels holds no such view"
         raise FieldError(place, task.size, told, run.name)
-    if task.name == "detection" and size != canvas:
+    if task.name in ("detection", "object_detection") and size != canvas:
         told += f"a detector sees whole images, so it must be data.canvas, {run.data.canvas}"
         raise FieldError(place, task.size, told, run.name)
     if task.name == "contrastive" and task.queue % run.batch_size:
@@ -136,7 +136,8 @@ def defaults(run: Any) -> dict[str, Any]:
     }
     found["optim"] = {"accumulate": 1, "rate_scaling": "none", "rate_batch": 256}
     found["optim"] |= {"plateau": {"examples": 0}}
-    found["data"] = {"boxes": 0, "letterbox": "corner", "coefficients": "", "crop": [1.0, 1.0]}
+    found["data"] = {"boxes": 0, "letterbox": "corner", "outlines": 0, "coefficients": ""}
+    found["data"] |= {"crop": [1.0, 1.0]}
     if run.data.get("name") in data.DATASETS:
         found["data"] |= data.DATASETS[run.data.name].fields
     found["task"] = {"bn_groups": 0, "output_weight": 0.0, "protocol": "coco"}

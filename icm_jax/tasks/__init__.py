@@ -11,6 +11,7 @@ from icm_jax.tasks.contrastive import contrastive
 from icm_jax.tasks.detection import detection
 from icm_jax.tasks.filter_pretraining import filter_pretraining
 from icm_jax.tasks.image_compression import image_compression
+from icm_jax.tasks.object_detection import object_detection
 from icm_jax.tasks.scalable import scalable_compression
 from icm_jax.tasks.segmentation import segmentation
 from icm_jax.tasks.task import Task
@@ -26,6 +27,7 @@ TASKS = {
     "coefficient_classification": coefficient_classification,
     "segmentation": segmentation,
     "detection": detection,
+    "object_detection": object_detection,
     "scalable_compression": scalable_compression,
 }
 

@@ -82,7 +82,7 @@ def detection(config: ConfigDict) -> Task:
                 "detection learns from boxes, and the batches of this data set have none; "
                 "data.boxes says how many an image may have"
             )
-        images, truth, valid = views.boxed(
+        images, truth, valid, _ = views.boxed(
             batch["image"], batch["boxes"], batch["box_valid"], crop=tuple(config.crop), key=key
         )
         outputs, stats = apply(whole, variables, "detector", scaled(images), True)

@@ -89,6 +89,18 @@ TASKS: dict[str, Table] = {
         "crop": SHARES,
         "size": SIZE,
     },
+    "object_detection": {
+        **TRUNK,
+        "channels": whole(1),
+        "convolutions": whole(1),
+        "range_scale": POSITIVE,
+        "masks": FLAG,
+        "mask_boxes": whole(1),
+        "least": SHARE,
+        "overlap": SHARE,
+        "limit": whole(1),
+        "protocol": optional(one_of(*PROTOCOLS)),
+    },
     "scalable_compression": {
         "detector": DETECTOR,
         "codec": CODEC,

@@ -1,9 +1,9 @@
 """What the loop knows of a task: a tuple of pure functions.
 
 All networks of Omni-ICM lie in one flat dict of parameters, by these names: head, filter, tail,
-projector, feature_codec, classifier, segmenter. Weights of a loss (α, λ) are values in the
-collection `constants`: they are stored with the model, and runs that differ in them alone share
-their compiled programs.
+projector, feature_codec, classifier, segmenter, pyramid, box_head, mask_head. Weights of a loss
+(α, λ) are values in the collection `constants`: they are stored with the model, and runs that
+differ in them alone share their compiled programs.
 """
 
 from collections.abc import Callable, Mapping

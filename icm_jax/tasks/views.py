@@ -139,21 +139,24 @@ def boxed(
     images: jax.Array,
     boxes: jax.Array,
     valid: jax.Array,
+    masks: jax.Array | None = None,
     *,
     crop: tuple[float, float],
     key: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Random resized crop, flip and colour jitter of images with boxes.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Random resized crop, flip and colour jitter of images with boxes, and masks of their objects.
 
     Args:
       images: uint8 [N, H, W, 3]. boxes: float32 [N, B, 4] (ymin, xmin, ymax, xmax) as fractions;
-        valid: bool [N, B]. crop: least and largest share of the area that a view shows.
+        valid: bool [N, B]. masks: bool [N, B, h, w] at every H/h pixels, or None. crop: least and
+        largest share of the area that a view shows.
     Returns: float32 [N, H, W, 3] on 0...255; the boxes as fractions of the view, cut at its sides;
-      and which are valid: at least a third of them must be seen (`SEEN`).
+      which are valid: at least a third of them must be seen (`SEEN`); and the masks in the view.
     """
     pixels = jnp.array(images.shape[1:3], jnp.float32)
+    step = 1.0 if masks is None else images.shape[1] / masks.shape[2]
 
-    def one(image, corners, key):
+    def one(image, corners, masks, key):
         keys = jax.random.split(key)
         window = _random_window(keys[0], image.shape[:2], crop, image.shape[:2])
         top, left, height, width, flip = window
@@ -167,10 +170,16 @@ def boxed(
         placed = jnp.where(flip, mirrored, placed)
         whole = jnp.prod(placed[:, 2:] - placed[:, :2], axis=1)
         placed = jnp.clip(placed, 0.0, 1.0)
-        return view, placed, jnp.prod(placed[:, 2:] - placed[:, :2], axis=1) >= SEEN * whole
+        seen = jnp.prod(placed[:, 2:] - placed[:, :2], axis=1) >= SEEN * whole
+        if masks is not None:
+            coarse = (*(side / step for side in window[:4]), flip)
+            masks = jax.vmap(lambda mask: _nearest(mask, coarse, mask.shape))(masks)
+        return view, placed, seen, masks
 
-    found, placed, seen = jax.vmap(one)(images, boxes, _row_keys(key, len(images)))
-    return found, placed, valid & seen
+    axes = (0, 0, None if masks is None else 0, 0)
+    keys = _row_keys(key, len(images))
+    found, placed, seen, masks = jax.vmap(one, axes)(images, boxes, masks, keys)
+    return found, placed, valid & seen, masks
 
 
 def cut(images: jax.Array, size: Size, *, key: jax.Array) -> jax.Array:
