@@ -69,6 +69,17 @@ def through_stream(
     return features, sizes
 
 
+def of_pictures(sizes: list[dict], batch: dict) -> list[dict]:
+    """Sizes of the images of a batch with the pixels of letterboxed pictures alone as "pixels"."""
+    extents = batch.get("extent", ())
+    if not len(extents):
+        return sizes
+    return [
+        size | {"pixels": int(extent[2:].prod())}
+        for size, extent in zip(sizes, extents, strict=False)
+    ]
+
+
 def through_file(image: np.ndarray, point: Point) -> tuple[np.ndarray, dict]:
     """(uint8 [h, w, 3] after a file of the point's format and quality, its sizes in bytes).
 

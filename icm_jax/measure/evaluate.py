@@ -26,11 +26,13 @@ curve of "picture", "detect" and "speed" is "image", "detect" and "speed"), run,
 point), fingerprint (of the codec file, where there is one; of "icm" its own), kind
 ("stream" for all that went through a codec's bytes, or as the point's), quality,
 images, bpp (measured), top1 / top5, miou and pixel_accuracy, by the task's protocol map50 / map,
-voc2007 or voc2010 (`icm_jax.measure.precision`), or psnr, ssim_db and ms_ssim_db (means over
-images, of a similarity s as -10 log10(1 - s)); of these and of bpp also "draws" (see
-`icm_jax.measure.draws`); where classes are averaged, "by_class": {name: IoU or precision}; of
-pixels with boxes bpp_source, that of the files they are read from; of files also bpp_without_tables
-(of JPEG less its tables, of "icm" less its header); of streams also bpp_estimated, bpp_header,
+voc2007 or voc2010 (`icm_jax.measure.precision`), of masks of objects also mask_map50 / mask_map
+(`icm_jax.measure.instances`), or psnr, ssim_db and ms_ssim_db (means over images, of a similarity s
+as -10 log10(1 - s)); of these and of bpp also "draws" (see `icm_jax.measure.draws`); where classes
+are averaged, "by_class": {name: IoU or precision}, of objects "by_size": {"small", "medium",
+"large": map}, of masks of them "mask_by_class" and "mask_by_size"; of pixels with boxes bpp_source,
+that of the files they are read from; of files also bpp_without_tables (of JPEG less its tables, of
+"icm" less its header); of streams also bpp_estimated, bpp_header,
 bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed its estimate + 1 %),
 encode_ms and decode_ms (median of an image, networks included); of "speed" what
 `throughput.measure` gives.
@@ -59,20 +61,11 @@ from icm_jax.engine.run import RECORDS, Point, Run, load_run, read_records
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
 from icm_jax.files import cores, sealed, write_json
-from icm_jax.measure import (
-    Accuracy,
-    MeanIoU,
-    Score,
-    average_precision,
-    classical,
-    coded,
-    draws,
-    segments,
-    throughput,
-)
+from icm_jax.measure import Score, average_precision, classical, coded, draws, segments, throughput
 from icm_jax.measure.distortion import distortion
+from icm_jax.measure.instances import own_truth
 from icm_jax.measure.noise import with_noise
-from icm_jax.measure.points import check_quality, left, no_codec, scored_label, written_here
+from icm_jax.measure.points import check_quality, left, no_codec, tally, written_here
 from icm_jax.tasks import build_task, views
 from icm_jax.tasks.task import Task
 
@@ -176,22 +169,27 @@ def predictions(asked: Asked, through: Callable[[Asked, dict, int], tuple[dict, 
     Args:
       through: (asked, batch, count of valid rows) -> (the task's inputs, sizes of each image).
     """
-    tally, predict = _tally(asked), jax.jit(asked.task.predict)
+    protocol = asked.config.get("protocol", "coco")
+    empty = tally(asked.run, asked.point, asked.source, protocol)
+    predict = jax.jit(asked.task.predict)
     on_device = jax.device_put(asked.variables, jax.local_devices()[0])
 
-    def score(batch: dict, tally: Score) -> list[dict]:
+    def score(batch: dict, part: Score) -> list[dict]:
         inputs, sizes = through(asked, batch, int(batch["valid"].sum()))
         if _whole(asked):
             shapes = batch["image"].shape[1:3], batch["mask"].shape[1:]
             found = segments.segmented(asked.task.predict, on_device, inputs, *shapes)
-            tally.update({"segments": found}, batch)
+            part.update({"segments": found}, batch)
         else:
-            tally.update(jax.device_get(predict(on_device, inputs)), batch)
+            needs = asked.run.needs
+            own = own_truth(asked.source, batch, "outlines" in needs) if "objects" in needs else {}
+            part.update(jax.device_get(predict(on_device, inputs)), batch | own)
         return sizes
 
-    whole, rows = _whole(asked), min(asked.run.batch_size, SCORED_AT_ONCE)
-    spec = pipeline.batch_spec(asked.data, 1 if whole else rows, masks=whole, whole=whole)
-    return over_batches(str(asked), asked.source, spec, tally, score)
+    whole = _whole(asked)
+    rows = 1 if whole else min(asked.run.batch_size, SCORED_AT_ONCE)
+    spec = pipeline.batch_spec(asked.data, rows, masks=whole, whole=whole, outlines=0)
+    return over_batches(str(asked), asked.source, spec, empty, score)
 
 
 def over_batches(
@@ -223,20 +221,8 @@ def over_batches(
     counts = draws.resamples(whole.examples)
     drawn = whole.resampled(counts) | coded.drawn_rates(sizes, counts)
     found = {**whole.result(), "images": source.length, **coded.of_sizes(sizes)}
-    if of_classes := whole.by_class():
-        found["by_class"] = of_classes
+    found |= {name: part for name, part in whole.parts().items() if part}
     return found | {"draws": draws.packed(drawn)}
-
-
-def _tally(asked: Asked) -> Callable[[], Score]:
-    """() -> what counts the task's hits, by the labels that the run needs."""
-    source, protocol = asked.source, asked.config.get("protocol", "coco")
-    tallies: dict[str, Callable[[], Score]] = {
-        "mask": lambda: MeanIoU(source.mask_classes),
-        "objects": lambda: average_precision(protocol, source.classes),
-        "label": Accuracy,
-    }
-    return tallies[scored_label(asked.run, asked.point)]
 
 
 def unchanged(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
@@ -257,7 +243,7 @@ def streamed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     codec, same = asked.codec(), not _whole(asked)
     given, sizes = coded.through_stream(codec, images[:count], output, same=same)
     given = given.clip(0, 255) if output == "image" else given
-    return {output: _padded(given, len(images))}, sizes
+    return {output: _padded(given, len(images))}, coded.of_pictures(sizes, batch)
 
 
 def noisy(asked: Asked) -> dict:
@@ -346,12 +332,11 @@ def detections(asked: Asked) -> dict:
         count = int(batch["valid"].sum())
         images, quality = batch["image"][:count], asked.point.quality
         given, sizes = coded.through_stream(frozen, images, output, quality, layers)
-        for size, extent in zip(sizes, batch["extent"], strict=False):
-            size["pixels"] = int(extent[2:].prod())
         given = given if output == "feature" else given.clip(0, 255)
         inputs = {output: _padded(given, len(batch["image"]))}
-        tally.update(jax.device_get(predict(variables, inputs)), batch)
-        return sizes
+        truth = batch | own_truth(source, batch, masks=False)
+        tally.update(jax.device_get(predict(variables, inputs)), truth)
+        return coded.of_pictures(sizes, batch)
 
     spec = pipeline.batch_spec(data, min(run.batch_size, SCORED_AT_ONCE))
     tally = functools.partial(average_precision, config.get("protocol", "coco"), source.classes)

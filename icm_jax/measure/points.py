@@ -1,13 +1,15 @@
 """Points of a run: those of files, which are left to be scored, what they need of the run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from icm_jax.data.fields import check, number
+from icm_jax.data.sources import Source
 from icm_jax.engine.run import Point, Run, read_point
 from icm_jax.errors import IcmError
-from icm_jax.measure import classical
+from icm_jax.measure import Accuracy, MeanIoU, Score, average_precision, classical
 from icm_jax.measure.coded import LEARNED, rival
+from icm_jax.measure.instances import InstancePrecision
 
 
 def file_points(
@@ -61,6 +63,21 @@ def no_codec(run: Run, point: Point) -> IcmError:
         f"{run.name} is to be scored by {str(point)!r}, but neither trains a codec (codec_file) "
         "nor stands on one (start)"
     )
+
+
+def tally(run: Run, point: Point, source: Source, protocol: str) -> Callable[[], Score]:
+    """() -> what counts a task's hits, by the labels that the run needs; `protocol` is of boxes.
+
+    Raises: IcmError as `scored_label`.
+    """
+    label = scored_label(run, point)
+    boxes = InstancePrecision if "outlines" in run.needs else average_precision
+    tallies: dict[str, Callable[[], Score]] = {
+        "mask": lambda: MeanIoU(source.mask_classes),
+        "objects": lambda: boxes(protocol, source.classes),
+        "label": Accuracy,
+    }
+    return tallies[label]
 
 
 def scored_label(run: Run, point: Point) -> str:

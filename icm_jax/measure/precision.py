@@ -13,7 +13,7 @@ half as well; COCO's are crowds, of which a box may be a small part.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,15 @@ from icm_jax.errors import IcmError
 from icm_jax.measure.scores import Score
 from icm_jax.tasks.detection import PROTOCOLS
 
+AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}
+"""COCO's sizes of objects, in pixels of their own images."""
 OVERLAP = 0.5
 """VOC's least intersection over union of a hit."""
 _AT_ONCE = 1 << 20
 """Detections times draws times overlaps, of which average precisions are drawn together."""
+UNIT = (1000.0, 1000.0)
+"""Sides that images are given which tell none: COCO passes over boxes of less than a pixel."""
+EVERY = {"all": (0, 1e10)}
 _RECALLS = np.arange(11) / 10  # of VOC 2007; 3 / 10 is then the recall of 3 of 10 objects
 
 
@@ -40,10 +45,12 @@ class BoxScore(Score):
     """What both protocols see.
 
     Predictions: "boxes" [N, D, 4], "scores", "labels", "valid" [N, D]; batches: "boxes" [N, B, 4],
-    "box_labels", "box_valid", "box_ignored" [N, B], "image" and its "extent". What is predicted
-    ends with the picture, as in Darknet's own evaluation: truth does. Overlaps do not depend on the
-    unit of length. Boxes are continuous: VOC's corners are pixels that belong to the object, so the
-    pixel that its development kit adds to a width is part of the box here.
+    "box_labels", "box_valid", "box_ignored" [N, B], "image" and its "extent", and if objects are to
+    be told apart by size "own_sides" [N, 2], height and width of the images themselves, and, where
+    an object's area is not its box's, "areas" [N, B] in their pixels. What is predicted ends with
+    the picture, as in Darknet's own evaluation: truth does. Overlaps do not depend on the unit of
+    length. Boxes are continuous: VOC's corners are pixels that belong to the object, so the pixel
+    that its development kit adds to a width is part of the box here.
 
     Args: classes: their names.
 
@@ -54,15 +61,22 @@ class BoxScore(Score):
         self._classes = tuple(classes)
         self._truth: list[tuple] = []  # image from 0 on, label, box, ignored
         self._found: list[tuple] = []  # image, label, box, score
+        self._areas: list[float | None] = []  # of `_truth`
+        self._sides: list[tuple | None] = []  # of each image
+        self._units: list[tuple] = []  # pixels that the canvas would have at the image's own size
 
     def update(self, predicted, batch):
         for row in np.flatnonzero(batch["valid"]):
             start, size = batch["extent"][row].reshape(2, 2) / np.array(batch["image"].shape[1:3])
             low, high = np.tile(start, 2), np.tile(start + size, 2)
+            sides = tuple(map(int, batch["own_sides"][row])) if "own_sides" in batch else None
+            self._sides.append(sides)
+            self._units.append(tuple(sides / size) if sides else UNIT)
             for i in np.flatnonzero(batch["box_valid"][row] | batch["box_ignored"][row]):
                 ignored = bool(batch["box_ignored"][row, i])
                 label, box = batch["box_labels"][row, i], batch["boxes"][row, i]
                 self._truth.append((self.examples, int(label), box, ignored))
+                self._areas.append(float(batch["areas"][row, i]) if "areas" in batch else None)
             for i in np.flatnonzero(predicted["valid"][row]):
                 label, box = predicted["labels"][row, i], predicted["boxes"][row, i]
                 box = np.clip(box, low, high)
@@ -73,6 +87,9 @@ class BoxScore(Score):
     def add(self, other):
         self._truth += [(self.examples + row[0], *row[1:]) for row in other._truth]
         self._found += [(self.examples + row[0], *row[1:]) for row in other._found]
+        self._areas += other._areas
+        self._sides += other._sides
+        self._units += other._units
         self.examples += other.examples
 
     def require_boxes(self) -> None:
@@ -157,6 +174,9 @@ def _overlaps(found: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 class CocoPrecision(BoxScore):
     """COCO's mean average precision of boxes: map50 and map. Ignored boxes are its crowds."""
 
+    kind: Any = "bbox"
+    """As pycocotools names what is compared."""
+
     def result(self):
         precision = self._precision()
         mean = lambda p: float(p[p > -1].mean())  # noqa: E731
@@ -166,6 +186,18 @@ class CocoPrecision(BoxScore):
         of_classes = self._precision()[0].mean(axis=(0, 2, 3))
         named = zip(self._classes, of_classes, strict=True)
         return {name: float(value) for name, value in named if value > -1}
+
+    def by_size(self) -> dict[str, float]:
+        """map of objects of each size in `AREAS`, without those that none has; {} where it is not
+        known how large images are."""
+        if None in self._sides:
+            return {}
+        precision = self._precision(AREAS)
+        parts = zip(AREAS, (precision[..., place, 0] for place in range(len(AREAS))), strict=True)
+        return {name: float(p[p > -1].mean()) for name, p in parts if (p > -1).any()}
+
+    def parts(self):
+        return super().parts() | {"by_size": self.by_size()}
 
     def resampled(self, counts):
         # COCOeval's, with each image's detections as often as the draw takes it.
@@ -183,33 +215,47 @@ class CocoPrecision(BoxScore):
             of_classes.append(_over_draws(there, counts, measure, 2))
         return dict(zip(("map", "map50"), _mean_of_classes(of_classes), strict=True))
 
-    def _precision(self) -> np.ndarray:
-        """[IoU, recall, class, 1, 1], -1 of classes without a box."""
-        scoring = self._compared()
+    def _precision(self, areas: Mapping[str, tuple] = EVERY) -> np.ndarray:
+        """[IoU, recall, class, area, 1], -1 of classes without a box."""
+        scoring = self._compared(areas)
         with _silence():
             scoring.accumulate()
         return scoring.eval["precision"]
 
-    def _compared(self) -> Any:
+    def _annotations(self) -> tuple[list[dict], list[dict]]:
+        """What is there and what is found, as COCO's files have it."""
+
+        def annotation(image, label, box, **more):
+            return _annotation(image, label, box, self._units[image]) | more
+
+        truth = [annotation(*row[:3], iscrowd=int(row[3])) for row in self._truth]
+        for row, area in zip(truth, self._areas, strict=True):
+            row["area"] = row["area"] if area is None else area
+        return truth, [annotation(*row[:3], score=row[3]) for row in self._found]
+
+    def _compared(self, areas: Mapping[str, tuple] = EVERY) -> Any:
         """COCOeval that has matched what is found with what is there. Raises: as the class."""
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
         self.require_boxes()
-        truth = [dict(_annotation(*row[:3]), iscrowd=int(row[3])) for row in self._truth]
-        found = [dict(_annotation(*row[:3]), score=row[3]) for row in self._found]
+        truth, found = self._annotations()
+        sides = [sides or UNIT for sides in self._sides]
         with _silence():
             given, predicted = COCO(), COCO()
             for coco, rows in ((given, truth), (predicted, found)):
                 dataset: Any = {
-                    "images": [{"id": i + 1} for i in range(self.examples)],
+                    "images": [
+                        {"id": i, "height": h, "width": w} for i, (h, w) in enumerate(sides, 1)
+                    ],
                     "categories": [{"id": k} for k in range(len(self._classes))],
                     "annotations": [dict(row, id=n) for n, row in enumerate(rows, 1)],
                 }
                 coco.dataset = dataset
                 coco.createIndex()
-            scoring: Any = COCOeval(given, predicted, "bbox")
-            scoring.params.areaRng, scoring.params.areaRngLbl = [[0, 1e10]], ["all"]
+            scoring: Any = COCOeval(given, predicted, self.kind)
+            scoring.params.areaRng = [[*limits] for limits in areas.values()]
+            scoring.params.areaRngLbl = [*areas]
             scoring.params.maxDets = [100]
             scoring.evaluate()
         return scoring
@@ -290,9 +336,11 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _annotation(image: int, label: int, box, unit: float = 1000.0) -> dict:
-    """A row as COCO has it; `unit` because it takes boxes of less than one pixel for small ones."""
-    top, left, bottom, right = (unit * float(side) for side in box)
+def _annotation(image: int, label: int, box, unit: Sequence[float]) -> dict:
+    """A row as COCO has it; `unit`: pixels of a box of the whole canvas, (height, width)."""
+    top, left, bottom, right = (
+        float(side) * u for side, u in zip(box, (*unit, *unit), strict=True)
+    )
     height, width = max(bottom - top, 0.0), max(right - left, 0.0)
     area = height * width
     sides = [left, top, width, height]

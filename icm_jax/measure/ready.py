@@ -44,6 +44,10 @@ MARKERS = tuple("ovsP*XDdp^<>hH8.+x1234|_")
 """Of Matplotlib, for points of a curve."""
 
 
+LOOKED_AT = 1000
+"""Images of a split, of which one must have an outline where masks of objects are learned."""
+
+
 def check_ready(runs: Sequence[Run], base: str | os.PathLike) -> None:
     """Checks all runs of an experiment; opens the data of those that are not finished, but trains
     nothing. Names the formats that are left out, for nothing here writes them.
@@ -143,6 +147,9 @@ def _check_needs(run: Run) -> None:
     if "objects" in run.needs and not boxes:
         told = f"is {boxes}, but objects are learned from; say how many an image has at most"
         raise FieldError(("data", "boxes"), boxes, told, run.name)
+    if "outlines" in run.needs and not run.data.get("outlines", 0):
+        told = "is 0, but masks of objects are learned from; say at every how many pixels"
+        raise FieldError(("data", "outlines"), 0, told, run.name)
 
 
 def _check_data(run: Run, sources: Sequence[Source]) -> None:
@@ -167,6 +174,13 @@ def _check_data(run: Run, sources: Sequence[Source]) -> None:
             raise IcmError(
                 f"{run.name} tells classes apart, and {sources[0].name} has {counts[need]}; "
                 "give it two or more"
+            )
+    for source in sources if "outlines" in run.needs else ():
+        seen = min(source.length, LOOKED_AT)
+        if not any(any(source.load(number)["outlines"]()) for number in range(seen)):
+            raise IcmError(
+                f"{run.name} learns masks of objects, and {source.name} has the outline of none in "
+                f"its first {seen} images; learn boxes alone"
             )
 
 

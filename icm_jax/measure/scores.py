@@ -42,6 +42,10 @@ class Score(abc.ABC):
         not means over classes none."""
         return {}
 
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Scores of parts of what was added, by the names that records have them under."""
+        return {"by_class": self.by_class()}
+
     @abc.abstractmethod
     def resampled(self, counts: np.ndarray) -> dict[str, np.ndarray]:
         """Scores over the examples of each draw, float64 [draws], NaN where they show nothing that

@@ -11,8 +11,11 @@ from icm_jax.report.looks import FORMATS, SOURCE, looks_of, name_and_point, save
 
 
 class Measure(NamedTuple):
-    """What is drawn over the rate: records of `curve` that have `key`, times `factor`; `classes` is
-    what the records' "by_class" is, in words, if they have it of this measure."""
+    """What is drawn over the rate: records of `curve` that have `key`, times `factor`.
+
+    `parts` is the name under which records have it of parts, of classes or sizes, if they do, and
+    `classes` what that is, in words.
+    """
 
     curve: str
     key: str
@@ -20,18 +23,29 @@ class Measure(NamedTuple):
     axis: str
     factor: float = 1.0
     classes: str = ""
+    parts: str = "by_class"
+
+
+def _precisions(curve: str, title: str, prefix: str = "") -> tuple[Measure, Measure]:
+    """COCO's two means of a record's average precisions, whose names have that prefix."""
+    sizes = "AP@[0.5:0.95] [%], COCO's sizes"
+    half = Measure(curve, f"{prefix}map50", f"{title} at IoU 0.5", "mAP@0.5 [%]", 100, "AP@0.5 [%]")
+    mean = Measure(curve, f"{prefix}map", f"{title} at IoU 0.5 to 0.95", "mAP@[0.5:0.95] [%]", 100)
+    return (
+        half._replace(parts=f"{prefix}by_class"),
+        mean._replace(classes=sizes, parts=f"{prefix}by_size"),
+    )
 
 
 MEASURES = (
     Measure("classify", "top1", "Classification, tail fine-tuned", "top-1 accuracy [%]", 100),
     Measure("linear", "top1", "Classification, linear", "top-1 accuracy [%]", 100),
     Measure("segment", "miou", "Semantic segmentation", "mIoU [%]", 100, "IoU [%]"),
-    Measure(
-        "detect", "map50", "Detection, COCO's mAP at IoU 0.5", "mAP@0.5 [%]", 100, "AP@0.5 [%]"
-    ),
-    Measure("detect", "map", "Detection, COCO's mAP at IoU 0.5 to 0.95", "mAP@[0.5:0.95] [%]", 100),
+    *_precisions("detect", "Detection, COCO's mAP"),
     Measure("detect", "voc2007", "Detection, VOC 2007's mAP", "11-point mAP [%]", 100, "AP [%]"),
     Measure("detect", "voc2010", "Detection, VOC 2010's mAP", "area mAP [%]", 100, "AP [%]"),
+    *_precisions("instances", "Instance segmentation, COCO's mAP of masks", "mask_"),
+    *_precisions("instances", "Instance segmentation, COCO's mAP of boxes"),
     Measure("image", "psnr", "Image quality, PSNR", "PSNR [dB]"),
     Measure("image", "ssim_db", "Image quality, SSIM", "SSIM [dB]"),
     Measure("image", "ms_ssim_db", "Image quality, MS-SSIM", "MS-SSIM [dB]"),

@@ -65,12 +65,12 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
             axis.imshow(pictures[row, down, across], extent=place)
             axis.set_xlabel(captions[row], fontsize=7)
             for box in batch["boxes"][row][batch["box_valid"][row]]:
-                _draw_box(axis, box, spec.canvas, "white", "--")
+                draw_box(axis, box, spec.canvas, "white", "--")
             for i in np.flatnonzero(found["valid"][row] & (found["scores"][row] >= DRAWN)):
                 label = int(found["labels"][row, i])
                 text = f"{source.classes[label]} {found['scores'][row, i]:.2f}"
                 box = found["boxes"][row, i]
-                _draw_box(axis, box, spec.canvas, f"C{label % 10}", "-", text)
+                draw_box(axis, box, spec.canvas, f"C{label % 10}", "-", text)
     figure.tight_layout()
     text = f"Dashed: the truth. Lines: boxes with a score of at least {DRAWN}."
     if codecs:
@@ -89,7 +89,7 @@ def _middles(runs) -> list:
     return [several[len(several) // 2] for several in arms.values()]
 
 
-def _draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: str = "") -> None:
+def draw_box(axis, box, size: tuple[int, int], colour: str, style: str, text: str = "") -> None:
     """A rectangle (ymin, xmin, ymax, xmax), fractions of `size` in pixels, and words above it."""
     top, left, bottom, right = np.clip(box, 0, 1) * np.tile(size, 2)
     corner = (left - 0.5, top - 0.5)

@@ -28,6 +28,7 @@ from icm_jax.report import (
     looks,
     masks,
     noise,
+    objects,
     outside,
     pictures,
     speed,
@@ -91,7 +92,10 @@ def write_report(
         parts += [("h2", "Bitstreams"), ("table", tables.stream_table(streams))]
     frozen = [run for run in runs if (workdir / run.name / "codec.icmc").is_file()]
     detectors = [run for run in runs if "objects" in run.needs and run.name not in missing]
-    if detectors:
+    heads = [run for run in detectors if run.task.name == "object_detection"]
+    if heads:
+        parts += objects.objects(heads, workdir)
+    elif detectors:
         parts += detections.detections(detectors[0], frozen, workdir)
     segmenters = [run for run in runs if "mask" in run.needs and run.name not in missing]
     if segmenters:
@@ -113,6 +117,7 @@ def _of_curves(records, measure: curves.Measure, workdir, place: str) -> list[tu
         return []
     several = [m.curve for m in curves.MEASURES].count(measure.curve) > 1
     name = f"rate_{measure.key if several else measure.curve}"
+    name += "_instances" * (measure.curve == "instances")
     if place:
         measure = measure._replace(title=f"{measure.title}, on {place}")
         name += "_" + re.sub(r"\W+", "_", place)

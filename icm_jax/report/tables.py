@@ -41,24 +41,25 @@ def curve_table(records: list[dict], measure: Measure) -> list[list[str]]:
 
 
 def class_table(records: list[dict], measure: Measure) -> list[list[str]]:
-    """A row a class, a column a point of a curve, in per cent; means over the seeds that have the
-    class. Of masks also the share of pixels that are right."""
+    """A row a class, or another part of what is measured, a column a point of a curve, in per cent;
+    means over the seeds that have the class. Of label maps also the share of pixels that are right.
+    """
     points: dict[tuple[str, str], list[dict]] = {}
     for record in sorted(records, key=lambda r: (r["kind"] != "pixels", r["arm"], r.get("bpp", 0))):
-        if "by_class" in record:
+        if measure.parts in record:
             points.setdefault(name_and_point(record), []).append(record)
     looks = looks_of(records)
     said = {
         at: title_of(at[1]) if of[0]["kind"] == "stream" else at[1] for at, of in points.items()
     }
     head = [measure.classes, *(f"{looks[at[0]].title} {said[at]}".strip() for at in points)]
-    known = dict.fromkeys(name for of in points.values() for r in of for name in r["by_class"])
+    known = dict.fromkeys(name for of in points.values() for r in of for name in r[measure.parts])
 
     def row(title: str, values_of) -> list[str]:
         found = [[v for r in of if (v := values_of(r)) is not None] for of in points.values()]
         return [title, *(f"{100 * np.mean(v):.1f}" if v else "–" for v in found)]
 
-    rows = [row(name, lambda r, name=name: r["by_class"].get(name)) for name in known]
+    rows = [row(name, lambda r, name=name: r[measure.parts].get(name)) for name in known]
     if any("pixel_accuracy" in record for record in records):
         rows.append(row("pixels right", lambda r: r.get("pixel_accuracy")))
     return [head, *rows]
