@@ -68,7 +68,8 @@ class Labels:
     """What a record, and so the report, knows of a run's curve.
 
     Attributes:
-      curve: what is scored: "classify", "linear", "segment", "detect", "arms" or "image".
+      curve: what is scored: "classify", "linear", "segment", "detect", "instances", "arms" or
+        "image".
       arm: which of several that are compared. point: which point of the arm's curve, or "".
       title: of the arm, in words; "": its name. colour: "#rrggbb", marker: of Matplotlib;
         "": the report chooses.
