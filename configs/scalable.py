@@ -168,6 +168,7 @@ def coco_tiny() -> dict:
     slices = 48, 64, 144  # of photo.icmc
     first = ("conditional", slices, slices, 2), ("split", slices[:2], slices[2:], 1)
     config["layered"].update(size=256, kinds=(*first, ("split", slices[:2], slices[2:], 2)))
+    config["layered"]["codec"].update(through="image")
     config["single"].update(channels=sum(sizes), lambdas=SMALL_LAMBDAS[:5])
     config["train"].update(steps=3000, following_steps=1000, batch_size=8, save_every=1000)
     config["train"].update(keep_every=1000)

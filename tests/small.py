@@ -70,7 +70,9 @@ SCALABLE = {
     "conditional": lambda: layered_codec(
         "conditional", (8, 6), (2, 3), (2, 3, 3), 2, DETECTOR, **LAYERS, levels=3
     ),
-    "layered_split": lambda: layered_codec("split", (8, 6), (2, 3), (3,), 2, DETECTOR, **LAYERS),
+    "layered_split": lambda: layered_codec(
+        "split", (8, 6), (2, 3), (3,), 2, DETECTOR, **LAYERS, through="image"
+    ),
 }
 
 

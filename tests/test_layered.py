@@ -12,16 +12,18 @@ from small import BUILT, DETECTOR, LAYERS, SCALABLE, images, initial, small_code
 
 from icm_jax.codecs import CODECS, bitstream, layered_codec, model_file
 from icm_jax.codecs.codec import forward
+from icm_jax.codecs.scalable import detected
 from icm_jax.coding import container
 from icm_jax.errors import IcmError
+from icm_jax.nets.detector import Part
 from icm_jax.tasks import build_task
 from icm_jax.weights import icmc, start_from
 
 LIKE = dict(LAYERS, checkered=2, levels=3)
 """As the small codec "space_channel" is built."""
 KINDS = {
-    "conditional": lambda: layered_codec(
-        "conditional", (8, 6), (2, 3, 3), (2, 3, 3), 2, DETECTOR, **LIKE
+    "conditional": lambda **options: layered_codec(
+        "conditional", (8, 6), (2, 3, 3), (2, 3, 3), 2, DETECTOR, **LIKE, **options
     ),
     "split": lambda: layered_codec("split", (8, 6), (2, 3), (3,), 1, DETECTOR, **LIKE),
 }
@@ -121,6 +123,16 @@ def test_a_picture_that_is_kept_is_not_trained():
         build_task(ConfigDict(dict(config, lambdas=(0.1,))))
 
 
+def test_through_an_image_the_feature_begins_as_that_of_the_picture(picture):
+    path, codec, variables = picture
+    shown, batch = KINDS["conditional"](through="image"), images(2, 64, 32, 3)
+    started = start_from(jax.device_get(initial(shown, batch)), "icmc", path)
+    given = coded(shown, started, batch).outputs["feature"]
+    base = coded(codec, variables, batch, 0.15).outputs["image"]
+    expected = detected(started, Part(DETECTOR, end=DETECTOR.split), base / 255.0)
+    np.testing.assert_allclose(given, expected, atol=1e-4)
+
+
 def test_the_base_alone_gives_the_feature():
     own, batch = small_codec("conditional"), images(1, 40, 70, 3)
     (data,) = bitstream.encode(own, batch, quality=60)
@@ -137,6 +149,7 @@ def test_the_base_alone_gives_the_feature():
         (dict(kind="conditional", hypers=1), ", 1 hyperpriors;"),
         (dict(share=0.0), "share 0.0"),
         (dict(base_blocks=(0, 99, 0)), "up to 16"),
+        (dict(through="pixels"), "then feature or image"),
         (dict(base=()), r"slices \(\) and"),
     ],
 )

@@ -93,6 +93,7 @@ CODECS: dict[str, Table] = {
         "side": optional(COUNT),
         "levels": optional(COUNT),
         "share": optional(number(above=0, most=1)),
+        "through": optional(one_of(*layered.THROUGH)),
         "dtype": optional(DTYPE),
     },
 }

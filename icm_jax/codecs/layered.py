@@ -9,9 +9,13 @@
 f is what the front of a frozen detector makes of x; its tail takes f_hat. The picture's networks
 are those of `space_channel_codec`, and so are the base's up to the scale of f: they can start from
 the weights of such a codec (`icm_jax.weights.icmc`), which has seen more pictures than a detector
-has labels. The codecs of `icm_jax.codecs.scalable` have to learn that the enhancement need not
-repeat what the base says; here its prior is told, so that it costs what is new in it, and the
-picture is that of the codec it began as (successive refinement, Equitz and Cover 1991).
+has labels. The base is decoded to one of `THROUGH`: to the "feature" itself, which costs least to
+compute but has to learn what the front is, or to an "image" of which the front makes the feature,
+which is a good one before any training and is then trained to be a better one.
+
+The codecs of `icm_jax.codecs.scalable` have to learn that the enhancement need not repeat what the
+base says; here its prior is told, so that it costs what is new in it, and the picture is that of
+the codec it began as (successive refinement, Equitz and Cover 1991).
 
 Parameters lie under `layered`, the detector's under `detector`.
 """
@@ -25,7 +29,7 @@ import jax.numpy as jnp
 from icm_jax import entropy, ops
 from icm_jax.codecs import priors
 from icm_jax.codecs.codec import Codec, Outputs, Segment, builder, method_of
-from icm_jax.codecs.scalable import DETECTOR, LATENT, require_detector
+from icm_jax.codecs.scalable import DETECTOR, LATENT, detected, require_detector
 from icm_jax.codecs.space_channel import (
     DEEPEST,
     HYPER_WIDTH,
@@ -36,11 +40,12 @@ from icm_jax.codecs.space_channel import (
 )
 from icm_jax.codecs.tiles import Back, Tiling
 from icm_jax.errors import IcmError
-from icm_jax.nets.bottleneck import FeatureSynthesis, SignedHyperAnalysis
-from icm_jax.nets.detector import ACTIVATIONS, Detector, Part
+from icm_jax.nets.bottleneck import BlockSynthesis, FeatureSynthesis, SignedHyperAnalysis
+from icm_jax.nets.detector import ACTIVATIONS, Detector, Part, reach
 
 PART = "layered"
 KINDS = ("conditional", "split")
+THROUGH = ("feature", "image")
 
 
 class Conditional(ops.Module):
@@ -97,13 +102,13 @@ class Split(ops.Module):
     """One codec whose first slices are the base.
 
     Attributes:
-      picture: the codec. first: how many of its slices are the base. synthesis: of f. hypers: 1 for
-        all of y, in the base, or 2, one for each layer's part.
+      picture: the codec. first: how many of its slices are the base. synthesis: of f, or of an
+        image. hypers: 1 for all of y, in the base, or 2, one for each layer's part.
     """
 
     picture: SpaceChannelCodec
     first: int
-    synthesis: FeatureSynthesis
+    synthesis: FeatureSynthesis | BlockSynthesis
     hypers: int
 
     def setup(self):
@@ -152,7 +157,8 @@ class Split(ops.Module):
         y = jnp.concatenate([latents[name] for name in self.picture.names[: self.first]], axis=-1)
         rest = jnp.zeros((*y.shape[:-1], sum(self.picture.slices) - self.channels), y.dtype)
         y = self.picture.gain.undo(jnp.concatenate([y, rest], axis=-1), quality)
-        return self.synthesis(y[..., : self.channels])
+        whole = isinstance(self.synthesis, BlockSynthesis)  # that of the picture, the rest unknown
+        return self.synthesis(y if whole else y[..., : self.channels])
 
     def image(self, latents, quality):
         return self.picture.decode(latents, quality)
@@ -184,6 +190,7 @@ def layered_codec(
     side: int = 24,
     levels: int = 1,
     share: float = 0.5,
+    through: str = "feature",
     dtype: str = "float32",
 ) -> Codec:
     """The codec of a kind in `KINDS`; layers 0 (base) and 1 (enhancement).
@@ -198,34 +205,39 @@ def layered_codec(
       hypers: hyperpriors, 2 (one per layer) or, in "split" alone, 1 (for both, in the base).
       detector: whose feature the base is for; or its fields as JSON gives them back.
       blocks: bottlenecks at 1/4, 1/8, 1/16 of analyses and of the picture's synthesis.
-      base_blocks: of the synthesis of the feature; those finer than it are not there.
+      base_blocks: of the base's synthesis; those finer than the feature are not there.
       share: in "conditional", the part of the quality's scale that the base goes over.
+      through: what the base's synthesis gives, one of `THROUGH`.
 
-    Raises: IcmError for an unknown kind, numbers that are not as above, or a detector whose feature
-    is at another scale than 1/4 to 1/16.
+    Raises: IcmError for an unknown kind or `through`, numbers that are not as above, or a detector
+    whose feature is at another scale than 1/4 to 1/16, or with "image" 1/2 to 1/16.
     """
     detector = Detector(*detector)
     _require(kind, hypers, base, enhancement)
-    _require_numbers(share, base_blocks)
-    require_detector(detector, (4, 8, 16))
+    _require_numbers(share, base_blocks, through)
+    require_detector(detector, (2, 4, 8, 16) if through == "image" else (4, 8, 16))
     networks = inner, hyper_channels, side, levels, dtype
     plain = SpaceChannelCodec(widths, base + enhancement, checkered, blocks, blocks, *networks)
-    feature = detector.feature
+    feature = detector.feature if through == "feature" else None
     if kind == "conditional":
         first = plain.clone(slices=base, back_blocks=base_blocks, latent="b", feature=feature)
         second = plain.clone(slices=enhancement, beside=tuple(first.names))
         module, codecs = Conditional(first, second, share), (first, second)
     else:
-        back = (*widths, sum(plain.slices)), base_blocks, inner, jnp.dtype(dtype), feature
-        module, codecs = Split(plain, len(base), FeatureSynthesis(*back), hypers), (plain,)
+        back = (*widths, sum(plain.slices)), base_blocks, inner, jnp.dtype(dtype)
+        own = BlockSynthesis(*back) if feature is None else FeatureSynthesis(*back, feature)
+        module, codecs = Split(plain, len(base), own, hypers), (plain,)
     for codec in codecs:
         check_fields(codec)
-    return _built(module, detector, levels, blocks, base_blocks, hyper_channels)
+    halos = halo_of(blocks), halo_of(base_blocks) + 1
+    return _built(module, detector, levels, halos, hyper_channels, through)
 
 
-def _built(module, detector: Detector, levels: int, blocks, base_blocks, hyper: int) -> Codec:
+def _built(module, detector: Detector, levels: int, halos, hyper: int, through: str) -> Codec:
+    """Args: halos: of the picture's transforms, and of the base's synthesis, elements of y."""
     run = method_of(module, PART)
     grid = math.lcm(detector.grid, LATENT)
+    shown = Part(detector, end=detector.split)
     last = detector.table[detector.split - 1]
     activation = ACTIVATIONS[last.activation if last.kind == "conv" else "linear"]
 
@@ -238,7 +250,8 @@ def _built(module, detector: Detector, levels: int, blocks, base_blocks, hyper: 
         return run(variables, y, method="latents")
 
     def feature_of(variables, decoded, shape):
-        return activation(run(variables, decoded, decoded.get("quality"), method="feature_hat"))
+        f = run(variables, decoded, decoded.get("quality"), method="feature_hat")
+        return detected(variables, shown, f / 255.0) if through == "image" else activation(f)
 
     def image_of(variables, decoded, shape):
         return ops.crop_to(run(variables, decoded, decoded.get("quality"), method="image"), *shape)
@@ -246,9 +259,10 @@ def _built(module, detector: Detector, levels: int, blocks, base_blocks, hyper: 
     names = [name for name, *_ in module.places]
     base = tuple(name for name, *_, layer in module.places if layer == 0)
     own = tuple(names) if isinstance(module, Split) else tuple(n for n in names if n not in base)
-    back = Back("feature", base, detector.feature.stride, halo_of(base_blocks) + 1)
-    back = back, Back("image", own, 1, halo_of(blocks))
-    halo = LATENT * halo_of(blocks)
+    far = -(-reach(detector.table, detector.split) // LATENT) if through == "image" else 0
+    back = Back("feature", base, detector.feature.stride, halos[1] + far)
+    back = back, Back("image", own, 1, halos[0])
+    halo = LATENT * halos[0]
     return Codec(
         parts=(PART, DETECTOR),
         init=lambda key, image: _initial(module, detector, levels, grid, key),
@@ -315,9 +329,9 @@ def _require(kind, hypers: int, base, enhancement) -> None:
         )
 
 
-def _require_numbers(share: float, base_blocks) -> None:
-    if not 0.0 < share <= 1.0 or max(base_blocks) > DEEPEST:
+def _require_numbers(share: float, base_blocks, through: str) -> None:
+    if not 0.0 < share <= 1.0 or max(base_blocks) > DEEPEST or through not in THROUGH:
         raise IcmError(
-            f"no layered codec with share {share} and base_blocks {base_blocks}: the one above 0 "
-            f"and up to 1, the others up to {DEEPEST}"
+            f"no layered codec with share {share}, base_blocks {base_blocks}, through {through!r}: "
+            f"the first above 0 and up to 1, blocks up to {DEEPEST}, then {' or '.join(THROUGH)}"
         )

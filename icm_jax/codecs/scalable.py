@@ -188,7 +188,7 @@ def scalable_codec(
 
     def both(variables, inputs):
         x = ops.pad_to(inputs["image"], grid).astype(jnp.float32)
-        f = inputs["feature"] if "feature" in inputs else _detected(variables, front, x / 255.0)
+        f = inputs["feature"] if "feature" in inputs else detected(variables, front, x / 255.0)
         return run(variables, x, f, method="front")
 
     def analyse(variables, inputs):
@@ -197,7 +197,7 @@ def scalable_codec(
 
     def feature_of(variables, decoded, shape):
         f = run(variables, decoded["y_b"], method="feature_hat")
-        return _detected(variables, end, f, raw=True) if raw else f
+        return detected(variables, end, f, raw=True) if raw else f
 
     def image_of(variables, decoded, shape):
         return ops.crop_to(run(variables, decoded["y_b"], decoded["y_e"], method="image"), *shape)
@@ -212,7 +212,8 @@ def scalable_codec(
     )
 
 
-def _detected(variables, part: Part, x, **options):
+def detected(variables, part: Part, x, **options):
+    """What a part of the detector makes of x, in evaluation; see `Part`."""
     given = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
     return part.apply(given, x, train=False, **options)
 
