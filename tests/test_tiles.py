@@ -232,6 +232,8 @@ def test_a_halo_wider_than_all_windows_takes_one_of_few_sizes():
         ("disentangled", 192, (150, 390)),
         ("split", 192, (150, 390)),
         ("residual", 640, (600, 780)),
+        ("conditional", 192, (150, 390)),
+        ("layered_split", 192, (150, 390)),
         ("autoencoder", 128, (129, 301)),
         ("autoencoder", 64, (8, 17)),
     ],
@@ -248,10 +250,12 @@ def test_codecs_see_in_windows_what_they_see_of_the_whole(kind, window, size):
     variables, image = jax.device_put(filled), images(1, *size, 3)
     windows = ((window, window),)
     assert tiles.best_size(size, tiling.halo, 16, windows) == windows[0]
-    expected = jax.jit(frozen.codec.analyse)(variables, {"image": image})
-    latents = {}
+    _, condition = quality_of(frozen.codec)
+    condition = {name: value[:1] for name, value in condition.items()}
+    expected = jax.jit(frozen.codec.analyse)(variables, {"image": image} | condition)
+    latents: dict = dict(condition)
     for sizes in (windows, tiles.SIZES):
-        found = walk.analyse(frozen.codec, variables, image, {}, sizes)
+        found = walk.analyse(frozen.codec, variables, image, condition, sizes)
         for name, latent in expected.items():
             latents[name] = np.rint(latent)
             np.testing.assert_allclose(found[name], latent, rtol=1e-4, atol=1e-4)
