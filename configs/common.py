@@ -81,7 +81,7 @@ def left_out(config: ml_collections.ConfigDict, needs: dict[str, str]) -> list[s
     """Sentences on tasks whose labels the data lack; `needs`: {task: kind of label}."""
     has = label_keys(config)
     return [
-        f"No {task} task: {config.data.name} has no {label}s."
+        f"No {task} task: {config.data.name} has no {label.removesuffix('s')}s."
         for task, label in needs.items()
         if label not in has
     ]

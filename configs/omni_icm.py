@@ -18,7 +18,8 @@
 
     Command: python -m icm_jax.main --config=configs/omni_icm.py:transfer \\
                  --config.data.path=PHOTOS --config.stage3.tasks.objects.data.path=FOLDER \\
-                 --config.stage3.tasks.street.data.path=MASKS
+                 --config.stage3.tasks.street.data.path=MASKS \\
+                 --config.stage3.tasks.boxes.data.path=COCO
     Takes:   not run here to its end
     On:      2 CPU cores
     Expect:  no number of ours yet: one codec, learned on photographs, for tasks on other data
@@ -30,11 +31,14 @@ Runs, in this order and for every seed:
     omni, unfiltered     stage1: contrastive learning through the information filter; the two differ
                          in α alone (`unfiltered` is the α = 0 twin)
                          stage2-λ: the feature codec at each λ, backbone frozen
-                         classify-λ, linear-λ, segment-λ: tail and head trained on decoded features
+                         classify-λ, linear-λ, segment-λ, detect-λ, instances-λ: tail and head
+                         trained on decoded features
     rgb                  the backbone trained on pixels, fed with JPEG and WebP files
 
 `stage3.tasks` names the tasks; each may have data of its own (`data.name`, `data.path`), and then a
-rival of its own on pixels.
+rival of its own on pixels. "detect" finds boxes and "instances" masks of objects (docs/extend/
+objects.md); their data say how many objects an image has at most (`data.boxes`), and of masks at
+every how many pixels they are learned (`data.outlines`).
 
 `weights.path`, torchvision's or MoCo's, is what `filter`, `contrast` or else stage1 start from;
 `pretrain.steps=0` leaves `contrast` out. `stage3.weights.path` is that of the tails of the tasks,
@@ -46,6 +50,7 @@ from typing import NamedTuple
 import ml_collections
 
 from configs import common
+from icm_jax.data import BATCH_FIELDS, data_fields, geometry
 from icm_jax.engine.run import Labels, Point, Run, Start, make_run
 from icm_jax.errors import IcmError
 from icm_jax.measure.points import file_points
@@ -60,15 +65,20 @@ TAIL = ("params/tail", "batch_stats/tail")
 BACKBONE = HEAD + TAIL
 PROJECTOR = ("params/projector",)
 FILTER = ("params/filter", "batch_stats/filter")
-NEEDS = {"classify": "label", "linear": "label", "segment": "mask"}
-"""Kind of task -> label that its images need."""
+NEEDS = {"classify": ("label",), "linear": ("label",), "segment": ("mask",)}
+NEEDS |= {"detect": ("objects",), "instances": ("objects", "outlines")}
+"""Kind of task -> labels that its images need, the rarest last."""
+PUBLISHED = 800
+"""Pixels of the shorter side of images for which FCOS's ranges are published (Tian et al. 2019)."""
 
 
 def task(kind: str, steps: int, **own) -> dict:
     """One of `stage3.tasks`.
 
-    Its data are the experiment's, or a set of its own (data.name); learning_rate and batch_size are
-    those of stage 3, size that of the model, where they are 0. Of 0 steps it is left out.
+    Its data are the experiment's, or a set of its own (data.name), but for the fields of batches
+    that it gives, as data.boxes; learning_rate and batch_size are those of stage 3, size that of
+    the model, or of whole images where objects are found, where they are 0. Of 0 steps it is left
+    out.
     """
     fields = dict(kind=kind, steps=steps, learning_rate=0.0, batch_size=0, size=0)
     return fields | dict(data=dict(name="")) | own
@@ -131,10 +141,22 @@ def demo() -> dict:
                 classify=task("classify", 900),
                 linear=task("linear", 0),
                 segment=task("segment", 0),
+                detect=task("detect", 0, learning_rate=3e-3, data=dict(name="", boxes=8)),
             ),
             batch_size=0,
             aspp_rates=(1, 2, 3),
             output_stride=16,
+            # Of detect and instances; see docs/extend/objects.md. crop is that of their views.
+            objects=dict(
+                channels=64,
+                convolutions=2,
+                mask_boxes=16,
+                least=0.05,
+                overlap=0.6,
+                limit=50,
+                protocol="coco",
+                crop=(0.4, 1.0),
+            ),
             weights=dict(reader="resnet", path=""),  # of the tail; "": stage 2's
         ),
         rgb=dict(steps=900, files=common.files(jpeg=(2, 5, 10, 20, 40), webp=(0, 10, 25, 50))),
@@ -170,8 +192,8 @@ def tiny() -> dict:
     config["stage1"].update(steps=6, batch_size=0, warmup_steps=2, queue=64)
     config["stage2"].update(steps=4, warmup_steps=2, lambdas=(1.0,))
     config["stage3"].update(warmup_steps=2)
-    for own in config["stage3"]["tasks"].values():
-        own.update(steps=4)
+    for name, own in config["stage3"]["tasks"].items():
+        own.update(steps=0 if name == "detect" else 4)
     config["rgb"].update(steps=4, files=common.files(jpeg=(20,), webp=(20,)))
     return config
 
@@ -216,11 +238,14 @@ def transfer() -> dict:
     config["data"] = dict(name="photos", path="", canvas=128)
     config["model"].update(size=128)
     street = dict(name="mask_folder", path="", canvas=(192, 256))
+    boxes = dict(name="coco_json", path="", canvas=(192, 256), boxes=20)
     config["stage3"].update(
+        decode_once=False,  # these sets are small: every view of an image counts
         tasks=dict(
             objects=task("classify", 1200, data=dict(name="folder", path="", canvas=128)),
             street=task("segment", 1200, size=(192, 256), data=street),
-        )
+            boxes=task("detect", 1200, learning_rate=3e-3, batch_size=8, data=boxes),
+        ),
     )
     config["stage2"].update(lambdas=(0.1, 0.3, 1.0))
     config["rgb"].update(steps=1200)
@@ -243,7 +268,7 @@ def runs(config: ml_collections.ConfigDict) -> list[Run]:
 def notes(config: ml_collections.ConfigDict) -> list[str]:
     """Tasks that are asked for and left out."""
     shared = [own for own in config.stage3.tasks.values() if own.steps and not own.data.name]
-    said = common.left_out(config, {own.kind: NEEDS[own.kind] for own in shared})
+    said = common.left_out(config, {own.kind: NEEDS[own.kind][-1] for own in shared})
     if config.weights.path and config.codecs:
         said.append(f"weights.path starts nothing: the codecs are those of {config.codecs}.")
     return said
@@ -277,8 +302,8 @@ def tasks_of(config: ml_collections.ConfigDict) -> list[OwnTask]:
             raise IcmError(
                 f"config.stage3.tasks.{name}.kind is {own.kind!r}; choose one of {', '.join(NEEDS)}"
             )
-        data = common.fields_of(own.data, config.data)
-        if own.steps and (data or NEEDS[own.kind] in keys):
+        data = own_data(config, own)
+        if own.steps and (own.data.name or {*NEEDS[own.kind]} <= {*keys}):
             found.append(own_task(config, name, own.kind, own.steps, data))
     if not found and "mask" in keys and asked:
         steps = max(own.steps for own in asked.values())
@@ -287,12 +312,22 @@ def tasks_of(config: ml_collections.ConfigDict) -> list[OwnTask]:
     return found
 
 
+def own_data(config, own) -> dict | None:
+    """Fields of the data that a task of `stage3.tasks` has of its own; None: the experiment's."""
+    batches = {field: own.data.get(field) for field in BATCH_FIELDS}
+    given = {field: value for field, value in batches.items() if value is not None}
+    if own.data.name or not given:
+        return common.fields_of(own.data, config.data)
+    return data_fields(config.data) | given
+
+
 def own_task(config, name: str, kind: str, steps: int, data: dict | None) -> OwnTask:
     """A task with what it has of its own."""
     own, stage = config.stage3.tasks.get(name, {}), dict(config.stage3)
     for field in ("learning_rate", "batch_size"):
         stage[field] = own.get(field) or stage[field]
-    size = own.get("size") or config.model.size
+    whole = "objects" in NEEDS[kind]
+    size = own.get("size") or ((data or config.data)["canvas"] if whole else config.model.size)
     return OwnTask(name, kind, steps, ml_collections.ConfigDict(stage), size, data)
 
 
@@ -385,6 +420,10 @@ def rgb_runs(config, tasks: list[OwnTask], seed: int) -> list[Run]:
 
 def head_fields(config, own: OwnTask) -> dict:
     """Of the task: its name, its size, and what belongs to its kind."""
+    if "objects" in NEEDS[own.kind]:
+        scale = min(geometry.sides(own.size)) / PUBLISHED
+        of_kind = dict(range_scale=scale, masks="outlines" in NEEDS[own.kind])
+        return dict(config.stage3.objects, name="object_detection", size=own.size, **of_kind)
     if own.kind == "segment":
         of_kind = {k: config.stage3[k] for k in ("aspp_rates", "output_stride")}
         return dict(name="segmentation", size=own.size, **of_kind)
@@ -394,7 +433,7 @@ def head_fields(config, own: OwnTask) -> dict:
 
 def own_run(config, own: OwnTask, seed, name: str, task: dict, start, steps: int, **fields) -> Run:
     """A run of a task of stage 3, on its data."""
-    fields |= dict(needs=(NEEDS[own.kind],), weights=common.foreign(config.stage3.weights))
+    fields |= dict(needs=NEEDS[own.kind], weights=common.foreign(config.stage3.weights))
     return stage_run(
         config, own.stage, seed, name, task, start, steps=steps, data=own.data, **fields
     )

@@ -226,8 +226,8 @@ def test_a_small_network_learns_two_images(tmp_path):
     rows = [row[0] for row in tables.class_table([record], found["mask_map"])[1:]]
     assert rows == [name for name in ("small", "medium") if name in record["mask_by_size"]]
     assert {row[0] for row in tables.class_table([record], found["map50"])[1:]} == {"red", "blue"}
-    objects.objects([run], tmp_path)
-    assert (tmp_path / "objects.png").read_bytes()[:4] == b"\x89PNG"
+    objects.objects([run], tmp_path, "")
+    assert (tmp_path / "instances.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_runs_say_what_masks_need(tmp_path):

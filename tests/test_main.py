@@ -356,12 +356,14 @@ def test_tasks_on_data_of_their_own_read_one_codec():
     config.data.path, config.stage2.lambdas = "photographs", (1.0,)
     tasks = config.stage3.tasks
     tasks.objects.data.path, tasks.street.data.path = "objects", "streets"
+    tasks.boxes.data.path = "boxes"
     tasks.street.learning_rate = 0.5
     runs = {run.name: run for run in module.runs(config)}
     assert module.notes(config) == []
     for name, task, path, size in (
         ("objects", "classification", "objects", 128),
         ("street", "segmentation", "streets", (192, 256)),
+        ("boxes", "object_detection", "boxes", (192, 256)),
     ):
         ours, rival = (runs[f"seed0/{place}"] for place in (f"omni/{name}-1", f"rgb/{name}"))
         (start,) = ours.start
@@ -374,6 +376,33 @@ def test_tasks_on_data_of_their_own_read_one_codec():
     tasks.street.kind = "guess"
     with pytest.raises(IcmError, match=r"stage3\.tasks\.street\.kind is 'guess'; choose one of"):
         module.runs(config)
+
+
+def test_objects_are_found_on_the_feature_as_on_pixels():
+    """Boxes of the experiment's own data, masks of others; both ranges follow the images' sizes."""
+    module = load()
+    config = module.get_config("tiny")
+    config.stage3.tasks.detect.steps = 4
+    given = dict(name="coco_json", path="things", canvas=(48, 64), boxes=3, outlines=4)
+    config.stage3.tasks["masks"] = module.task("instances", 4, data=given)
+    runs = {run.name: run for run in module.runs(config)}
+    for name, size, needs, curve in (
+        ("detect", 32, ("objects",), "detect"),
+        ("masks", (48, 64), ("objects", "outlines"), "instances"),
+    ):
+        ours, rival = (runs[f"seed0/{place}"] for place in (f"omni/{name}-1", f"rgb/{name}"))
+        assert ours.start[0].codec and ours.start[0].run == "seed0/omni/stage2-1"
+        assert {point.kind for point in ours.evaluate} == {"stream"}
+        assert {point.kind for point in rival.evaluate} == {"pixels", "jpeg", "webp"}
+        for run in (ours, rival):
+            assert (run.task.size, run.needs, run.labels.curve) == (size, needs, curve)
+            assert run.task.range_scale == min(geometry.sides(size)) / 800
+        builds(rival if name == "detect" else ours)
+    assert runs["seed0/rgb/detect"].data.to_dict() == runs["seed0/filter"].data.to_dict() | {
+        "boxes": 8
+    }
+    config.data.name = "folder"
+    assert "No detect task: folder has no objects." in module.notes(config)
 
 
 def test_weights_that_start_nothing_are_named():

@@ -111,6 +111,10 @@ def test_table_states_measured_beside_estimated_rate():
     cells = dict(zip(head, row, strict=True))
     assert cells["bpp measured"] == "0.2500" and cells["bpp estimated"] == "0.2250"
     assert cells["header bpp"] == "0.0250"
+    assert "images of" not in cells
+    places = [dict(asked={"data": {"name": "coco_json", "path": p}}) for p in ("a/one", "b/two")]
+    head, *rows = tables.stream_table([stream("omni", "3", 0.25, 0.5) | p for p in places])
+    assert head[-1] == "images of" and {row[-1] for row in rows} == {"one", "two"}
 
 
 def drawn_records():
@@ -183,6 +187,22 @@ def test_bd_rates_are_those_of_the_scaled_rates():
     assert rows["α = 0 twin"] == "-40.0 %"  # 0.6 of its rates
     assert rows["JPEG"] == "-70.0 %"  # 0.6 of half its rates
     assert "no quality that both" in rows["WebP"]  # its best is below our worst
+
+
+def test_a_row_for_each_task_and_none_of_one():
+    """Of records of two tasks, the second of which files of JPEG alone are compared in."""
+    records = full_records()
+    few = [r | {"map50": r["top1"] / 2} for r in records if r["kind"] in ("jpeg", "stream")]
+    box = next(m for m in curves.MEASURES if m.key == "map50")
+    head, first, second = tables.task_table([(CLASSIFY, records), (box, few)])
+    cells = [dict(zip(head, row, strict=True)) for row in (first, second)]
+    assert cells[0]["bits against JPEG"] == cells[1]["bits against JPEG"] == "-70.0 %"
+    assert cells[0]["bits against WebP"] == "it is never as good"
+    assert cells[1]["bits against WebP"] == cells[1]["pixels"] == "–"
+    best = max(r["top1"] for r in records if r["arm"] == "omni")
+    assert cells[0]["Omni-ICM, best"] == f"{100 * best:.1f}"
+    assert cells[1]["task"] == "Detection, COCO's mAP at IoU 0.5: mAP@0.5 [%]"
+    assert tables.task_table([(CLASSIFY, records)]) == []
 
 
 def test_bd_rates_of_several_seeds_are_given_with_their_spread():

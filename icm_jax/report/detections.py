@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +37,7 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
     predict = jax.jit(task.predict)
     captions = [""] * count
     rows = [("pixels", batch["image"], predict(variables, {"image": batch["image"]}), captions)]
-    for codec_run in _middles(codecs):
+    for codec_run in middles(codecs):
         frozen = model_file.load(workdir / codec_run.name / "codec.icmc", CODECS)
         streams = bitstream.encode(frozen, batch["image"])
         pictures = bitstream.decode(frozen, streams, "image").clip(0, 255)
@@ -47,8 +48,9 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
             captions = [
                 f"boxes {len(base)} of {text}" for base, text in zip(first, captions, strict=True)
             ]
-        arm, found = codec_run.labels.arm, predict(variables, inputs)
-        title = f"{arm}\nλ = {codec_run.labels.point}"
+        labels: Any = codec_run.labels
+        found = predict(variables, inputs)
+        title = f"{labels.arm}\nλ = {labels.point}"
         rows.append((title, pictures.astype(np.uint8), found, captions))
     figure = Figure(figsize=(2.1 * count, 2.2 * len(rows)), dpi=110)
     axes = figure.subplots(len(rows), count, squeeze=False)
@@ -80,11 +82,11 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
     return [("h2", "Detections"), ("image", name), ("p", text)]
 
 
-def _middles(runs) -> list:
+def middles(runs: Sequence[Run]) -> list[Run]:
     """Of each arm, first seed, the run of the middle λ."""
     arms: dict[str, list] = {}
     for run in runs:
-        if run.seed == runs[0].seed:
+        if run.labels and run.seed == runs[0].seed:
             arms.setdefault(run.labels.arm, []).append(run)
     return [several[len(several) // 2] for several in arms.values()]
 

@@ -6,6 +6,7 @@ compared with. File formats, which belong to no run, are told here.
 """
 
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -67,6 +68,15 @@ def set_of(record: Mapping[str, Any]) -> str:
     """The data set that a record's point names, in words; "": the run's own."""
     data = (record.get("asked") or {}).get("data")
     return place_of(data) if data else ""
+
+
+def placed(stem: str, place: str, suffix: str = ".png") -> str:
+    """The name of a file of which there is one for each data set, by its words; "": there is one.
+
+    >>> placed("objects", "street, train.json")
+    'objects_street_train_json.png'
+    """
+    return stem + ("_" + re.sub(r"\W+", "_", place) if place else "") + suffix
 
 
 def title_of(point: str) -> str:

@@ -17,7 +17,7 @@ from icm_jax.engine.train import complete
 from icm_jax.measure import segments
 from icm_jax.measure.coded import through_stream
 from icm_jax.measure.scores import IGNORE
-from icm_jax.report.looks import save, title_of
+from icm_jax.report.looks import placed, save, title_of
 from icm_jax.tasks import build_task
 
 SHOWN = 3
@@ -28,9 +28,12 @@ COLOURS = 20
 """Of classes; the next ones have them again."""
 
 
-def segmentations(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, object]]:
-    """Validation images with their label maps and what each of `runs`, finished ones that segment,
-    finds, of the first seed: on the bits of its codec, or on pixels where it has none."""
+def segmentations(
+    runs: Sequence[Run], workdir: pathlib.Path, place: str
+) -> list[tuple[str, object]]:
+    """Validation images with their label maps and what each of `runs`, finished ones that segment
+    one data set, which `place` says if there are several, finds, of the first seed: on the bits of
+    its codec, or on pixels where it has none."""
     chosen = [(run, run.labels) for run in runs if run.seed == runs[0].seed and run.labels][:MOST]
     source = open_source(runs[0].data, "validation")
     spec = pipeline.batch_spec(runs[0].data, 1, whole=True)
@@ -55,7 +58,8 @@ def segmentations(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str,
     below = figure.legend(handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=7)
     below.set_frame_on(False)
     text = "Whole images, label maps at their own size; black: not known."
-    return [("h2", "Segments"), ("image", save(figure, workdir / "segments.png")), ("p", text)]
+    title, path = "Segments" + (f", on {place}" if place else ""), placed("segments", place)
+    return [("h2", title), ("image", save(figure, workdir / path)), ("p", text)]
 
 
 def _found(run: Run, workdir: pathlib.Path, batches: Sequence[dict]) -> list[tuple]:

@@ -16,20 +16,20 @@ from icm_jax.engine.run import Run
 from icm_jax.engine.train import complete
 from icm_jax.measure.coded import through_stream
 from icm_jax.measure.instances import paste
-from icm_jax.report.detections import DRAWN, draw_box
-from icm_jax.report.looks import save, title_of
-from icm_jax.report.masks import MOST, coloured
+from icm_jax.report.detections import DRAWN, draw_box, middles
+from icm_jax.report.looks import placed, save, title_of
+from icm_jax.report.masks import coloured
 from icm_jax.tasks import build_task
 
 SHOWN = 5
 """Images of each network."""
 
 
-def objects(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, object]]:
-    """Validation images with the boxes that are there (dashed) and what each of `runs`, finished
-    ones with the task "object_detection", finds on the bits of its codec, or on pixels where it has
-    none; of the first seed, a row for each."""
-    chosen = [run for run in runs if run.seed == runs[0].seed and run.labels][:MOST]
+def objects(runs: Sequence[Run], workdir: pathlib.Path, place: str) -> list[tuple[str, object]]:
+    """Validation images with the boxes that are there (dashed) and what `runs` find, finished ones
+    with the task "object_detection" on one data set, which `place` says if there are several: a row
+    on pixels and one on the bits of the middle λ of each arm, of the first seed."""
+    chosen = sorted(middles(runs), key=lambda run: any(start.codec for start in run.start))
     figure = Figure(figsize=(2.1 * SHOWN, 2.2 * len(chosen)), dpi=110)
     axes = figure.subplots(len(chosen), SHOWN, squeeze=False)
     for axis in axes.ravel():
@@ -41,7 +41,9 @@ def objects(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, objec
         _draw(run, workdir, cells)
     figure.tight_layout()
     text = f"Dashed: the truth. Lines: objects with a score of at least {DRAWN}."
-    return [("h2", "Objects"), ("image", save(figure, workdir / "objects.png")), ("p", text)]
+    stem = "instances" if runs[0].task.masks else "objects"
+    title = stem.capitalize() + (f", on {place}" if place else "")
+    return [("h2", title), ("image", save(figure, workdir / placed(stem, place))), ("p", text)]
 
 
 def _draw(run: Run, workdir: pathlib.Path, cells) -> None:

@@ -11,13 +11,13 @@ import json
 import os
 import pathlib
 import platform
-import re
 import subprocess
 from collections.abc import Sequence
 
 import jax
 import ml_collections
 
+from icm_jax.data import place_of
 from icm_jax.engine.run import Run, read_records, what_is_done
 from icm_jax.files import read_json, write_whole
 from icm_jax.measure import draws
@@ -50,6 +50,8 @@ DRAWS_NOTE = (
     "the kind would change, and nothing of other trainings."
 )
 
+TASKS_NOTE = "Bits at equal score by BD-rates, of the figures below."
+
 NOISE_NOTE = (
     "White Gaussian noise of the deviation σ, in levels of 255, is added before an image is coded, "
     "the same for all arms; none was trained with it."
@@ -76,10 +78,11 @@ def write_report(
     parts += [("p", note) for note in notes]
     if missing:
         parts.append(("p", "Not finished yet: " + ", ".join(missing)))
-    for measure in curves.MEASURES:
-        for place in dict.fromkeys(map(looks.set_of, records)):
-            of_set = [record for record in records if looks.set_of(record) == place]
-            parts += _of_curves(of_set, measure, workdir, place)
+    scored = _scored(records)
+    table = tables.task_table(_tasks(scored))
+    parts += [("h2", "Tasks"), ("table", table), ("p", TASKS_NOTE)] * bool(table)
+    for measure, of_set, place in scored:
+        parts += _of_curves(of_set, measure, workdir, place)
     if foreign:
         parts.append(("table", outside.commands(foreign)))
     parts += _of_arms(records, workdir)
@@ -93,13 +96,14 @@ def write_report(
     frozen = [run for run in runs if (workdir / run.name / "codec.icmc").is_file()]
     detectors = [run for run in runs if "objects" in run.needs and run.name not in missing]
     heads = [run for run in detectors if run.task.name == "object_detection"]
-    if heads:
-        parts += objects.objects(heads, workdir)
-    elif detectors:
+    for masked in (False, True):
+        for place, of_set in _by_set([run for run in heads if run.task.masks == masked]):
+            parts += objects.objects(of_set, workdir, place)
+    if detectors and not heads:
         parts += detections.detections(detectors[0], frozen, workdir)
     segmenters = [run for run in runs if "mask" in run.needs and run.name not in missing]
-    if segmenters:
-        parts += masks.segmentations(segmenters, workdir)
+    for place, of_set in _by_set(segmenters):
+        parts += masks.segmentations(of_set, workdir, place)
     if any(point.kind in ("stream", "picture") for run in runs for point in run.evaluate):
         parts += pictures.decoded(runs, workdir)
     parts += latents.latents(frozen, workdir)
@@ -110,17 +114,30 @@ def write_report(
     return workdir / "report.html"
 
 
-def _of_curves(records, measure: curves.Measure, workdir, place: str) -> list[tuple[str, object]]:
-    """Figure and tables of one measure over the rate on one data set, if any record has it."""
-    scored = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
-    if not scored:
-        return []
+def _scored(records: list[dict]) -> list[tuple[curves.Measure, list[dict], str]]:
+    """Each measure with the records of one data set that have it, and which set that is; of other
+    sets than the run's own the measure says it, too."""
+    found = []
+    for measure in curves.MEASURES:
+        having = [r for r in records if r.get("curve") == measure.curve and measure.key in r]
+        for place in dict.fromkeys(map(looks.set_of, having)):
+            of_set = [record for record in having if looks.set_of(record) == place]
+            titled = f"{measure.title}, on {place}" if place else measure.title
+            found.append((measure._replace(title=titled), of_set, place))
+    return found
+
+
+def _tasks(scored) -> list[tuple[curves.Measure, list[dict]]]:
+    """Of each task of machines the first measure."""
+    first = {(m.curve, place): (m, of_set) for m, of_set, place in reversed(scored)}
+    return [found for (curve, _), found in reversed(first.items()) if curve != "image"]
+
+
+def _of_curves(scored, measure: curves.Measure, workdir, place: str) -> list[tuple[str, object]]:
+    """Figure and tables of one measure over the rate on one data set."""
     several = [m.curve for m in curves.MEASURES].count(measure.curve) > 1
     name = f"rate_{measure.key if several else measure.curve}"
-    name += "_instances" * (measure.curve == "instances")
-    if place:
-        measure = measure._replace(title=f"{measure.title}, on {place}")
-        name += "_" + re.sub(r"\W+", "_", place)
+    name = looks.placed(name + "_instances" * (measure.curve == "instances"), place)
     seeds = len({record["seed"] for record in scored})
     spread = "mean and population standard deviation over the seeds"
     further = [tables.loss_table(scored, measure), tables.bd_table(scored, measure)]
@@ -128,12 +145,20 @@ def _of_curves(records, measure: curves.Measure, workdir, place: str) -> list[tu
     drawn = any("draws" in record for record in scored)
     return [
         ("h2", measure.title),
-        ("image", curves.draw_curves(scored, workdir / f"{name}.png", measure)),
+        ("image", curves.draw_curves(scored, workdir / name, measure)),
         ("p", "One seed." if seeds == 1 else f"{seeds} seeds; {spread}."),
         ("table", tables.curve_table(scored, measure)),
         *[("table", table) for table in further if len(table) > 1],
         *([("p", DRAWS_NOTE)] if drawn else []),
     ]
+
+
+def _by_set(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs of each data set with its name, which is "" if there is one."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(place_of(run.data), []).append(run)
+    return [(place if len(found) > 1 else "", several) for place, several in found.items()]
 
 
 def _of_arms(records, workdir) -> list[tuple[str, object]]:

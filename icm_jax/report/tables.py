@@ -1,13 +1,13 @@
 """Tables of a report, as lists of rows of cells: curves, BD-rates, bitstreams, arms."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from icm_jax.measure import draws
 from icm_jax.measure.metrics import bd_rate, rate_at
 from icm_jax.report.curves import Measure, curves_of
-from icm_jax.report.looks import SOURCE, looks_of, name_and_point, title_of
+from icm_jax.report.looks import SOURCE, looks_of, name_and_point, set_of, title_of
 
 LOSS = 2
 """Points, in per cent, of a score that a codec may cost."""
@@ -80,6 +80,41 @@ def drawn_difference(record: dict, pixels: dict[int, dict], measure: Measure) ->
 def between(found: tuple[float, float], form: str) -> str:
     """An interval in words; "–" if it has none."""
     return "–" if np.isnan(found).any() else f"{found[0]:{form}} to {found[1]:{form}}"
+
+
+def task_table(scored: Sequence[tuple[Measure, list[dict]]]) -> list[list[str]]:
+    """A row for each of several tasks, a measure and the records that have it: the score on pixels,
+    the best one of the reference and what that takes, and its BD-rate against every other curve,
+    mean of the seeds. No rows of a single task."""
+    found, titles = [], {}
+    for measure, records in scored:
+        ours, points = reference_of(records), curves_of(records, measure.key)
+        if ours not in points:
+            continue
+        looks, rates = looks_of(records), _bd_rates(records, measure.key, ours)
+        against = {name: _compared(rates[name][0], points[name], points[ours]) for name in rates}
+        titles |= {name: looks[name].title for name in rates}
+        pixels = [record[measure.key] for record in records if record["kind"] == "pixels"]
+        best = points[ours][points[ours][:, 1].argmax()]
+        cells = [f"{measure.factor * np.mean(pixels):.1f}" if pixels else "–"]
+        cells += [f"{measure.factor * best[1]:.1f}", f"{best[0]:.4f}"]
+        found.append((f"{measure.title}: {measure.axis}", looks[ours].title, cells, against))
+    if len(found) < 2:
+        return []
+    head = ["task", "pixels", f"{found[0][1]}, best", "at bpp"]
+    rows = [[*head, *(f"bits against {title}" for title in titles.values())]]
+    for title, _, cells, against in found:
+        rows.append([title, *cells, *(against.get(name, "–") for name in titles)])
+    return rows
+
+
+def _compared(values: np.ndarray, other: np.ndarray, ours: np.ndarray) -> str:
+    """BD-rates of several seeds in words; `other`, `ours`: curves, float [n, 4]."""
+    if len(values) and not np.isnan(values).any():
+        return f"{values.mean():+.1f} %"
+    if other[:, 1].max() < ours[:, 1].min():
+        return "it is never as good"
+    return "it is always better" if other[:, 1].min() > ours[:, 1].max() else "–"
 
 
 def bd_table(records: list[dict], measure: Measure) -> list[list[str]]:
@@ -192,7 +227,8 @@ def _rates_at_loss(records: list[dict], key: str) -> dict[str, float]:
 
 
 def stream_table(records: list[dict]) -> list[list[str]]:
-    """Each codec once: where its bits go, how near they are to the estimate, how long it takes."""
+    """Each codec once, on each data set: where its bits go, how near they are to the estimate, how
+    long it takes."""
     segments = list(dict.fromkeys(key for r in records for key in r if key.startswith("bpp_")))
     segments = [key for key in segments if key not in ("bpp_estimated", "bpp_header")]
     rows = [
@@ -209,9 +245,10 @@ def stream_table(records: list[dict]) -> list[list[str]]:
             "decode [ms]",
         ]
     ]
-    looks = looks_of(records)
-    codecs_seen = {(*name_and_point(r), r["seed"]): r for r in reversed(records)}
-    for (arm, point, seed), r in sorted(codecs_seen.items(), key=lambda item: item[1]["bpp"]):
+    looks, several = looks_of(records), len({*map(set_of, records)}) > 1
+    rows[0] += ["images of"] * several
+    seen = {(*name_and_point(r), r["seed"], set_of(r)): r for r in reversed(records)}
+    for (arm, point, seed, place), r in sorted(seen.items(), key=lambda item: item[1]["bpp"]):
         rates = ("bpp", "bpp_estimated", "bpp_header", *segments)
         others = ("worst_gap_bytes", "encode_ms", "decode_ms")
         rows.append(
@@ -221,6 +258,7 @@ def stream_table(records: list[dict]) -> list[list[str]]:
                 str(seed),
                 *(f"{r[key]:.4f}" if key in r else "–" for key in rates),
                 *(f"{r[key]:.1f}" if key in r else "–" for key in others),
+                *([place] if several else []),
             ]
         )
     return rows
