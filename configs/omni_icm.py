@@ -245,6 +245,7 @@ def transfer() -> dict:
             objects=task("classify", 1200, data=dict(name="folder", path="", canvas=128)),
             street=task("segment", 1200, size=(192, 256), data=street),
             boxes=task("detect", 1200, learning_rate=3e-3, batch_size=8, data=boxes),
+            things=task("detect", 0, learning_rate=3e-3, batch_size=8, data=boxes | dict(boxes=50)),
         ),
     )
     config["stage2"].update(lambdas=(0.1, 0.3, 1.0))
