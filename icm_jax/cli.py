@@ -7,6 +7,7 @@
     icm detect photo.jpg -m NAME.weights    boxes on an ordinary picture, here by Darknet's weights
     icm verify *.icm                        do they decode to what was encoded?
     icm eval FOLDER                         rate and distortion beside JPEG, WebP, ...
+    icm import NAME.pth -o codec.icmc       a codec file of CompressAI's weights
     icm completion bash                     a script that completes all this in the shell
 
 Without --model they use the model in the package, which is for photographs. Several files are taken
@@ -121,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         model=False,
     )
     _eval_options(own)
+    text = "weights of CompressAI's image codecs to codec files, whose files are exact"
+    _import_options(command("import", _import, text, "FILE", model=False))
     text = "print a completion script, to be put where your shell looks for them"
     own = commands.add_parser("completion", help=text, description=text)
     own.add_argument("shell", choices=SHELLS)
@@ -173,12 +176,27 @@ def _eval_options(parser):
     )
 
 
+def _import_options(parser):
+    _output_options(parser, "FILE.icmc or folder; default: beside the weights")
+    text = "what the file has to be, as mbt2018-mean; default: what its names and shapes say"
+    parser.add_argument("--architecture", metavar="NAME", help=text)
+    text = "pictures on which scales and means become integers, and their cost is counted"
+    _names_files(parser.add_argument("--calibrate", metavar="FOLDER", help=text))
+
+
 def _completion(parser, shell: str) -> int:
     import shtab
 
     FILE.update(shtab.FILE)
     print(shtab.complete(parser, shell))
     return 0
+
+
+def _import(options) -> int:
+    from icm_jax.weights import convert
+
+    how = options.architecture, options.calibrate
+    return _each(options, lambda _, name: convert.codec_file(name, *how), convert.SUFFIXES, ".icmc")
 
 
 def _layers_option(parser):
@@ -250,34 +268,20 @@ def _decompress(options) -> int:
 
 
 def _info(options) -> int:
+    from icm_jax.coding import container
+
     failed = 0
     for name in options.files:
         try:
-            facts = {"file": name, "bytes": len(data := read(name)), **_facts(name, data)}
+            facts = {"file": name, "bytes": len(data := read(name)), **container.facts(name, data)}
         except IcmError as error:
             failed += _failed(name, error)
             continue
         if options.json:
             print(json.dumps(facts))
         else:
-            print("\n".join(f"{key:11} {_short(value)}" for key, value in facts.items()) + "\n")
+            print("\n".join(f"{k:11} {container.short(v)}" for k, v in facts.items()) + "\n")
     return int(failed > 0)
-
-
-def _facts(name: str, data: bytes) -> dict:
-    from icm_jax.coding import container
-
-    if not name.endswith(".icmc"):
-        return container.describe(data)
-    from icm_jax.coding import archive
-
-    return archive.describe(name)
-
-
-def _short(value, length: int = 500) -> str:
-    """As a person reads it: the table of a detector takes kilobytes."""
-    text = str(value)
-    return text if len(text) <= length else f"{text[:length]} ... (--json has all)"
 
 
 def _detect(options) -> int:
@@ -315,8 +319,6 @@ def _eval(options) -> int:
     from icm_jax.data.sources import SUFFIXES
     from icm_jax.measure import rate_distortion
 
-    if not options.rates[0] < options.rates[1]:
-        raise IcmError("--rates takes the lower rate first")
     names = options.model or [None]
     models = {pathlib.Path(name or "icm").stem: _load(name) for name in names}
     if len(models) < len(names):

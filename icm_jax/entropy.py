@@ -97,19 +97,26 @@ def _log1mexp(x):
 
 
 def factorised_tables(
-    params: dict, precision: int = tables.PRECISION, tail_mass: float = tables.TAIL_MASS
+    params: dict,
+    medians: np.ndarray | float = 0.0,
+    precision: int = tables.PRECISION,
+    tail_mass: float = tables.TAIL_MASS,
 ) -> tables.Tables:
     """Freezes a factorised prior: integer tables with a row per channel.
 
-    Latents are rounded to whole numbers, not to whole distances from a median: then test mode and
-    decoding round alike before and after freezing. The tails are found by bisection in float64, so
-    that training needs no auxiliary loss.
+    The tails are found by bisection in float64, so that training needs no auxiliary loss.
+
+    Args:
+      medians: [C], from which latents are rounded to whole distances. By default they are rounded
+        to whole numbers: then test mode and decoding round alike before and after freezing.
 
     Raises: IcmError if a parameter is not finite or a channel's support is wider than 2^15.
     """
     params = {name: np.asarray(value, np.float64) for name, value in params.items()}
     if not all(np.isfinite(value).all() for value in params.values()):
         raise IcmError("the factorised prior has parameters that are not finite; retrain")
+    slope = np.logaddexp(params["matrix_0"], 0.0)  # distances are as far from 0 as latents are
+    params["bias_0"] = params["bias_0"] + slope * np.reshape(medians, (-1, 1, 1))
     target = math.log(tail_mass / 2) - math.log1p(-tail_mass / 2)
     first = np.floor(_solve(params, target)).astype(np.int64)
     last = np.ceil(_solve(params, -target)).astype(np.int64)
@@ -151,7 +158,9 @@ def _solve(params: dict, logit: float) -> np.ndarray:
     return (low + high) / 2
 
 
-def gaussian_bits(y: jax.Array, index: jax.Array, mean: jax.Array | None = None) -> jax.Array:
+def gaussian_bits(
+    y: jax.Array, index: jax.Array, mean: jax.Array | None = None, most: float | None = None
+) -> jax.Array:
     """Bits of each element of y under N(mean, scale²) * U(-1/2, 1/2), float32 like y.
 
     Args:
@@ -159,6 +168,7 @@ def gaussian_bits(y: jax.Array, index: jax.Array, mean: jax.Array | None = None)
       index: float [...], the scale's place in the table of 64 scales, as the hyper-synthesis gives
         it; a real number in training, whole where a decoder has to agree.
       mean: float [...] or None for zero (Ballé 2018; Minnen 2018 with a mean).
+      most: what the Gaussian may ask, in place of the price below.
 
     Far outside the price goes with the logarithm of the distance, as the coder's does, whose
     tables end there and escape (`_FAR`, `_FAR_BITS`). The square of the distance, which a Gaussian
@@ -167,10 +177,10 @@ def gaussian_bits(y: jax.Array, index: jax.Array, mean: jax.Array | None = None)
     centred = y.astype(jnp.float32) if mean is None else (y - mean).astype(jnp.float32)
     scale = scale_of(index)
     distance = jnp.abs(centred)
+    if most is not None:
+        return ops.upper_bound(_gaussian_bits(distance, scale), most)
     edge = 0.5 + _FAR * scale
-    centre = -jnp.minimum(distance, edge)
-    log_upper, log_lower = (_log_normal_cdf((centre + s) / scale) for s in (0.5, -0.5))
-    near = -(log_upper + _log1mexp(log_upper - log_lower)) / _LN2
+    near = _gaussian_bits(jnp.minimum(distance, edge), scale)
     return near + _FAR_BITS / _LN2 * jnp.log(jnp.maximum(distance / edge, 1.0))
 
 
@@ -178,8 +188,10 @@ _FAR = 5.0  # scales; the tables' tail mass of 2^-16 lies beyond 4.3
 _FAR_BITS = 6.0  # per doubling of the distance; an escape costs 2, but 2 pulls too weakly
 
 
-def _log_normal_cdf(x):
-    return jax.scipy.special.log_ndtr(x)
+def _gaussian_bits(distance, scale):
+    logs = (jax.scipy.special.log_ndtr((s - distance) / scale) for s in (0.5, -0.5))
+    log_upper, log_lower = logs
+    return -(log_upper + _log1mexp(log_upper - log_lower)) / _LN2
 
 
 def scale_of(index: jax.Array) -> jax.Array:
@@ -192,6 +204,17 @@ def scale_of(index: jax.Array) -> jax.Array:
     index = ops.upper_bound(ops.lower_bound(index.astype(jnp.float32), 0.0), float(top))
     low, high = math.log(tables.SCALES[0]), math.log(tables.SCALES[-1])
     return jnp.exp(low + index * ((high - low) / top))
+
+
+def index_of(scale: jax.Array) -> jax.Array:
+    """The real-valued place of a scale in the 64-entry table, from 0 on: what `scale_of` takes.
+
+    >>> [round(float(index), 2) for index in index_of(jnp.array([0.0, 0.11, 256.0]))]
+    [0.0, 0.0, 63.0]
+    """
+    low, high = math.log(tables.SCALES[0]), math.log(tables.SCALES[-1])
+    bounded = ops.lower_bound(scale.astype(jnp.float32), float(tables.SCALES[0]))
+    return (jnp.log(bounded) - low) * ((len(tables.SCALES) - 1) / (high - low))
 
 
 def table_index(index: jax.Array) -> jax.Array:

@@ -327,7 +327,8 @@ def test_completion_knows_the_commands(shell, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["compress"], ["decompress"], ["info"], ["verify"], ["eval"], ["completion"]]
+    "command",
+    [[], *([name] for name in "compress decompress info verify eval import completion".split())],
 )
 def test_help_is_there(command, capsys):
     code, text, _ = icm(*command, "--help", capsys=capsys)

@@ -1,6 +1,6 @@
 """What the arguments of codecs may be in a config; their builders say what they mean."""
 
-from icm_jax.codecs import hyperprior, layered, scalable
+from icm_jax.codecs import compressai, hyperprior, layered, scalable
 from icm_jax.data.fields import (
     DTYPE,
     FLAG,
@@ -61,6 +61,12 @@ CODECS: dict[str, Table] = {
         "hyper_channels": optional(COUNT),
         "side": optional(COUNT),
         "levels": optional(COUNT),
+        "dtype": optional(DTYPE),
+    },
+    "compressai": {
+        "architecture": one_of(*compressai.ARCHITECTURES),
+        "width": COUNT,
+        "channels": COUNT,
         "dtype": optional(DTYPE),
     },
     "autoencoder": {

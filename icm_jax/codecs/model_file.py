@@ -42,6 +42,17 @@ def save(
 
     Raises: IcmError if the file cannot be written; one that was there is kept.
     """
+    write_whole(path, packed(frozen, licence=licence, description=description, detector=detector))
+
+
+def packed(
+    frozen: FrozenCodec,
+    *,
+    licence: str = "",
+    description: str = "",
+    detector: Mapping | None = None,
+) -> bytes:
+    """The bytes that `save` writes."""
     flat: dict = flax.traverse_util.flatten_dict(frozen.variables, sep="/")
     arrays: dict[str, Any] = {f"variables/{key}": _narrowed(value) for key, value in flat.items()}
     for name, tables in frozen.tables.items():
@@ -56,7 +67,7 @@ def save(
     arrays[archive.ABOUT] = np.frombuffer(json.dumps(about).encode(), np.uint8)
     stored = io.BytesIO()
     np.savez_compressed(stored, **arrays)
-    write_whole(path, stored.getvalue())
+    return stored.getvalue()
 
 
 def load(path: str | os.PathLike | None, builders: Mapping[str, Callable]) -> FrozenCodec:

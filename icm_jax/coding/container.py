@@ -165,6 +165,24 @@ def describe(data: bytes) -> dict:
     } | missing
 
 
+def facts(name: str, data: bytes) -> dict:
+    """What the header of an .icm file says or, of a file NAME.icmc, its model.json.
+
+    Raises: IcmError as `describe` and `archive.describe`.
+    """
+    if not name.endswith(".icmc"):
+        return describe(data)
+    from icm_jax.coding import archive  # needs NumPy
+
+    return archive.describe(name)
+
+
+def short(value, length: int = 500) -> str:
+    """A fact as a person reads it: the table of a detector takes kilobytes."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[:length]} ... (--json has all)"
+
+
 def receive(file, layers: int, begun: bytes = b"") -> bytes:
     """The beginning of a stream with its first `layers` layers, read from a binary file.
 

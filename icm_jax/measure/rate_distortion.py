@@ -210,7 +210,10 @@ def compare(
       failed: (image's name, what is wrong) -> anything; the others go on.
       jobs: of `rows_of`. rates: of `bd_rates`.
     Returns: an exit code: 0, 1 if something failed, 130 if it was stopped.
+    Raises: IcmError if the first of the rates is not the lower one.
     """
+    if not rates[0] < rates[1]:
+        raise IcmError("--rates takes the lower rate first")
     rows, faults = [], []
 
     def images() -> Iterator[tuple[str, np.ndarray]]:

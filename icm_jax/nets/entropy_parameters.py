@@ -1,6 +1,7 @@
 """Networks that tell how latents are distributed: decoded latents -> scale index, and mean.
 
     z -> HyperSynthesis -> of each element of y (Ballé et al. 2018; with mean, Minnen et al. 2018)
+    z -> ScaleSynthesis -> the same with transposed convolutions, and the scale itself
     any latents -> EntropyParameters -> of each element of a latent
 
 In floats for training; as `icm_jax.nets.integer` takes them, weights go both ways.
@@ -16,7 +17,7 @@ import numpy as np
 
 from icm_jax import ops
 from icm_jax.nets import integer
-from icm_jax.nets.layers import Up
+from icm_jax.nets.layers import TransposedUp, Up
 
 TOP_INDEX = 63
 
@@ -100,6 +101,80 @@ def _without_affine(nodes, weights, indexes: int) -> list[dict[str, np.ndarray]]
     last = weights[nodes[-1].name]
     last = last._replace(kernel=last.kernel / reach, bias=(last.bias - first) / reach)
     return [layer._asdict() for layer in (*(weights[node.name] for node in nodes[:-1]), last)]
+
+
+class ScaleSynthesis(ops.Module):
+    """ẑ -> scale of each element of y, and its mean: the layers of the papers themselves (Ballé et
+    al. 2018, figure 4; Minnen et al. 2018, table 1), two transposed convolutions and one.
+
+    Attributes:
+      widths: of the transposed ones. latent_channels: C of y.
+      mean: also give a mean: 2C channels, scales first, and leaky ReLU; else ReLU.
+    """
+
+    widths: tuple[int, int]
+    latent_channels: int
+    mean: bool = False
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        activation = nn.leaky_relu if self.mean else nn.relu
+        for width in self.widths:
+            z = activation(TransposedUp(width, 5)(z))
+        count = self.latent_channels
+        first = np.repeat([1.0, 0.0], [count, count * self.mean])  # a new codec's scales
+        init = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+        bias = lambda *_: jnp.asarray(first, jnp.float32)  # noqa: E731
+        return nn.Conv(len(first), (3, 3), kernel_init=init, bias_init=bias)(z)
+
+
+def scale_synthesis_nodes(mean: bool) -> tuple[integer.Node, ...]:
+    """A `ScaleSynthesis` as `integer` takes it."""
+    activation = "leaky_relu" if mean else "relu"
+    return (
+        integer.Node("layer_0", ("z",), activation, up=True),
+        integer.Node("layer_1", ("layer_0",), activation, up=True),
+        integer.Node("layer_2", ("layer_1",)),
+    )
+
+
+_SCALE_LAYERS = ("TransposedUp_0", "TransposedUp_1", "Conv_0")
+
+
+def scale_synthesis_weights(params) -> dict[str, integer.Weights]:
+    """A trained `ScaleSynthesis` as the weights of `scale_synthesis_nodes`."""
+    *ups, last = (params[name] for name in _SCALE_LAYERS)
+    weights = [integer.Weights(_sub_pixel(up["kernel"]), np.tile(up["bias"], 4)) for up in ups]
+    weights.append(integer.Weights(last["kernel"], last["bias"]))
+    return {f"layer_{number}": layer for number, layer in enumerate(weights)}
+
+
+def scale_synthesis_params(weights: Mapping[str, integer.Weights]) -> dict:
+    """The parameters that `scale_synthesis_weights` makes these weights of."""
+    found = {}
+    for number, name in enumerate(_SCALE_LAYERS):
+        kernel, bias = weights[f"layer_{number}"]
+        if number < 2:
+            kernel, bias = _transposed(kernel), bias.reshape(4, -1).mean(axis=0)
+        found[name] = dict(kernel=kernel, bias=bias)
+    return found
+
+
+def _sub_pixel(kernel: np.ndarray) -> np.ndarray:
+    """The kernel [3, 3, C, 4F] that, before depth to space, does what [5, 5, C, F] of a
+    `TransposedUp` does: element r of a pair of rows sees row t of the 3 by place r + 4 - 2t."""
+    _, _, channels, features = kernel.shape
+    padded = np.pad(np.asarray(kernel), ((0, 1), (0, 1), (0, 0), (0, 0)))
+    pairs = padded.reshape(3, 2, 3, 2, channels, features)[::-1, :, ::-1]
+    return pairs.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, channels, 4 * features)
+
+
+def _transposed(kernel: np.ndarray) -> np.ndarray:
+    """What `_sub_pixel` takes back."""
+    _, _, channels, features = kernel.shape
+    pairs = np.asarray(kernel).reshape(3, 3, channels, 2, 2, features // 4)
+    padded = pairs.transpose(0, 3, 1, 4, 2, 5)[::-1, :, ::-1].reshape(6, 6, channels, -1)
+    return padded[:5, :5]
 
 
 class EntropyParameters(ops.Module):

@@ -88,18 +88,19 @@ class ImageAnalysis(ops.Module):
 
     Attributes:
       channels: M, of the latent. widths: of the three layers before it. last: side of the last
-      convolution's kernel, 3 or 5.
+      convolution's kernel, 3 or 5. middle: what is taken from pixels on 0...1.
     """
 
     channels: int
     widths: tuple[int, ...]
     last: int = 5
     dtype: Any = jnp.float32
+    middle: float = 0.5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, 3] on 0...255, sides multiples of 16 -> float32 [N, H/16, W/16, M]."""
-        x = (x / 255.0 - 0.5).astype(self.dtype)
+        x = (x / 255.0 - self.middle).astype(self.dtype)
         *windows, last = haar_cascade((*self.widths, self.channels))
         for width, window in zip(self.widths, windows, strict=True):
             init = around(window, surplus=0.5)
@@ -121,6 +122,7 @@ class ImageSynthesis(ops.Module):
     last: int = 5
     dtype: Any = jnp.float32
     extra: int = 0
+    middle: float = 0.5
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
@@ -135,7 +137,7 @@ class ImageSynthesis(ops.Module):
             x = TransposedUp(width, side, self.dtype, around(window))(x)
             x = GDN(inverse=True, dtype=self.dtype)(x)
         x = TransposedUp(3, 5, self.dtype, around(windows[0]))(x).astype(jnp.float32)
-        return 255.0 * (x + 0.5)
+        return 255.0 * (x + self.middle)
 
 
 class _Residual(ops.Module):
@@ -271,12 +273,16 @@ class Prediction(ops.Module):
 
 
 class HyperAnalysis(ops.Module):
-    """|y| -> z at a quarter of its sides: conv3×3, ReLU, conv5×5/2, ReLU, conv5×5/2."""
+    """|y| -> z at a quarter of its sides: conv3×3, ReLU, conv5×5/2, ReLU, conv5×5/2; where y is
+    `signed`, y itself and leaky ReLU (Minnen et al. 2018)."""
 
     channels: int
+    signed: bool = False
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Conv(self.channels, (3, 3))(ops.inside(jnp.abs(y))))
-        x = nn.relu(Down(self.channels, 5)(x))
+        activation = nn.leaky_relu if self.signed else nn.relu
+        y = y if self.signed else jnp.abs(y)
+        x = activation(nn.Conv(self.channels, (3, 3))(ops.inside(y)))
+        x = activation(Down(self.channels, 5)(x))
         return Down(self.channels, 5)(x)
