@@ -172,6 +172,11 @@ def test_bits_at_two_points_of_loss():
     ]
     assert cells["Omni-ICM"][1:] == [f"{0.4 * low:.4f} to {0.4 * high:.4f}", "–", "–"]
     assert cells["WebP"] == ["not reached", "–", "–", "–"]
+    better = [r | {"top1": 0.1 + r["top1"]} if r["kind"] == "webp" else r for r in records]
+    better = [r | {"top1": 0.2} if r["kind"] == "pixels" else r for r in better]
+    assert [row[1] for row in tables.loss_table(better, CLASSIFY) if row[0] == "JPEG"] == [
+        "at most 0.2000"
+    ]
     assert cells["source files as they are"][0] == "3.0000"
     assert cells["source files as they are"][2] == "-92.0 %"
     without = [record for record in records if record["kind"] != "pixels"]

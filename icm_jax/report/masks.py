@@ -34,7 +34,8 @@ def segmentations(
     """Validation images with their label maps and what each of `runs`, finished ones that segment
     one data set, which `place` says if there are several, finds, of the first seed: on the bits of
     its codec, or on pixels where it has none."""
-    chosen = [(run, run.labels) for run in runs if run.seed == runs[0].seed and run.labels][:MOST]
+    first = [(run, run.labels) for run in runs if run.seed == runs[0].seed and run.labels]
+    chosen = sorted(first, key=lambda pair: any(start.codec for start in pair[0].start))[:MOST]
     source = open_source(runs[0].data, "validation")
     spec = pipeline.batch_spec(runs[0].data, 1, whole=True)
     batches = list(pipeline.in_order(source, spec, limit=SHOWN))

@@ -190,7 +190,8 @@ def loss_table(records: list[dict], measure: Measure) -> list[list[str]]:
     """The bits at which each curve loses no more than `LOSS` points of what pixels score, and where
     there is a learned codec how many fewer the reference takes.
 
-    Rates are interpolated as for BD-rates, over means of the seeds. No rows without pixels.
+    Rates are interpolated as for BD-rates, over means of the seeds; "at most": the cheapest point
+    is as good already. No rows without pixels.
     """
     pixels = [record for record in records if record["kind"] == "pixels"]
     ours = reference_of(records)
@@ -198,6 +199,10 @@ def loss_table(records: list[dict], measure: Measure) -> list[list[str]]:
         return []
     looks, rates = looks_of(records), _rates_at_loss(records, measure.key)
     drawn = [_rates_at_loss(again, measure.key) for again in _drawn(records, measure.key)]
+    goal, least = _goal(records, measure.key), {}
+    for name, curve in curves_of(records, measure.key).items():
+        rate, score = curve[curve[:, 0].argmin(), :2]
+        least |= {name: rate} if score > goal else {}
     rows = [[f"{LOSS} points below pixels", "bpp", WITHIN]]
     rows[0] += [f"bits of {looks[ours].title}", WITHIN] if ours else []
 
@@ -208,7 +213,9 @@ def loss_table(records: list[dict], measure: Measure) -> list[list[str]]:
         of_name = np.array([again.get(name, np.nan) for again in drawn])
         of_ours = np.array([again.get(ours, np.nan) for again in drawn])
         share = 100 * (rates.get(ours, np.nan) / rate - 1)
-        cells = ["not reached", "–"] if np.isnan(rate) else [f"{rate:.4f}", spread(of_name, ".4f")]
+        cells = [f"{rate:.4f}", spread(of_name, ".4f")]
+        if np.isnan(rate):
+            cells = [f"at most {least[name]:.4f}" if name in least else "not reached", "–"]
         shares = [f"{share:+.1f} %", spread(100 * (of_ours / of_name - 1), "+.1f")]
         known = name != ours and not np.isnan(share)
         title = SOURCE if name == SOURCE else looks[name].title
@@ -219,11 +226,16 @@ def loss_table(records: list[dict], measure: Measure) -> list[list[str]]:
 def _rates_at_loss(records: list[dict], key: str) -> dict[str, float]:
     """{curve: its bpp at `LOSS` points below pixels, NaN where it does not get there}, and that of
     the files which the pixels are read from."""
-    pixels = [record for record in records if record["kind"] == "pixels"]
-    quality = float(np.mean([record[key] for record in pixels])) - LOSS / 100
+    quality, pixels = _goal(records, key), [r for r in records if r["kind"] == "pixels"]
     found = {n: rate_at(curve[:, :2], quality) for n, curve in curves_of(records, key).items()}
     source = [record["bpp_source"] for record in pixels if "bpp_source" in record]
     return found | ({SOURCE: float(np.mean(source))} if source else {})
+
+
+def _goal(records: list[dict], key: str) -> float:
+    """The score that is `LOSS` points below that of pixels."""
+    pixels = [record[key] for record in records if record["kind"] == "pixels"]
+    return float(np.mean(pixels)) - LOSS / 100
 
 
 def stream_table(records: list[dict]) -> list[list[str]]:
