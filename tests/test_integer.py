@@ -170,6 +170,20 @@ def test_whatever_the_weights_sums_stay_in_32_bits():
         assert np.abs(given - real.clip(0, 63)).max() < 1
 
 
+def test_channels_that_say_nothing_stop_no_freezing():
+    """As of an untrained network, or of channels that training has left: what is seen of them is
+    next to nothing beside what their weights could give."""
+    nodes = (integer.Node("a", ("x",), "relu", up=True), integer.Node("b", ("a",)))
+    weights = {
+        "a": integer.Weights(RNG.normal(0, 1, (3, 3, 2, 8)), np.full(8, 1e-7)),
+        "b": integer.Weights(RNG.normal(0, 1, (3, 3, 2, 3)), np.full(3, 5.0)),
+    }
+    nothing = {"x": np.zeros((1, 4, 4, 2), np.float32)}
+    made = integer.quantise(nodes, weights, nothing, [integer.Range(0, 63, 1.0)] * 3)
+    given = integer.run(nodes, made, {"x": jnp.zeros((1, 4, 4, 2))})
+    assert made["a"]["multiplier"].max() < 2**15 and (np.asarray(given) == 5).all()
+
+
 @pytest.mark.parametrize("change, message", [(np.nan, "not finite"), (1e9, "too large")])
 def test_weights_that_cannot_be_converted_are_refused(change, message):
     weights = {"a": integer.Weights(np.full((3, 3, 2, 2), change), np.zeros(2))}

@@ -18,7 +18,7 @@ from icm_jax.codecs import needs
 from icm_jax.codecs.codec import Prior, Segment, pass_masks, seen
 from icm_jax.coding import tables
 from icm_jax.nets import integer
-from icm_jax.nets.entropy_parameters import MEAN_STEPS, TOP_INDEX
+from icm_jax.nets.entropy_parameters import MEAN_STEPS, TOP_INDEX, approximate
 
 SCALE_STEPS = 1 << 12
 """Per unit of a scale, in integers; the table's least, 0.11, is of 450."""
@@ -187,7 +187,7 @@ def conditional(
         of_inputs = network.inputs(dict(channels) | {"known": count})
         last = np.array([one.step for one in ranges])
         assert network.params
-        return network.params(integer.approximate(network.nodes, arrays, of_inputs, last))
+        return network.params(approximate(network.nodes, arrays, of_inputs, last))
 
     def integers(shapes, channels):
         inputs = network.inputs(dict(channels) | {"known": count})

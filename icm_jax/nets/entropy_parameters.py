@@ -7,7 +7,7 @@
 In floats for training; as `icm_jax.nets.integer` takes them, weights go both ways.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -175,6 +175,36 @@ def _transposed(kernel: np.ndarray) -> np.ndarray:
     pairs = np.asarray(kernel).reshape(3, 3, channels, 2, 2, features // 4)
     padded = pairs.transpose(0, 3, 1, 4, 2, 5)[::-1, :, ::-1].reshape(6, 6, channels, -1)
     return padded[:5, :5]
+
+
+def approximate(
+    nodes: Sequence[integer.Node],
+    arrays: Mapping[str, Mapping[str, np.ndarray]],
+    channels: Mapping[str, int],
+    last: np.ndarray,
+) -> dict[str, integer.Weights]:
+    """The float network that `arrays`, of `integer.quantise`, stand for, but for rounding and
+    clipping, to go on learning. A unit of its activations is 16 integers.
+
+    Args: channels: of each input. last: what an integer of each output channel [F] stands for.
+    """
+    weights, steps = {}, {}
+    for name in integer.input_names(nodes):
+        shift = arrays[name]["shift"] if name in arrays else integer.WHOLE
+        steps[name] = np.broadcast_to(2.0 ** np.asarray(shift) / integer.FRACTIONS, channels[name])
+    for node in nodes:
+        layer = {name: np.asarray(value, np.float64) for name, value in arrays[node.name].items()}
+        step = (
+            np.asarray(last)
+            if node is nodes[-1]
+            else np.full(layer["bias"].shape, 1 / integer.FRACTIONS)
+        )
+        unit = step * layer["multiplier"] * 2.0 ** -(layer["first"] + layer["second"])
+        of_inputs = np.concatenate([steps[name] for name in node.inputs]).reshape(1, 1, -1, 1)
+        both = layer["kernel"] * unit / of_inputs, layer["bias"] * unit
+        weights[node.name] = integer.Weights(*(value.astype(np.float32) for value in both))
+        steps[node.name] = step[: len(step) // 4] if node.up else step
+    return weights
 
 
 class EntropyParameters(ops.Module):

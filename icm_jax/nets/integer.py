@@ -38,8 +38,9 @@ FRACTIONS = 16
 """Inputs are multiples of 1/16, as decoded latents are: a symbol and a mean."""
 SLOPE = 0.01
 """Of leaky ReLU below zero."""
+WHOLE = 4
+"""Shift of an input that is kept in whole numbers."""
 _ROOM = 15  # bits of a and of m
-_WHOLE = 4  # shift of an input that is kept in whole numbers
 _FARTHEST = 1 << 14  # inputs beyond are taken for this
 _TAPS = 1 << 10
 """So many products of two numbers of 8 bits have no sum beyond 2^24, to which float32 counts."""
@@ -140,7 +141,7 @@ def quantise(
         value = np.asarray(inputs[name], np.float32)
         channels = np.moveaxis(value, -1, 0)
         shift = np.array([_input_shift(channel) for channel in channels], np.int32)
-        if (shift != _WHOLE).any():
+        if (shift != WHOLE).any():
             arrays[name] = {"shift": shift}
         step = 2.0**shift / FRACTIONS
         kept[name] = jnp.asarray(np.clip(np.rint(value / step), -LEVELS, LEVELS) * step, np.float32)
@@ -148,20 +149,33 @@ def quantise(
     outputs = run_float(nodes, weights, kept)
     for node in nodes:
         ranges = list(last)
+        whole = _whole(weights[node.name], np.concatenate([steps[name] for name in node.inputs]))
         if node is not nodes[-1]:
             low = 0 if node.activation == "relu" else -LEVELS
             found = ops.depth_to_space(outputs[node.name]) if node.up else outputs[node.name]
-            channels = np.moveaxis(np.asarray(found), -1, 0)
-            steps[node.name] = np.array([_activation_step(channel) for channel in channels])
             repeats = 4 if node.up else 1  # depth to space takes channels from four
+            channels = zip(np.moveaxis(np.asarray(found), -1, 0), whole.least(repeats), strict=True)
+            steps[node.name] = np.array([max(_activation_step(x), least) for x, least in channels])
             ranges = [Range(low, LEVELS, step) for step in np.tile(steps[node.name], repeats)]
-        input_step = np.concatenate([steps[name] for name in node.inputs])
-        arrays[node.name] = _converted(node, weights[node.name], input_step, ranges)
+        arrays[node.name] = _converted(node, whole, ranges)
     return arrays
 
 
-def _converted(node: Node, weights: Weights, input_step: np.ndarray, ranges: list[Range]) -> dict:
-    """The integers of one node; `input_step` [C] is the value of a step of each of its inputs."""
+class _Whole(NamedTuple):
+    """Integers of a node: kernel, bias and s1 as above, and what a unit of a stands for [F]."""
+
+    kernel: np.ndarray
+    bias: np.ndarray
+    first: np.ndarray
+    unit: np.ndarray
+
+    def least(self, repeats: int) -> np.ndarray:
+        """The least steps of activations that m can be of, for channels that are as good as 0."""
+        return self.unit.reshape(repeats, -1).max(axis=0) / (2.0 ** (_ROOM - 1) - 1)
+
+
+def _whole(weights: Weights, input_step: np.ndarray) -> _Whole:
+    """Of a node; `input_step` [C] is the value of a step of each of its inputs."""
     kernel, bias = (np.asarray(value, np.float64) for value in weights)
     if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
         raise IcmError("a network with weights that are not finite cannot be frozen; retrain")
@@ -177,16 +191,20 @@ def _converted(node: Node, weights: Weights, input_step: np.ndarray, ranges: lis
     if bound.max() >= 2**30:
         raise IcmError("the sums of an integer network could leave 32 bits; use fewer channels")
     first = np.maximum(np.ceil(np.log2(bound + 1)).astype(np.int64) - _ROOM, 0)
-    output_step = np.array([r.step for r in ranges])
-    ratio = step * largest / output_step * 2.0**first
+    return _Whole(integers, offset, first, step * largest * 2.0**first)
+
+
+def _converted(node: Node, whole: _Whole, ranges: list[Range]) -> dict:
+    """What `run` takes of one node."""
+    ratio = whole.unit / np.array([r.step for r in ranges])
     second = np.clip(np.floor(_ROOM - np.log2(ratio)) - 1, 1, 30).astype(np.int64)
     multiplier = np.rint(ratio * 2.0**second).astype(np.int64)
     if (multiplier >= 1 << _ROOM).any():
         raise IcmError("a network has weights too large to be frozen; retrain")
     found = {
-        "kernel": integers,
-        "bias": offset.astype(np.int32),
-        "first": first.astype(np.int32),
+        "kernel": whole.kernel,
+        "bias": whole.bias.astype(np.int32),
+        "first": whole.first.astype(np.int32),
         "multiplier": multiplier.astype(np.int32),
         "second": second.astype(np.int32),
         "low": np.array([r.low for r in ranges], np.int32),
@@ -199,34 +217,6 @@ def _converted(node: Node, weights: Weights, input_step: np.ndarray, ranges: lis
     return found
 
 
-def approximate(
-    nodes: Sequence[Node],
-    arrays: Mapping[str, Mapping[str, np.ndarray]],
-    channels: Mapping[str, int],
-    last: np.ndarray,
-) -> dict[str, Weights]:
-    """The float network that `arrays`, what `quantise` gave, stand for, but for rounding and
-    clipping, to go on learning. A unit of its activations is 16 integers.
-
-    Args: channels: of each input. last: what an integer of each output channel [F] stands for.
-    """
-    weights, steps = {}, {}
-    for name in input_names(nodes):
-        shift = arrays[name]["shift"] if name in arrays else _WHOLE
-        steps[name] = np.broadcast_to(2.0 ** np.asarray(shift) / FRACTIONS, channels[name])
-    for node in nodes:
-        layer = {name: np.asarray(value, np.float64) for name, value in arrays[node.name].items()}
-        step = (
-            np.asarray(last) if node is nodes[-1] else np.full(layer["bias"].shape, 1 / FRACTIONS)
-        )
-        unit = step * layer["multiplier"] * 2.0 ** -(layer["first"] + layer["second"])
-        of_inputs = np.concatenate([steps[name] for name in node.inputs]).reshape(1, 1, -1, 1)
-        both = layer["kernel"] * unit / of_inputs, layer["bias"] * unit
-        weights[node.name] = Weights(*(value.astype(np.float32) for value in both))
-        steps[node.name] = step[: len(step) // 4] if node.up else step
-    return weights
-
-
 def _input_shift(value: np.ndarray) -> int:
     """s of the step 2^s/16 that represents the values seen with least squared error, whole numbers
     at a tie."""
@@ -236,7 +226,7 @@ def _input_shift(value: np.ndarray) -> int:
         kept = np.clip(np.rint(value / step), -LEVELS, LEVELS) * step
         return float(np.square(kept - value, dtype=np.float64).mean())
 
-    return min((_WHOLE, *(s for s in range(10) if s != _WHOLE)), key=error)
+    return min((WHOLE, *(s for s in range(10) if s != WHOLE)), key=error)
 
 
 def _activation_step(output: np.ndarray) -> float:
