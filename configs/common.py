@@ -10,7 +10,7 @@ import ml_collections
 from icm_jax import data
 from icm_jax.errors import IcmError
 from icm_jax.measure.classical import FORMATS
-from icm_jax.measure.coded import LEARNED
+from icm_jax.measure.coded import MODELS
 
 
 def scales(*functions: Callable[[], dict]) -> Callable[[str], ml_collections.ConfigDict]:
@@ -92,9 +92,9 @@ def files(**qualities: tuple) -> dict[str, tuple]:
 
     heif (HEVC intra), vvc (VVC intra, by quantisation parameters) and jxl need the extra `formats`.
     icm is the model in the package, or any other: (20, 50, ("a.icmc", 50), ("of_one_rate.icmc",
-    None)).
+    None)); aimed the same, each file written for the detector that is to read it.
     """
-    return {name: qualities.get(name, ()) for name in (*FORMATS, LEARNED)}
+    return {name: qualities.get(name, ()) for name in (*FORMATS, *MODELS)}
 
 
 def foreign(weights: ml_collections.ConfigDict) -> tuple[str, str] | None:

@@ -34,9 +34,12 @@ from icm_jax.errors import IcmError
 from icm_jax.files import (
     Room,
     cores,
+    count,
     in_threads,
     listed,
+    listing,
     names_folder,
+    number,
     read,
     target_of,
     write_whole,
@@ -48,9 +51,9 @@ SHELLS = ("bash", "fish", "powershell", "tcsh", "zsh")
 QUALITIES = (0, 25, 50, 75, 100)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(given: list[str] | None = None) -> int:
     """Parses and runs one subcommand; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(given)
     gc.set_threshold(1 << 16, *gc.get_threshold()[1:])  # imports make much and drop little
     atexit.register(gc.freeze)  # else Python visits all of it once more before it ends
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a sign shows another
@@ -95,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     own = command("compress", _compress, "image files to .icm files", "IMAGE")
     _output_options(own, "FILE.icm or folder; default: beside the image")
     text = "0 to 100, real numbers too, higher is better (50)"
-    own.add_argument("--quality", "-q", type=_number("quality", 0, 100), help=text)
+    own.add_argument("--quality", "-q", type=number("quality", 0, 100), help=text)
+    _effort_option(own)
+    text = "write what this detector of Darknet's needs (NAME.cfg beside it), not what eyes do"
+    _names_files(own.add_argument("--for", dest="reader", metavar="NAME.weights", help=text))
     own = command("decompress", _decompress, ".icm files to images", "FILE.icm")
     _output_options(own, "image file (its suffix names the format) or folder; default: FILE.png")
     _layers_option(own)
@@ -142,12 +148,17 @@ def _output_options(parser, text):
     text = "take the files in folders, too; below --out they keep their places"
     parser.add_argument("--recursive", "-r", action="store_true", help=text)
     text = f"files at the same time; default: the cores of this computer ({cores()})"
-    parser.add_argument("--jobs", "-j", type=_count, default=cores(), metavar="N", help=text)
+    parser.add_argument("--jobs", "-j", type=count, default=cores(), metavar="N", help=text)
+
+
+def _effort_option(parser):
+    text = "0 to 3, how long to search for the best file of each picture (0; with --for 2)"
+    parser.add_argument("--effort", "-e", type=int, choices=range(4), help=text)
 
 
 def _detect_options(parser):
     text = "least score of a box (0.4)"
-    parser.add_argument("--least", type=_number("score", 0, 1), default=0.4, help=text)
+    parser.add_argument("--least", type=number("score", 0, 1), default=0.4, help=text)
     text = "with --model NAME.weights, the network; default: one built in by that NAME, or NAME.cfg"
     _names_files(parser.add_argument("--cfg", metavar="FILE.cfg", default="", help=text))
     text = "with --model NAME.weights, a line for each class; default: COCO's, if there are 80"
@@ -163,16 +174,16 @@ def _eval_options(parser):
     text = "codec file (.icmc), or several, each after its own -m: a curve each, but one for all "
     text += "those of one rate; default: the model in the package"
     _names_files(parser.add_argument("--model", "-m", action="append", help=text))
-    quality, text = _number("quality", 0, 100), f"default: {' '.join(map(str, QUALITIES))}"
+    quality, text = number("quality", 0, 100), f"default: {' '.join(map(str, QUALITIES))}"
     parser.add_argument("--quality", "-q", type=quality, nargs="+", help=text)
     parser.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
     text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
-    parser.add_argument("--rivals", type=_listed, help=text)
+    parser.add_argument("--rivals", type=listing, help=text)
     text = f"files of other formats coded at once; default: {cores()}; 1 for times to be trusted"
-    parser.add_argument("--jobs", "-j", type=_count, default=cores(), help=text)
+    parser.add_argument("--jobs", "-j", type=count, default=cores(), help=text)
     text = "bits per pixel between which BD-rates compare the curves; default: 0.15 1.0"
     parser.add_argument(
-        "--rates", type=_number("rate", 1e-6, 1e6), nargs=2, default=(0.15, 1.0), help=text
+        "--rates", type=number("rate", 1e-6, 1e6), nargs=2, default=(0.15, 1.0), help=text
     )
 
 
@@ -200,34 +211,7 @@ def _import(options) -> int:
 
 
 def _layers_option(parser):
-    parser.add_argument("--layers", type=_count, metavar="N", help="read the first N layers only")
-
-
-def _number(what: str, low: float, high: float) -> Callable[[str], float]:
-    """Of the command line, a number between two."""
-
-    def parse(text: str) -> float:
-        try:
-            fits = low <= float(text) <= high
-        except ValueError:
-            fits = False
-        if not fits:
-            raise argparse.ArgumentTypeError(f"{text} is not a {what} from {low:g} to {high:g}")
-        return float(text)
-
-    return parse
-
-
-def _listed(text: str) -> list[str]:
-    """Names between commas; none of "none"."""
-    return [] if text == "none" else [name.strip() for name in text.split(",")]
-
-
-def _count(text: str) -> int:
-    """A number from 1 on the command line."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return int(text)
+    parser.add_argument("--layers", type=count, metavar="N", help="read the first N layers only")
 
 
 def _compress(options) -> int:
@@ -235,11 +219,15 @@ def _compress(options) -> int:
     from icm_jax.data.sources import SUFFIXES
 
     codec, room, lost = _load(options.model), Room(), []
+    aim_of = _aims(options.reader)
+    effort = (2 if options.reader else 0) if options.effort is None else options.effort
+    if options.reader and not effort:
+        raise IcmError("--for takes an --effort above 0")
 
     def one(data, name):
         image = read_image(data, name)
         with room.taken(image.shape[0] * image.shape[1]):
-            content = codec.compress(image, options.quality)
+            content = codec.compress(image, options.quality, effort, aim_of(image, options.quality))
         lost.extend(not_kept(data))
         return content
 
@@ -248,6 +236,15 @@ def _compress(options) -> int:
         counts = [f"{what} (of {n})" for what, n in sorted(collections.Counter(lost).items())]
         print(f"icm: not kept: {', '.join(counts)}", file=sys.stderr)
     return code
+
+
+def _aims(weights: str | None) -> Callable:
+    """(image, quality) -> the aim that refining has."""
+    if weights is None:
+        return lambda image, quality: None
+    from icm_jax.measure import aimed
+
+    return aimed.at_weights(weights)
 
 
 def _decompress(options) -> int:
@@ -349,8 +346,8 @@ def _each(options, convert, suffixes, suffix: str) -> int:
         if several > 1:
             raise IcmError(f"{several} files would be written to {target}; give them other names")
 
-    def one(number: int) -> None:
-        file, target = files[number], targets[number]
+    def one(place: int) -> None:
+        file, target = files[place], targets[place]
         if target is not None and target.exists() and not options.force:
             if target == pathlib.Path(file.name):
                 expected = ", ".join(suffixes)
@@ -365,9 +362,9 @@ def _each(options, convert, suffixes, suffix: str) -> int:
 
     failed, quiet = 0, not many or not sys.stderr.isatty()
     with tqdm.tqdm(total=len(files), unit="file", disable=quiet) as bar:
-        for number, error in in_threads(one, range(len(files)), min(options.jobs, len(files))):
+        for place, error in in_threads(one, range(len(files)), min(options.jobs, len(files))):
             bar.update()
-            failed += 0 if error is None else _failed(files[number].name, error)
+            failed += 0 if error is None else _failed(files[place].name, error)
     return int(failed > 0)
 
 

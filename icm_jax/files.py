@@ -1,5 +1,7 @@
-"""Files that are written whole or not at all; many files, several at a time."""
+"""Files that are written whole or not at all; many files, several at a time; what else may stand on
+the command line beside their names."""
 
+import argparse
 import collections
 import contextlib
 import json
@@ -238,3 +240,30 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def number(what: str, low: float, high: float) -> Callable[[str], float]:
+    """Of the command line, a number between two."""
+
+    def parse(text: str) -> float:
+        try:
+            fits = low <= float(text) <= high
+        except ValueError:
+            fits = False
+        if not fits:
+            raise argparse.ArgumentTypeError(f"{text} is not a {what} from {low:g} to {high:g}")
+        return float(text)
+
+    return parse
+
+
+def listing(text: str) -> list[str]:
+    """Names between commas; none of "none"."""
+    return [] if text == "none" else [name.strip() for name in text.split(",")]
+
+
+def count(text: str) -> int:
+    """A number from 1 on the command line."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)

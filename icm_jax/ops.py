@@ -195,12 +195,36 @@ def round_straight_through(x: jax.Array) -> jax.Array:
 
 
 def quantise(
-    x: jax.Array, mean: jax.Array | None = None, *, key: jax.Array | None = None
+    x: jax.Array,
+    mean: jax.Array | None = None,
+    *,
+    key: jax.Array | None = None,
+    temperature: jax.Array | None = None,
 ) -> jax.Array:
-    """x + U(-1/2, 1/2) with a key (training); without one, rounded, seen from `mean`."""
-    if key is not None:
+    """x + U(-1/2, 1/2) with a key (training); without one, rounded, seen from `mean`; with a key
+    and a temperature `rounded_by_chance`, so seen."""
+    if key is not None and temperature is None:
         return x + jax.random.uniform(key, x.shape, x.dtype, -0.5, 0.5)
-    return round_straight_through(x) if mean is None else round_straight_through(x - mean) + mean
+    seen = x if mean is None else x - mean
+    if key is None or temperature is None:
+        seen = round_straight_through(seen)
+    else:
+        seen = rounded_by_chance(seen, key, temperature)
+    return seen if mean is None else seen + mean
+
+
+def rounded_by_chance(x: jax.Array, key: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Up or down by a relaxed choice, near the nearer integer the likelier: float like x.
+
+    Stochastic Gumbel annealing (Yang, Bamler and Mandt 2020, "Improving inference for neural image
+    compression", section 3.1): the logits of the two are -atanh(distance) / temperature, and so is
+    the choice relaxed. At a temperature of 0 it is rounding.
+    """
+    low = jnp.floor(x)
+    up = jnp.clip(x - low, 1e-4, 1 - 1e-4)
+    logit = (jnp.arctanh(up) - jnp.arctanh(1 - up)) / temperature
+    chance = jax.random.logistic(key, x.shape, x.dtype)
+    return low + jax.nn.sigmoid((logit + chance) / temperature)
 
 
 def normalise(image: jax.Array, dtype=jnp.float32) -> jax.Array:

@@ -10,14 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 from small import BUILT, DETECTOR, LAYERS, SCALABLE, images, initial, small_codec
 
-from icm_jax.codecs import CODECS, bitstream, layered_codec, model_file
+from icm_jax.codecs import CODECS, bitstream, layered_codec, model_file, refine
 from icm_jax.codecs.codec import forward
 from icm_jax.codecs.scalable import detected
 from icm_jax.coding import container
 from icm_jax.errors import IcmError
 from icm_jax.nets.detector import Part
 from icm_jax.tasks import build_task
-from icm_jax.weights import icmc, start_from
+from icm_jax.weights import start_from
 
 LIKE = dict(LAYERS, checkered=2, levels=3)
 """As the small codec "space_channel" is built."""
@@ -34,7 +34,7 @@ def picture(tmp_path_factory):
     """(path of a picture codec's file, the codec in floats, its variables as they come back)."""
     frozen, path = small_codec("space_channel"), tmp_path_factory.mktemp("picture") / "a.icmc"
     model_file.save(path, frozen)
-    return path, BUILT["space_channel"](), icmc.floats(frozen)
+    return path, BUILT["space_channel"](), refine.floats(frozen)
 
 
 def coded(codec, variables, batch, quality=0.3):
@@ -68,7 +68,7 @@ def test_layers_begin_as_the_picture_codec_that_they_start_from(picture, kind, c
 def test_networks_of_integers_come_back_as_floats(name):
     """What freezing makes of them is again what they were made of, within its rounding."""
     frozen = small_codec(name)
-    variables, codec = icmc.floats(frozen), (BUILT[name])()
+    variables, codec = refine.floats(frozen), (BUILT[name])()
     batch = images(1, 64, 64, 3)
     shape = batch.shape[1:3]
     quality = {"quality": np.full(1, 0.5, np.float32)} if codec.qualities else {}

@@ -20,7 +20,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
-from icm_jax.codecs import ahead, programs, tiles, walk
+from icm_jax.codecs import ahead, programs, refine, tiles, walk
 from icm_jax.codecs.codec import Codec, as_float16, frozen_priors
 from icm_jax.coding import container, range_coder
 from icm_jax.coding.tables import Tables
@@ -76,14 +76,17 @@ class FrozenCodec:
         programs.require_home()
         return jax.device_put(self.variables, jax.local_devices()[0])
 
-    def compress(self, image: Any, quality: float | None = None) -> bytes:
+    def compress(
+        self,
+        image: Any,
+        quality: float | None = None,
+        effort: int = 0,
+        aim: refine.Aim | None = None,
+    ) -> bytes:
         """The .icm file of an image, uint8 [H, W, 3] or [H, W], or Pillow's of any mode but those
         that `data.images.pixels` refuses.
 
-        Args:
-          quality: 0 to 100 for a codec with qualities, 50 if left out.
-
-        Raises: IcmError as `encode` does.
+        Args: quality: 50 if a codec with qualities is given none. Others: of `encode`, as errors.
         """
         if hasattr(image, "getbands"):  # Pillow's; it is imported where it is used
             from icm_jax.data.images import pixels
@@ -98,13 +101,12 @@ class FrozenCodec:
         if quality is None and self.codec.qualities:
             quality = DEFAULT_QUALITY
         self._begin(image.shape[:2], quality_steps(self.codec, quality), back="")
-        return encode(self, image[None], quality=quality)[0]
+        return encode(self, image[None], quality=quality, effort=effort, aim=aim)[0]
 
     def decompress(self, data: bytes, layers: int | None = None) -> np.ndarray:
         """The image of an .icm file that this codec wrote: uint8 [H, W, 3] or, if grey, [H, W].
 
-        Args:
-          layers: read the first so many only; a file may be cut off after them.
+        Args: layers: read the first so many only; a file may be cut off after them.
 
         Raises: IcmError if the file is damaged, from another model, or holds no image.
         """
@@ -124,7 +126,7 @@ class FrozenCodec:
 
 
 def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float32") -> FrozenCodec:
-    """Turns trained variables into an immutable coder: the one step between training and bytes.
+    """Turns trained variables into an immutable coder.
 
     Args:
       variables: of the trained codec, as on a device or the host.
@@ -156,13 +158,8 @@ def freeze(codec: Codec, variables, images: np.ndarray, *, weights: str = "float
             integer[segment.name] = arrays
     leaves = flax.traverse_util.flatten_dict(kept)
     spent = [("params", *segment.spent) for segment in codec.segments if segment.spent]
-    kept = flax.traverse_util.unflatten_dict(
-        {
-            path: leaf
-            for path, leaf in leaves.items()
-            if not any(path[: len(prefix)] == prefix for prefix in spent)
-        }
-    )
+    ours = {p: leaf for p, leaf in leaves.items() if not any(p[: len(s)] == s for s in spent)}
+    kept = flax.traverse_util.unflatten_dict(ours)
     return FrozenCodec(codec, dict(kept, integer=integer) if integer else kept, tables)
 
 
@@ -173,6 +170,8 @@ def encode(
     *,
     quality: float | None = None,
     windows: Sequence[tiles.Size] = tiles.SIZES,
+    effort: int = 0,
+    aim: refine.Aim | None = None,
 ) -> list[bytes]:
     """One self-contained byte string per image.
 
@@ -183,10 +182,10 @@ def encode(
       quality: 0 to 100, in steps of 1/100; for codecs with qualities, and needed there.
       windows: sizes of windows to choose from, see `tiles`; with none, transforms are of whole
         images, by a program for each size.
+      effort: 0 to 3; above 0 latents are refined for the image, or for an `aim`, see `refine`.
 
-    Raises:
-      IcmError: the codec was not frozen, images or quality are not as above, or a latent is not
-        finite.
+    Raises: IcmError if the codec was not frozen, images, quality or effort are not as above, or a
+      latent is not finite.
     """
     codec = _require_frozen(frozen).codec
     images = np.asarray(images)
@@ -194,14 +193,19 @@ def encode(
     images = _require_images(np.repeat(images[..., None], 3, axis=-1) if grey else images)
     _require_sides(images.shape[1:3])
     steps = quality_steps(codec, quality)
-    return [_encoded(frozen, image, grey, steps, coder, windows) for image in images]
+    condition, streams = _condition(steps), []
+    for image in images:
+        latents = walk.analyse(codec, frozen.on_device, image[None], condition, windows)
+        if effort:
+            given = frozen, image[None], latents, condition, refine.steps_of(effort)
+            latents = refine.refined(*given, aim, windows)
+        header = container.Header(frozen.fingerprint, image.shape[:2], grey, steps)
+        streams.append(_written(frozen, latents, header, condition, coder, windows))
+    return streams
 
 
-def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, windows) -> bytes:
-    """The stream of one image, uint8 [H, W, 3]."""
-    codec = frozen.codec
-    decoded = _condition(steps)
-    latents = walk.analyse(codec, frozen.on_device, image[None], decoded, windows)
+def _written(frozen: FrozenCodec, latents, header, condition, coder: str, windows) -> bytes:
+    codec, decoded = frozen.codec, dict(condition)
     layers: list[tuple[list[bytes], int]] = []  # strings, and the CRC of the symbols in them
     for number, segment in enumerate(codec.segments):
         latent = latents[segment.name]
@@ -223,7 +227,6 @@ def _encoded(frozen: FrozenCodec, image, grey: bool, steps, coder: str, windows)
         decoded[segment.name] = walk.in_passes(
             codec, number, frozen.on_device, latent.shape, decoded, coded, windows
         )
-    header = container.Header(frozen.fingerprint, image.shape[:2], grey, steps)
     return container.pack(header, layers)
 
 
@@ -237,11 +240,8 @@ class Decoded(NamedTuple):
 def decode_latents(
     frozen: FrozenCodec, data: bytes, coder: str = "native", *, layers: int | None = None
 ) -> Decoded:
-    """The latents of a stream, up to the first `layers` layers or all.
-
-    Raises:
-      IcmError: the stream is damaged, from another model, or does not decode to what was encoded.
-    """
+    """The latents of a stream, up to the first `layers` layers or all. Raises: IcmError if it is
+    damaged, from another model, or does not decode to what was encoded."""
     codec = _require_frozen(frozen).codec
     stream = container.unpack(data, layers)
     header = stream.header
@@ -330,8 +330,7 @@ def estimate(
     quality: float | None = None,
     windows: Sequence[tiles.Size] = (),
 ) -> dict[str, np.ndarray]:
-    """Bits per image and segment that the densities say, those of the float priors at the scales
-    and means that are coded with: {segment: float32 [N]}."""
+    """The bits of `bit_maps`, summed: {segment: float32 [N]}."""
     maps = bit_maps(frozen, images, quality=quality, windows=windows)
     return {name: values.sum(axis=(1, 2)) for name, values in maps.items()}
 
@@ -343,7 +342,8 @@ def bit_maps(
     quality: float | None = None,
     windows: Sequence[tiles.Size] = (),
 ) -> dict[str, np.ndarray]:
-    """Where the bits of `estimate` lie: {segment: float32 [N, h, w]}, summed over channels."""
+    """Bits that the float priors' densities say, at the scales and means that are coded with:
+    {segment: float32 [N, h, w]}, summed over channels."""
     codec = _require_frozen(frozen).codec
     condition = _condition(quality_steps(codec, quality), len(images))
     inputs = {"image": _require_images(images), **condition}

@@ -75,6 +75,7 @@ class Segment(NamedTuple):
       reach: what the exact prior looks at, so that it can be had in windows; of none, if that is
         the same everywhere. `decoded` then has "bounds", as `integer.run` takes them. None: the
         prior is computed of whole latents, by a program for each size.
+      real: of a frozen codec, the prior in floats.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Segment(NamedTuple):
     rows: int | None = None
     integers: Callable[..., dict[tuple[str, str], tuple[tuple[int, ...], str]]] | None = None
     thaw: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Any]] | None = None
+    real: PriorOf | None = None
 
 
 class Codec(NamedTuple):
@@ -220,7 +222,11 @@ def method_of(module, part: str, collections: tuple[str, ...] = ("params",)) -> 
 def frozen_priors(codec: Codec) -> Codec:
     """The codec with the priors that coding takes: those of integers, where they differ."""
     segments = tuple(
-        segment._replace(prior=segment.exact or segment.prior, exact=None)
+        segment._replace(
+            prior=segment.exact or segment.prior,
+            exact=None,
+            real=segment.real or segment.prior,
+        )
         for segment in codec.segments
     )
     return codec._replace(segments=segments)
@@ -275,6 +281,7 @@ def forward(
     *,
     straight_through: bool = False,
     key: jax.Array | None = None,
+    temperature: jax.Array | None = None,
 ) -> Forward:
     """Codes without bytes: with noise if there is a key, else exactly what decoding gives.
 
@@ -282,6 +289,7 @@ def forward(
       inputs: what `codec.analyse` takes.
       shape: (height, width) of the images in pixels.
       straight_through: with a key, let the outputs see rounded latents, the priors noisy ones.
+      temperature: with a key, latents are rounded by chance in place of noise, see `ops.quantise`.
     """
     latents = codec.analyse(variables, inputs)
     decoded = {"quality": inputs["quality"]} if codec.qualities else {}
@@ -289,7 +297,12 @@ def forward(
     for number, segment in enumerate(codec.segments):
         of_segment = None if key is None else jax.random.fold_in(key, number)
         values, bits = _quantised(
-            segment, variables, latents[segment.name], decoded, of_segment, straight_through
+            segment,
+            variables,
+            latents[segment.name],
+            decoded,
+            functools.partial(ops.quantise, key=of_segment, temperature=temperature),
+            straight_through and key is not None,
         )
         decoded[segment.name], maps[segment.name] = values, bits.sum(axis=3)
     outputs = {name: output(variables, decoded, shape) for name, output in codec.outputs.items()}
@@ -298,15 +311,14 @@ def forward(
     return Forward(outputs, bits, latents, maps)
 
 
-def _quantised(segment: Segment, variables, latent, decoded, key, straight_through: bool):
+def _quantised(segment: Segment, variables, latent, decoded, quantise, rounds: bool):
     """(what decoding gives of a latent, the bits of each element), pass by pass."""
-    rounds = straight_through and key is not None
     masks = pass_masks(segment, latent.shape)
     values, total = jnp.zeros_like(latent), jnp.zeros(latent.shape, jnp.float32)
     known = np.zeros(latent.shape[1:], bool)
     for mask in masks:
         prior = segment.prior(variables, seen(segment, decoded, values, known), latent.shape)
-        noisy = ops.quantise(latent, prior.mean, key=key)
+        noisy = quantise(latent, prior.mean)
         bits = prior.bits(noisy)
         given = ops.quantise(latent, prior.mean) if rounds else noisy
         if len(masks) == 1:

@@ -100,7 +100,7 @@ def analyse(
         sizes,
         together(variables),
     )
-    latents = _slices(codec, tiling.segments, y)
+    latents = slices(codec, tiling.segments, y)
     return latents | rest_of(codec, variables, y, condition, sizes)
 
 
@@ -133,14 +133,14 @@ def _integers(variables, segment: Segment):
     return variables if own is None else {"integer": {segment.name: own}}
 
 
-def _slices(codec: Codec, names: Sequence[str], y) -> dict[str, Any]:
+def slices(codec: Codec, names: Sequence[str], y) -> dict[str, Any]:
     """Latents that stand side by side, by name."""
     channels = {segment.name: segment.shape(1, 1)[2] for segment in codec.segments}
-    slices, end = {}, 0
+    found, end = {}, 0
     for name in names:
         begin, end = end, end + channels[name]
-        slices[name] = y[..., begin:end]
-    return slices
+        found[name] = y[..., begin:end]
+    return found
 
 
 def output(
@@ -238,7 +238,7 @@ def _output_of_window(codec, back, pixels, variables, inputs):
     y, factor = part.arrays["latent"], codec.tiling.factor
     shape = tuple(factor * side for side in y.shape[1:3])
     with tiles.within(part, "latent"):
-        latents = _slices(codec, back.segments, y)
+        latents = slices(codec, back.segments, y)
         found = codec.outputs[back.output](variables, latents | condition, shape)
     return _pixels(found) if pixels else found
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from icm_jax.codecs import CODECS, bitstream, model_file, tiles, walk
 from icm_jax.codecs.bitstream import FrozenCodec
+from icm_jax.codecs.refine import Aim
 from icm_jax.coding import container
 from icm_jax.engine.run import Point
 from icm_jax.errors import IcmError
@@ -15,6 +16,11 @@ from icm_jax.measure import classical, draws
 
 LEARNED = "icm"
 """Kind of files that a codec of images wrote, which is not the run's: a learned rival."""
+AIMED = "aimed"
+"""The same, written for the run's own detector; see `icm_jax.measure.aimed`."""
+MODELS = LEARNED, AIMED
+EFFORT = 2
+"""Of files of kind `AIMED`."""
 
 
 def through_stream(
@@ -80,14 +86,20 @@ def of_pictures(sizes: list[dict], batch: dict) -> list[dict]:
     ]
 
 
-def through_file(image: np.ndarray, point: Point) -> tuple[np.ndarray, dict]:
+def through_file(
+    image: np.ndarray, point: Point, aim: Aim | None = None
+) -> tuple[np.ndarray, dict]:
     """(uint8 [h, w, 3] after a file of the point's format and quality, its sizes in bytes).
+
+    Args: aim: of kind `AIMED`.
 
     Raises: IcmError as `rival` does.
     """
-    if point.kind == LEARNED:
-        codec = rival(point.model)
-        file = codec.compress(image, quality=point.quality)
+    if point.kind in MODELS:
+        codec, effort = rival(point.model), EFFORT if point.kind == AIMED else 0
+        (file,) = bitstream.encode(
+            codec, image[None], quality=point.quality, effort=effort, aim=aim
+        )
         bare = len(file) - container.overhead(file)
         sizes = {"pixels": image[..., 0].size, "bpp": len(file), "bpp_without_tables": bare}
         return np.asarray(codec.decompress(file)), sizes
@@ -111,7 +123,7 @@ def rival(path: str) -> FrozenCodec:
 
 def written_by(point: Point) -> dict[str, str]:
     """{"fingerprint"} of the model that writes a learned rival's files; {} of other formats."""
-    learned = point.kind == LEARNED
+    learned = point.kind in MODELS
     return {"fingerprint": rival(point.model).fingerprint.hex()} if learned else {}
 
 

@@ -57,12 +57,8 @@ def finder(
 
     Raises: IcmError if a file is missing, or does not go with the others.
     """
-    detector, size = _network(pathlib.Path(weights), network)
-    classes = _classes(names, detector.classes)
-    part = Part(detector)
-    image = jax.ShapeDtypeStruct((1, detector.grid, detector.grid, 3), jnp.float32)
-    shapes = jax.eval_shape(lambda x: part.init(jax.random.key(0), x, False), image)
-    variables = jax.device_put(darknet.read(weights, shapes, whole=True))
+    detector, size, variables = published(weights, network)
+    classes, part = _classes(names, detector.classes), Part(detector)
     platform = jax.tree.leaves(variables)[0].device.platform
 
     @functools.partial(jax.jit, compiler_options=compiler_options(platform))
@@ -80,6 +76,18 @@ def finder(
         return described(found, classes, size, extent, picture.shape[:2])
 
     return find
+
+
+def published(
+    weights: str | os.PathLike, network: str = ""
+) -> tuple[Detector, tuple[int, int], dict]:
+    """A detector, (height, width) of its images and its variables on the device; arguments and
+    errors are those of `finder`."""
+    detector, size = _network(pathlib.Path(weights), network)
+    image = jax.ShapeDtypeStruct((1, detector.grid, detector.grid, 3), jnp.float32)
+    init = lambda x: Part(detector).init(jax.random.key(0), x, False)  # noqa: E731
+    shapes = jax.eval_shape(init, image)
+    return detector, size, jax.device_put(darknet.read(weights, shapes, whole=True))
 
 
 def _network(weights: pathlib.Path, network: str) -> tuple[Detector, tuple[int, int]]:

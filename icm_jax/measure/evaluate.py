@@ -61,7 +61,16 @@ from icm_jax.engine.run import RECORDS, Point, Run, load_run, read_records
 from icm_jax.engine.train import complete
 from icm_jax.errors import IcmError
 from icm_jax.files import cores, sealed, write_json
-from icm_jax.measure import Score, average_precision, classical, coded, draws, segments, throughput
+from icm_jax.measure import (
+    Score,
+    aimed,
+    average_precision,
+    classical,
+    coded,
+    draws,
+    segments,
+    throughput,
+)
 from icm_jax.measure.distortion import distortion
 from icm_jax.measure.instances import own_truth
 from icm_jax.measure.noise import with_noise
@@ -269,7 +278,11 @@ def filed(asked: Asked, batch: dict, count: int) -> tuple[dict, list]:
     def code(row: int) -> dict:
         extent = (0, 0, *images.shape[1:3]) if extents is None else extents[row]
         at = (row, *geometry.inside(extent))
-        given[at], size = coded.through_file(np.ascontiguousarray(images[at]), asked.point)
+        image, aim = np.ascontiguousarray(images[at]), None
+        if asked.point.kind == coded.AIMED:
+            seen = asked.config, asked.variables, image, images.shape[1:3], extent
+            aim = aimed.of_task(*seen, asked.point.quality or 0.0)
+        given[at], size = coded.through_file(image, asked.point, aim)
         return size
 
     with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
@@ -378,6 +391,6 @@ SCORERS: dict[str, Callable[[Asked], dict]] = {
     "picture": pictures,
     "detect": detections,
     "speed": speed,
-    **dict.fromkeys((*classical.FORMATS, coded.LEARNED), files),
+    **dict.fromkeys((*classical.FORMATS, *coded.MODELS), files),
 }
 """Kind of a point -> what scores it: its fields of the record, which go before the run's labels."""

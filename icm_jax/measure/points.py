@@ -8,7 +8,7 @@ from icm_jax.data.sources import Source
 from icm_jax.engine.run import Point, Run, read_point
 from icm_jax.errors import IcmError
 from icm_jax.measure import Accuracy, MeanIoU, Score, average_precision, classical
-from icm_jax.measure.coded import LEARNED, rival
+from icm_jax.measure.coded import AIMED, MODELS, rival
 from icm_jax.measure.instances import InstancePrecision
 
 
@@ -52,8 +52,13 @@ def check_quality(run: Run, point: Point) -> None:
     """Raises: FieldError if a file's quality is none that its format, or model, has; IcmError if
     there is no such model."""
     table = {kind: field for kind, field in classical.QUALITIES.items() if kind == point.kind}
-    if point.kind == LEARNED and rival(point.model).codec.qualities:
-        table = {LEARNED: number(0, 100)}
+    if point.kind in MODELS and rival(point.model).codec.qualities:
+        table = {point.kind: number(0, 100)}
+    if point.kind == AIMED and "detector" not in run.task:
+        raise IcmError(
+            f"{run.name} is to be scored by {str(point)!r}, but has no detector at which files are "
+            "aimed; leave config.files.aimed empty"
+        )
     check({point.kind: point.quality}, table, "evaluate", run=run.name)
 
 

@@ -33,7 +33,7 @@ from icm_jax.engine.run import (
 from icm_jax.engine.train import complete, initial, prepare
 from icm_jax.errors import IcmError
 from icm_jax.measure.classical import FORMATS, available
-from icm_jax.measure.coded import LEARNED
+from icm_jax.measure.coded import MODELS
 from icm_jax.measure.evaluate import check_points
 from icm_jax.measure.points import left, no_codec, scored_label
 from icm_jax.tasks import build_task
@@ -220,7 +220,7 @@ def _check_point(
     """That a point fits the run's task and codec; `names` are those of all runs."""
     kind, codec = point.kind, task.codec
     place: dict[str, Any] = {"run": run.name}
-    if kind in ("stream", "pixels", "noise") or (kind in (*FORMATS, LEARNED) and run.needs):
+    if kind in ("stream", "pixels", "noise") or (kind in (*FORMATS, *MODELS) and run.needs):
         scored_label(run, point)
     if kind == "noise":
         check({kind: point.quality}, {kind: number(above=0, most=255)}, "evaluate", **place)

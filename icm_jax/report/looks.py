@@ -30,6 +30,7 @@ FORMATS = {
     "vvc": Look("VVC intra", "#7F7F7F"),
     "jpeg2000": Look("JPEG 2000"),
     "icm": Look("learned pictures (photo.icmc)", "#332288"),
+    "aimed": Look("the same files, aimed at the detector", "#117733"),
 }
 
 

@@ -15,7 +15,7 @@ import flax.traverse_util
 import numpy as np
 
 from icm_jax.codecs import CODECS, model_file
-from icm_jax.codecs.bitstream import FrozenCodec
+from icm_jax.codecs.refine import floats
 
 
 def codec(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
@@ -38,21 +38,6 @@ def codec(path: str | os.PathLike, shapes: Mapping[str, Any]) -> dict:
         if value is not None:
             given[place] = value
     return flax.traverse_util.unflatten_dict(given)
-
-
-def floats(frozen: FrozenCodec) -> dict:
-    """Variables of a frozen codec, all of its networks in floats: {collection: ... arrays}, but for
-    those of a kind of prior that cannot go back."""
-    variables = dict(frozen.variables)
-    integers = variables.pop("integer", {})
-    flat: dict = flax.traverse_util.flatten_dict(variables)
-    channels = {segment.name: segment.shape(1, 1)[2] for segment in frozen.codec.segments}
-    for segment in frozen.codec.segments:
-        if segment.thaw is not None and segment.name in integers:
-            network = segment.thaw(integers[segment.name], channels)
-            named = flax.traverse_util.flatten_dict(network)
-            flat |= {("params", *segment.spent, *name): leaf for name, leaf in named.items()}
-    return flax.traverse_util.unflatten_dict(flat)
 
 
 def _grown(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
