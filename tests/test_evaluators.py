@@ -420,7 +420,7 @@ def scored_again(base, count):
     return found | read_json(base / "scores.json", dict, "")
 
 
-def test_records_do_not_depend_on_how_many_processes_score(tmp_path):
+def test_records_do_not_depend_on_how_many_processes_score(tmp_path, monkeypatch):
     """Nine images, so shares are uneven, and one process of four has a batch less. Whole masks and
     boxes are scored without a network, see evaluate_worker.py."""
     codec = second_data.codec_run()
@@ -438,6 +438,16 @@ def test_records_do_not_depend_on_how_many_processes_score(tmp_path):
     assert {*alone["coco"]["draws"]} == {"map", "map50", "bpp"}
     for count in (2, 4):
         assert scored_again(tmp_path / "runs", count) == alone
+
+    def stopped(asked):
+        raise KeyboardInterrupt
+
+    (tmp_path / "runs" / codec.name / "records.json").unlink()
+    monkeypatch.setitem(evaluate.SCORERS, "jpeg", stopped)
+    with pytest.raises(KeyboardInterrupt), jax.numpy_dtype_promotion("standard"):
+        evaluate.evaluate(codec, tmp_path / "runs")
+    (kept,) = read_records(tmp_path / "runs" / codec.name)  # of a point, as soon as it is scored
+    assert kept["kind"] == "stream"
 
 
 def test_what_was_scored_apart_adds_up():

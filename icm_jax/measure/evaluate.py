@@ -155,8 +155,8 @@ def evaluate(run: Run, base: str | os.PathLike) -> list[dict]:
         record |= {"fingerprint": frozen.fingerprint.hex()} if frozen is not None else {}
         asked = Asked(point, run, base, data, scored, config, task, variables, frozen)
         records.append(record | SCORERS[point.kind](asked))
-    if jax.process_index() == 0:
-        write_json(kept, [sealed(record) for record in records])
+        if jax.process_index() == 0:  # at once: a point may take an hour
+            write_json(kept, [sealed(record) for record in records])
     return records
 
 
