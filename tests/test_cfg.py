@@ -338,7 +338,7 @@ def test_the_command_takes_weights_and_pictures(tmp_path, capsys):
     assert code == 2 and "are 416 and 30; both are multiples of 4, from 4 on" in errors
     (tmp_path / "small.cfg").unlink()
     code, _, errors = run_detect(capsys, tmp_path / "picture.png", *options)
-    assert code == 2 and "name the network's file with --cfg" in errors
+    assert code == 2 and "or name it (icm detect --cfg)" in errors
 
 
 def test_boxes_come_back_to_the_picture():

@@ -96,7 +96,10 @@ def _network(weights: pathlib.Path, network: str) -> tuple[Detector, tuple[int, 
         return yolo.PUBLISHED[weights.stem](len(COCO)), (SIDE, SIDE)
     path = network or str(weights.with_suffix(".cfg"))
     if not network and not pathlib.Path(path).is_file():
-        raise IcmError(f"there is no {path} beside {weights}; name the network's file with --cfg")
+        raise IcmError(
+            f"there is no {path} beside {weights}; put the network's file there, or name it (icm "
+            "detect --cfg)"
+        )
     detector, size = cfg.parse(read(path).decode(errors="replace"), path)
     if min(size) < 1 or any(side % detector.grid for side in size):
         raise IcmError(
