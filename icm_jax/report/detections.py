@@ -26,8 +26,8 @@ DRAWN = 0.4
 def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, object]]:
     """Validation images with the boxes that are there (dashed) and those that are found.
 
-    Under them, for the middle λ of each arm of `codecs`, what it decodes to and what the detector
-    finds there: behind a scalable codec from the base layer alone.
+    Under them, for the middle λ or quality of each arm of `codecs`, what it decodes to and what the
+    detector finds there: behind a scalable codec from the base layer alone.
     """
     source, count = open_source(run.data, "validation"), 6
     spec = pipeline.batch_spec(run.data, count)
@@ -39,7 +39,8 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
     rows = [("pixels", batch["image"], predict(variables, {"image": batch["image"]}), captions)]
     for codec_run in middles(codecs):
         frozen = model_file.load(workdir / codec_run.name / "codec.icmc", CODECS)
-        streams = bitstream.encode(frozen, batch["image"])
+        quality = middle_quality(codec_run)
+        streams = bitstream.encode(frozen, batch["image"], quality=quality)
         pictures = bitstream.decode(frozen, streams, "image").clip(0, 255)
         captions, inputs = [f"{len(data)} bytes" for data in streams], {"image": pictures}
         if "feature" in frozen.codec.outputs:
@@ -50,7 +51,8 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
             ]
         labels: Any = codec_run.labels
         found = predict(variables, inputs)
-        title = f"{labels.arm}\nλ = {labels.point}"
+        point = f"λ = {labels.point}" if quality is None else f"quality {quality:g}"
+        title = f"{labels.arm}\n{point}"
         rows.append((title, pictures.astype(np.uint8), found, captions))
     figure = Figure(figsize=(2.1 * count, 2.2 * len(rows)), dpi=110)
     axes = figure.subplots(len(rows), count, squeeze=False)
@@ -80,6 +82,12 @@ def detections(run: Run, codecs: Sequence[Run], workdir: pathlib.Path) -> list[t
         text += "in the base layer, or in the decoded picture of codecs with one layer."
     name = save(figure, workdir / "boxes.png")
     return [("h2", "Detections"), ("image", name), ("p", text)]
+
+
+def middle_quality(run: Run) -> float | None:
+    """Of the qualities that a codec is scored at; None of a codec of one rate."""
+    points = {p.quality for p in run.evaluate if p.kind == "detect" and p.quality is not None}
+    return sorted(points)[len(points) // 2] if points else None
 
 
 def middles(runs: Sequence[Run]) -> list[Run]:

@@ -11,13 +11,14 @@ import tqdm
 from matplotlib.figure import Figure
 
 from icm_jax.codecs import CODECS, model_file
-from icm_jax.codecs.codec import Codec, forward
+from icm_jax.codecs.codec import Codec, Segment, forward, pass_masks, seen
 from icm_jax.data import pipeline
 from icm_jax.engine import checkpoint
 from icm_jax.engine.codes import open_source
 from icm_jax.engine.run import Labels, Run
 from icm_jax.engine.train import complete
 from icm_jax.measure.redundancy import CLUSTERS, fibres, uncertainty_coefficient
+from icm_jax.report.detections import middle_quality
 from icm_jax.report.looks import save
 from icm_jax.tasks import build_task
 
@@ -32,8 +33,9 @@ def codec_of(run: Run) -> Codec:
 
 
 def layer_latents(codec: Codec) -> list[str]:
-    """The last segment of each layer: what the side information of a layer is for."""
-    return list({segment.layer: segment.name for segment in codec.segments}.values())
+    """Of each layer the first segment that others tell of: what its side information is for."""
+    told = [s for s in codec.segments if s.reach is None or s.reach.factors]
+    return list({segment.layer: segment.name for segment in reversed(told)}.values())[::-1]
 
 
 def latents(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, object]]:
@@ -51,7 +53,7 @@ def latents(runs: Sequence[Run], workdir: pathlib.Path) -> list[tuple[str, objec
     rows = []  # of the figure
     for run in tqdm.tqdm(runs, "redundancy", unit="codec"):
         frozen = model_file.load(workdir / run.name / "codec.icmc", CODECS)
-        (latents, costs), pair = _costs(frozen, images), pairs[run.name]
+        (latents, costs), pair = _costs(frozen, _inputs(run, images)), pairs[run.name]
         told = _told(*(latents[name] for name in pair))
         known = ["–" if np.isnan(value) else f"{value:.2f}" for value in told]
         labels = run.labels or Labels("", run.name)
@@ -102,11 +104,11 @@ def _redundancy_in_training(runs, workdir, images, titles) -> list[tuple[str, ob
     axes = figure.subplots(1, 2, sharey=True)
     for run in tqdm.tqdm(chosen, "redundancy in training", unit="codec"):
         folder = workdir / run.name
-        codec = codec_of(run)
+        codec, inputs = codec_of(run), _inputs(run, images)
 
         @jax.jit
-        def latents_of(variables, codec=codec):
-            found = codec.analyse(variables, {"image": images})
+        def latents_of(variables, codec=codec, inputs=inputs):
+            found = codec.analyse(variables, inputs)
             return [jnp.round(found[name]) for name in layer_latents(codec)]
 
         steps = checkpoint.kept_steps(folder)
@@ -134,18 +136,32 @@ def _told(base: np.ndarray, enhancement: np.ndarray) -> tuple[float, float]:
     return uncertainty_coefficient(base, enhancement), uncertainty_coefficient(enhancement, base)
 
 
-def _costs(frozen, images: np.ndarray) -> tuple[dict, dict]:
+def _inputs(run: Run, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Of a codec: images, where it has qualities at the middle one."""
+    quality = middle_quality(run)
+    one = {} if quality is None else {"quality": np.full(len(images), quality / 100, np.float32)}
+    return {"image": images} | one
+
+
+def _costs(frozen, inputs: dict[str, np.ndarray]) -> tuple[dict, dict]:
     """({segment: rounded latents [N, h, w, C]}, {segment: bits of each channel of image 0 [C]})."""
 
     @jax.jit
-    def run(variables, images):
-        inputs, shape = {"image": images}, images.shape[1:3]
-        latents = forward(frozen.codec, variables, inputs, shape).latents
-        costs = {}
-        for segment in frozen.codec.segments:
-            latent = latents[segment.name]
-            prior = segment.prior(variables, latents, latent.shape)
-            costs[segment.name] = prior.bits(latent)[0].sum(axis=(0, 1))
-        return latents, costs
+    def run(variables, inputs):
+        latents = forward(frozen.codec, variables, inputs, inputs["image"].shape[1:3]).latents
+        decoded = inputs | latents
+        costs = {s.name: _bits(s, variables, decoded)[0] for s in frozen.codec.segments}
+        return latents, {name: bits.sum(axis=(0, 1)) for name, bits in costs.items()}
 
-    return jax.device_get(run(frozen.on_device, images))
+    return jax.device_get(run(frozen.on_device, inputs))
+
+
+def _bits(segment: Segment, variables, decoded):
+    """Of each element of a latent, pass by pass: float32 [N, h, w, C]."""
+    latent = decoded[segment.name]
+    total, known = jnp.zeros(latent.shape, jnp.float32), np.zeros(latent.shape[1:], bool)
+    for mask in pass_masks(segment, latent.shape):
+        given = seen(segment, decoded, jnp.where(known[None], latent, 0.0), known)
+        bits = segment.prior(variables, given, latent.shape).bits(latent)
+        total, known = jnp.where(mask[None], bits, total), known | mask
+    return total
