@@ -79,7 +79,8 @@ HYPERS = {1: "one hyperprior for both", 2: "a hyperprior each"}
 WEIGHTS = ("feature_weight", "output_weight")
 DETECTOR = ("params/detector", "batch_stats/detector")
 PICTURE = tuple(f"layered/picture/{part}" for part in ("analysis", "gain", "synthesis"))
-"""What of "conditional" stays as in the picture codec that it begins as."""
+BASE = "layered/machine"
+"""What of "conditional" stays as in the picture codec that it begins as, and what may."""
 
 
 def detector(scale: str) -> dict:
@@ -125,11 +126,13 @@ def demo() -> dict:
             codec=dict(name="layered", widths=(96, 160), levels=6),
             weights=dict(reader="icmc", path=""),  # "": the model in the package
             lambdas=(0.001, 0.04),  # of qualities 0 and 100
+            train_base=True,  # False: "conditional" learns the prior of the enhancement alone
             feature_weight=100.0,
             output_weight=10_000.0,
             size=96,
             straight_through=True,
             qualities=(0, 25, 50, 75, 100),
+            effort=0,  # 1 to 3: files that the detector reads are refined for it, minutes each
             train=dict(steps=6000, batch_size=4)
             | common.stage(learning_rate=5e-4, warmup_steps=100),
         ),
@@ -168,7 +171,7 @@ def coco_tiny() -> dict:
     slices = 48, 64, 144  # of photo.icmc
     first = ("conditional", slices, slices, 2), ("split", slices[:2], slices[2:], 1)
     config["layered"].update(size=256, kinds=(*first, ("split", slices[:2], slices[2:], 2)))
-    config["layered"]["codec"].update(through="image")
+    config["layered"]["codec"].update(through="image", share=0.25)
     config["single"].update(channels=sum(sizes), lambdas=SMALL_LAMBDAS[:5])
     config["train"].update(steps=3000, following_steps=1000, batch_size=8, save_every=1000)
     config["train"].update(keep_every=1000)
@@ -260,12 +263,18 @@ def layered_runs(config, found: Run) -> list[Run]:
         task = {key: own[key] for key in (*WEIGHTS, "lambdas", "size", "straight_through")}
         task |= dict(name="scalable_compression", codec=codec)
         task |= dict(detector=whole(config.detector.model.detector))
-        if kind == "conditional":  # the picture is that of the codec it begins as
+        if kind == "conditional":
+            codec["ahead"] = base == enhancement
+            # The picture is that of the codec it begins as.
             task |= dict(fixed=PICTURE, picture_weight=0.0)
+            if not own.train_base:
+                task |= dict(fixed=(*PICTURE, BASE), feature_weight=0.0, output_weight=0.0)
         title = f"{TITLES[named[number]]}, {HYPERS[hypers]}"
         arm = "-".join(map(str, ("layered", kind, hypers)))
+        title += f", effort {own.effort}" if own.effort else ""
         look = dict(arm=arm, title=title, colour=colour_of(named, number), reference=number == 0)
-        run = codec_run(config, found, look, task, own.train, own.qualities, "quality")
+        levels: dict = dict(qualities=own.qualities, effort=own.effort)
+        run = codec_run(config, found, look, task, own.train, point="quality", **levels)
         reader = own.weights.reader, own.weights.path
         listed.append(dataclasses.replace(run, weights=reader))
     return listed
@@ -347,15 +356,16 @@ def sweep(config, found: Run, look: dict, lambdas, tasks: list[dict]) -> list[Ru
 
 
 def codec_run(
-    config, found: Run, look: dict, task: dict, stage, qualities=(None,), point="", start=()
+    config, found: Run, look: dict, task, stage, qualities=(None,), point="", start=(), effort=0
 ) -> Run:
-    """One codec's run; `stage` are its fields of `train`."""
+    """One codec's run; `stage` are its fields of `train`, `effort` is of what is detected in."""
     given, pictures = (common.own_data(config, name) for name in ("codec_data", "picture_data"))
     second = common.own_data(config, "second_data", like="data")
     points = []
     for quality in qualities:
-        points += [Point("detect", quality), Point("picture", quality, pictures)]
-        points += [Point("detect", quality, second)] if second else []
+        detect = Point("detect", quality, effort=effort)
+        points += [detect, Point("picture", quality, pictures)]
+        points += [dataclasses.replace(detect, data=second)] if second else []
     if task["name"] == "scalable_compression":
         start = (Start(found.name, DETECTOR), *start)
     return make_run(

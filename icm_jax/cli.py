@@ -99,9 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _output_options(own, "FILE.icm or folder; default: beside the image")
     text = "0 to 100, real numbers too, higher is better (50)"
     own.add_argument("--quality", "-q", type=number("quality", 0, 100), help=text)
-    _effort_option(own)
-    text = "write what this detector of Darknet's needs (NAME.cfg beside it), not what eyes do"
-    _names_files(own.add_argument("--for", dest="reader", metavar="NAME.weights", help=text))
+    _refining_options(own)
     own = command("decompress", _decompress, ".icm files to images", "FILE.icm")
     _output_options(own, "image file (its suffix names the format) or folder; default: FILE.png")
     _layers_option(own)
@@ -151,9 +149,12 @@ def _output_options(parser, text):
     parser.add_argument("--jobs", "-j", type=count, default=cores(), metavar="N", help=text)
 
 
-def _effort_option(parser):
+def _refining_options(parser):
     text = "0 to 3, how long to search for the best file of each picture (0; with --for 2)"
     parser.add_argument("--effort", "-e", type=int, choices=range(4), help=text)
+    text = "write what a detector needs, not what eyes do: one of Darknet's (NAME.cfg beside it) "
+    text += "or, of a codec in layers, for its base, its own: --for machine"
+    _names_files(parser.add_argument("--for", dest="reader", metavar="NAME.weights", help=text))
 
 
 def _detect_options(parser):
@@ -176,6 +177,8 @@ def _eval_options(parser):
     _names_files(parser.add_argument("--model", "-m", action="append", help=text))
     quality, text = number("quality", 0, 100), f"default: {' '.join(map(str, QUALITIES))}"
     parser.add_argument("--quality", "-q", type=quality, nargs="+", help=text)
+    text = "as of icm compress, a curve for each given, as 0 2; default: 0"
+    parser.add_argument("--effort", "-e", type=int, choices=range(4), nargs="+", help=text)
     parser.add_argument("--out", "-o", help="folder for results.csv, results.json and curves.png")
     text = "other formats, as jpeg,webp,avif, or none; default: all that are installed and quick"
     parser.add_argument("--rivals", type=listing, help=text)
@@ -219,7 +222,7 @@ def _compress(options) -> int:
     from icm_jax.data.sources import SUFFIXES
 
     codec, room, lost = _load(options.model), Room(), []
-    aim_of = _aims(options.reader)
+    aim_of = _aims(options.reader, codec)
     effort = (2 if options.reader else 0) if options.effort is None else options.effort
     if options.reader and not effort:
         raise IcmError("--for takes an --effort above 0")
@@ -238,13 +241,13 @@ def _compress(options) -> int:
     return code
 
 
-def _aims(weights: str | None) -> Callable:
+def _aims(reader: str | None, codec) -> Callable:
     """(image, quality) -> the aim that refining has."""
-    if weights is None:
+    if reader is None:
         return lambda image, quality: None
     from icm_jax.measure import aimed
 
-    return aimed.at_weights(weights)
+    return aimed.at_own(codec) if reader == "machine" else aimed.at_weights(reader)
 
 
 def _decompress(options) -> int:
@@ -322,7 +325,8 @@ def _eval(options) -> int:
         raise IcmError(f"{', '.join(options.model)}: two have one name; rename one of the files")
     if options.quality and not any(codec.codec.qualities for codec in models.values()):
         raise IcmError("models of one rate take no --quality; leave it out")
-    subjects = rate_distortion.ours(models, options.quality or QUALITIES)
+    given = options.quality or QUALITIES, options.effort or (0,)
+    subjects = rate_distortion.ours(models, *given)
     subjects += rate_distortion.rivals(options.rivals)
     paths = [file.name for file in listed(options.files, SUFFIXES, recursive=True)]
     more: Any = dict(rates=options.rates, out=options.out and pathlib.Path(options.out))

@@ -68,7 +68,7 @@ SCALABLE = {
     "split": lambda: scalable_codec("split", 6, 3, 5, 1, DETECTOR, "cheng2020"),
     "residual": lambda: scalable_codec("residual", 6, 4, 5, 2, DETECTOR),
     "conditional": lambda: layered_codec(
-        "conditional", (8, 6), (2, 3), (2, 3, 3), 2, DETECTOR, **LAYERS, levels=3
+        "conditional", (8, 6), (2, 3), (2, 3), 2, DETECTOR, **LAYERS, levels=3, ahead=True
     ),
     "layered_split": lambda: layered_codec(
         "split", (8, 6), (2, 3), (3,), 2, DETECTOR, **LAYERS, through="image"

@@ -263,6 +263,23 @@ def test_models_of_one_rate_make_one_curve(model, photos, capsys):
     found = [(row["codec"], row["model"], row["quality"]) for row in means if row["model"]]
     assert found == [("icm", "rate1", None), ("icm", "rate2", None), ("model", "model", 40)]
     assert "BD-rate of model against icm" in text.decode()
+    code, _, errors = icm(*arguments, "--effort", 0, 2, capsys=capsys)
+    assert code == 2 and "a model of one rate takes no --effort" in errors
+
+
+def test_each_effort_is_a_curve(model, photos, capsys, monkeypatch):
+    own, efforts = icm_jax.load(model), []
+    monkeypatch.setattr(
+        type(own),
+        "compress",
+        lambda codec, image, quality, effort=0: (
+            efforts.append(effort) or bitstream.encode(codec, image[None], quality=quality)[0]
+        ),
+    )
+    arguments = ["eval", photos / "a.png", "-m", model, "-q", 40, "-e", 0, 2, "--rivals", "none"]
+    code, text, _ = icm(*arguments, capsys=capsys)
+    assert code == 0 and efforts == [0, 2]
+    assert "BD-rate of icm effort 2 against icm" in text.decode()
 
 
 def test_a_stopped_eval_has_what_it_measured(model, photos, capsys, monkeypatch):

@@ -100,7 +100,7 @@ def test_a_picture_that_is_kept_is_not_trained():
         size=32,
         straight_through=True,
     )
-    config["codec"].update(LAYERS, enhancement=(2, 3, 3), levels=3)
+    config["codec"].update(LAYERS, enhancement=(2, 3), levels=3)
     task, batch = build_task(ConfigDict(config)), {"image": images(2, 32, 32, 3)}
     variables = initial(SCALABLE["conditional"](), batch["image"])
     params = variables["params"]
@@ -142,6 +142,35 @@ def test_the_base_alone_gives_the_feature():
     assert alone.shape == (1, 8, 12, DETECTOR.feature.channels) and len(first) < len(data)
 
 
+def test_means_begin_at_what_the_base_says():
+    """Integers say what floats do, and of a network that says nothing the base is all there is."""
+    own = small_codec("conditional")
+    codec, variables = refine.thawed(own)
+    segment = next(s for s in codec.segments if s.name == "y1")
+    shape, rng = (2, 8, 8, 3), np.random.default_rng(0)
+    decoded = {
+        name: (rng.integers(-90, 90, (2, side, side, count)) / 16).astype(np.float32)
+        for name, side, count in (("b0", 8, 2), ("b1", 8, 3), ("y0", 8, 2), ("z_e", 2, 5))
+    }
+    decoded["quality"] = np.array([0.1234, 1.0], np.float32)
+    whole = own.codec.segments[[s.name for s in own.codec.segments].index("y1")]
+    exact = whole.prior(own.on_device, decoded, shape).mean
+    real = segment.prior(variables, decoded, shape).mean
+    np.testing.assert_allclose(exact, real, atol=0.3)
+    none = decoded | {"b1": np.zeros_like(decoded["b1"])}
+    moved = real - segment.prior(variables, none, shape).mean
+    params = variables["params"]["layered"]
+    rows = [params[n]["gain"][k] for n, k in (("picture", "log_gain"), ("machine", "log_inverse"))]
+    levels = np.arange(3.0)
+    for row, quality in enumerate((0.1234, 1.0)):
+        of_both = [
+            np.exp([np.interp(2 * q, levels, channel) for channel in np.asarray(logs).T])
+            for logs, q in zip(rows, (quality, 0.5 * quality), strict=True)
+        ]
+        expected = decoded["b1"][row] * (of_both[0] / of_both[1])[2:]
+        np.testing.assert_allclose(moved[row], expected, rtol=0.01, atol=0.2)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -150,6 +179,7 @@ def test_the_base_alone_gives_the_feature():
         (dict(share=0.0), "share 0.0"),
         (dict(base_blocks=(0, 99, 0)), "up to 16"),
         (dict(through="pixels"), "then feature or image"),
+        (dict(ahead=True), "knows them ahead"),
         (dict(base=()), r"slices \(\) and"),
     ],
 )

@@ -9,8 +9,9 @@ from small import DETECTOR, small_codec
 
 from icm_jax import ops
 from icm_jax.codecs import bitstream, refine, walk
+from icm_jax.coding import container
 from icm_jax.errors import IcmError
-from icm_jax.measure import aimed
+from icm_jax.measure import aimed, coded
 from icm_jax.nets.detector import Part
 
 STEPS = 12
@@ -85,6 +86,48 @@ def test_a_file_for_a_detector_costs_less_by_its_outputs(frozen, monkeypatch):
     before, after = (8 * len(data) + flaw for data, flaw in zip(files, flaws, strict=True))
     assert files[0] != files[1] and after < before
     assert float(aim.cost(aim.variables, image[None].astype(np.float32))) < 1e-3 * flaws[0]
+
+
+def test_a_base_is_refined_for_its_detector_and_a_picture_leaves_it(monkeypatch):
+    """Each output's latents alone change, and the base's file costs less by the tail's outputs."""
+    monkeypatch.setattr(refine, "STEPS", (0, 2 * STEPS))
+    monkeypatch.setattr(refine, "_RATE", 0.1)
+    layered, image = small_codec("conditional"), picture(60, 90)
+    aim = aimed.at_own(layered)(image, 60)
+    aim = aim._replace(variables=aim.variables | {"price": np.float32(1e6)})
+    ways = dict(plain=(), machine=(1, aim), eye=(1,))
+    files = {name: layered.compress(image, 60, *way) for name, way in ways.items()}
+    latents = {n: bitstream.decode_latents(layered, data).latents for n, data in files.items()}
+    base, own = ("b0", "b1"), ("y0", "y1")
+    for changed, kept, name in ((base, own, "machine"), (own, base, "eye")):
+        for n in kept:  # up to their rounding: the means of "own" hang on "base"
+            np.testing.assert_allclose(latents[name][n], latents["plain"][n], atol=1)
+        assert any((latents[name][n] != latents["plain"][n]).any() for n in changed)
+    costs = {}
+    for name in ("plain", "machine"):
+        first = container.prefix(files[name], 1)
+        feature = bitstream.decode(layered, [first], "feature", layers=1)
+        costs[name] = 8 * len(first) + float(aim.cost(aim.variables, feature))
+    assert costs["machine"] < costs["plain"]
+
+
+def test_streams_of_a_batch_have_each_its_aim(monkeypatch):
+    asked = []
+
+    def refined(frozen, image, latents, condition, steps, aim, windows):
+        asked.append((steps, aim))
+        return latents
+
+    monkeypatch.setattr(refine, "refined", refined)
+    aims = [refine.Aim(lambda *_: jnp.float32(0), number, "feature") for number in range(2)]
+    batch = np.stack([picture(64, 64), picture(64, 64)[::-1]])
+    layered = small_codec("conditional")
+    how = dict(output="feature", quality=60, layers=1)
+    _, plain = coded.through_stream(layered, batch, **how)
+    _, sizes = coded.through_stream(layered, batch, **how, effort=2, aims=aims)
+    assert asked == [(refine.STEPS[2], aim) for aim in aims]
+    for size, before in zip(sizes, plain, strict=True):  # no estimate is of refined latents
+        assert before.keys() - size.keys() == {"bpp_estimated"} and size["bpp"] == before["bpp"]
 
 
 def test_rounding_by_chance_ends_as_rounding_and_is_fair():

@@ -76,6 +76,7 @@ class Segment(NamedTuple):
         the same everywhere. `decoded` then has "bounds", as `integer.run` takes them. None: the
         prior is computed of whole latents, by a program for each size.
       real: of a frozen codec, the prior in floats.
+      asks: whether the prior looks at "quality" in `decoded`.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Segment(NamedTuple):
     integers: Callable[..., dict[tuple[str, str], tuple[tuple[int, ...], str]]] | None = None
     thaw: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Any]] | None = None
     real: PriorOf | None = None
+    asks: bool = False
 
 
 class Codec(NamedTuple):

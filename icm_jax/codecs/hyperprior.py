@@ -59,10 +59,17 @@ class Gain(ops.Module):
 
     def __call__(self, y, quality):
         """y float [N, h, w, C] with its gain; quality float32 [N] or None for a single level."""
-        return y * self._at(self.log_gain, quality)
+        return y * self.at(quality)
 
     def undo(self, y, quality):
-        return y / self._at(self.log_inverse, quality)
+        return y / self.inverse(quality)
+
+    def at(self, quality):
+        """The gain, float32 [N, 1, 1, C]."""
+        return self._at(self.log_gain, quality)
+
+    def inverse(self, quality):
+        return self._at(self.log_inverse, quality)
 
     def _at(self, rows, quality):
         if quality is None:

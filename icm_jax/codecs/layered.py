@@ -46,6 +46,8 @@ from icm_jax.nets.detector import ACTIVATIONS, Detector, Part, reach
 PART = "layered"
 KINDS = ("conditional", "split")
 THROUGH = ("feature", "image")
+FINER = 8
+"""Rows of `Conditional.factors` per level of quality, between which they are interpolated."""
 
 
 class Conditional(ops.Module):
@@ -93,6 +95,18 @@ class Conditional(ops.Module):
 
     def image(self, latents, quality):
         return self.picture.decode(latents, quality)
+
+    def factors(self, number):
+        """Of a latent of the base, to be one of the enhancement, in the slice of that number:
+        float32 [rows, C]."""
+        at = jnp.linspace(0.0, 1.0, self.rows) if self.rows > 1 else None
+        whole = self.picture.gain.at(at) / self.machine.gain.inverse(self._of_base(at))
+        ends = [sum(self.picture.slices[:n]) for n in (number, number + 1)]
+        return whole[:, 0, 0, ends[0] : ends[1]]
+
+    @property
+    def rows(self) -> int:
+        return 1 + FINER * (self.picture.levels - 1)
 
     def _of_base(self, quality):
         return None if quality is None else self.share * quality
@@ -192,6 +206,7 @@ def layered_codec(
     share: float = 0.5,
     through: str = "feature",
     dtype: str = "float32",
+    ahead: bool = False,
 ) -> Codec:
     """The codec of a kind in `KINDS`; layers 0 (base) and 1 (enhancement).
 
@@ -208,17 +223,19 @@ def layered_codec(
       base_blocks: of the base's synthesis; those finer than the feature are not there.
       share: in "conditional", the part of the quality's scale that the base goes over.
       through: what the base's synthesis gives, one of `THROUGH`.
+      ahead: in "conditional" of the same slices twice, the means of the enhancement begin at what
+        the base says.
 
     Raises: IcmError for an unknown kind or `through`, numbers that are not as above, or a detector
     whose feature is at another scale than 1/4 to 1/16, or with "image" 1/2 to 1/16.
     """
     detector = Detector(*detector)
-    _require(kind, hypers, base, enhancement)
+    _require(kind, hypers, base, enhancement, ahead)
     _require_numbers(share, base_blocks, through)
     require_detector(detector, (2, 4, 8, 16) if through == "image" else (4, 8, 16))
     networks = inner, hyper_channels, side, levels, dtype
     plain = SpaceChannelCodec(widths, base + enhancement, checkered, blocks, blocks, *networks)
-    feature = detector.feature if through == "feature" else None
+    feature = None if through == "image" else detector.feature
     if kind == "conditional":
         first = plain.clone(slices=base, back_blocks=base_blocks, latent="b", feature=feature)
         second = plain.clone(slices=enhancement, beside=tuple(first.names))
@@ -230,10 +247,18 @@ def layered_codec(
     for codec in codecs:
         check_fields(codec)
     halos = halo_of(blocks), halo_of(base_blocks) + 1
-    return _built(module, detector, levels, halos, hyper_channels, through)
+    return _built(module, detector, levels, halos, hyper_channels, through, ahead)
 
 
-def _built(module, detector: Detector, levels: int, halos, hyper: int, through: str) -> Codec:
+def base_quality(codec: Codec, quality: float) -> float:
+    """That of a codec's first layer, where the codec's own is `quality`, 0 to 100."""
+    name, items = codec.config
+    fields = dict(items)
+    own = name == "layered" and fields["kind"] == "conditional"
+    return quality * fields["share"] if own else quality
+
+
+def _built(module, detector: Detector, levels, halos, hyper: int, through: str, ahead) -> Codec:
     """Args: halos: of the picture's transforms, and of the base's synthesis, elements of y."""
     run = method_of(module, PART)
     grid = math.lcm(detector.grid, LATENT)
@@ -267,7 +292,7 @@ def _built(module, detector: Detector, levels: int, halos, hyper: int, through: 
         parts=(PART, DETECTOR),
         init=lambda key, image: _initial(module, detector, levels, grid, key),
         analyse=analyse,
-        segments=_segments(module, run, grid, hyper),
+        segments=_segments(module, run, grid, hyper, ahead),
         outputs=Outputs(feature=feature_of, image=image_of),
         qualities=levels > 1,
         tiling=Tiling(tuple(names), front, LATENT, grid, halo, back, rest=4, rest_halo=4),
@@ -285,7 +310,7 @@ def _initial(module, detector: Detector, levels: int, grid: int, key) -> dict:
     return variables
 
 
-def _segments(module, run, grid: int, hyper: int) -> tuple[Segment, ...]:
+def _segments(module, run, grid: int, hyper: int, ahead: bool) -> tuple[Segment, ...]:
     """Each hyper-latent, then the slices that are told by it."""
     segments, there = [], []
 
@@ -305,8 +330,11 @@ def _segments(module, run, grid: int, hyper: int) -> tuple[Segment, ...]:
             )
             bits = functools.partial(_bits, run, z)
             segments.append(priors.factorised(z, shape_of(hyper, 2), bits, of_z, layer))
-        real = functools.partial(_real, run, own, number)
-        segment = slice_segment(codec, number, real, (PART, own), z, layer)
+        real, known = functools.partial(_real, run, own, number), None
+        if ahead and layer:
+            factors = functools.partial(_factors, run, number)
+            known = priors.Ahead(module.machine.names[number], module.rows, factors)
+        segment = slice_segment(codec, number, real, (PART, own), z, layer, known)
         segments.append(segment._replace(shape=shape_of(codec.slices[number], 0)))
     return tuple(segments)
 
@@ -315,11 +343,17 @@ def _bits(run, name, variables, z):
     return run(variables, z, name, method="prior_bits")
 
 
+def _factors(run, number, variables):
+    return run(variables, number, method="factors")
+
+
 def _real(run, own, number, variables, inputs):
     return run(variables, own, number, inputs, method="of_slice")
 
 
-def _require(kind, hypers: int, base, enhancement) -> None:
+def _require(kind, hypers: int, base, enhancement, ahead: bool) -> None:
+    if ahead and (kind != "conditional" or base != enhancement):
+        raise IcmError(f"no {kind!r} codec with slices {base} and {enhancement} knows them ahead")
     fits = hypers in ((2,) if kind == "conditional" else (1, 2))
     if kind not in KINDS or not fits or not base or not enhancement:
         raise IcmError(

@@ -6,6 +6,7 @@ conditional    a Gaussian per element, its scale, and mean, from latents decoded
                et al. 2018, Minnen et al. 2018)
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,58 @@ def centred(
     )
 
 
+FACTOR_STEPS = 1 << 10
+"""Per unit of a factor of `Ahead`, in integers."""
+_PARTS = 100
+"""Between two rows of its factors."""
+_FARTHEST = 1 << 14
+"""Sixteenths of a latent, and steps of a factor, so that their product stays below 2^31."""
+
+
+class Ahead(NamedTuple):
+    """What another latent of the same shape says of the means: itself, times a factor.
+
+    Attributes:
+      latent: its name. rows: of factors, for qualities at equal distances from 0 to 1, or one.
+      factors: variables in floats -> float32 [rows, C].
+    """
+
+    latent: str
+    rows: int
+    factors: Callable[[Any], jax.Array]
+
+    def means(self, variables, decoded):
+        """float32 [N, h, w, C]."""
+        factors = self.factors(variables)
+        row, above, part = self._place(decoded)
+        both = factors[row] + part[:, None] / _PARTS * (factors[above] - factors[row])
+        return decoded[self.latent] * both[:, None, None, :]
+
+    def exact(self, factors, decoded):
+        """The same from integers, int32: of sixteenths. factors: of `whole`."""
+        row, above, part = self._place(decoded)
+        between = factors[row] * (_PARTS - part[:, None]) + factors[above] * part[:, None]
+        factor = (between + _PARTS // 2) // _PARTS
+        sixteenths = jnp.round(decoded[self.latent] * MEAN_STEPS).astype(jnp.int32)
+        product = jnp.clip(sixteenths, -_FARTHEST, _FARTHEST) * factor[:, None, None, :]
+        return (product + FACTOR_STEPS // 2) >> round(math.log2(FACTOR_STEPS))
+
+    def whole(self, variables) -> np.ndarray:
+        """Factors as integers, int32 [rows, C]."""
+        steps = np.rint(np.asarray(self.factors(variables), np.float64) * FACTOR_STEPS)
+        return np.clip(steps, 0, _FARTHEST).astype(np.int32)
+
+    def _place(self, decoded):
+        """Of the quality: the row below it, that above, and how far it is between, of _PARTS; each
+        int32 [N]. Qualities are in steps of 1/10000, so integers come of it on every machine."""
+        if self.rows == 1:
+            row = jnp.zeros(1, jnp.int32)
+            return row, row, row
+        steps = jnp.round(decoded["quality"] * 10_000).astype(jnp.int32) * (self.rows - 1)
+        row = jnp.minimum(steps // 10_000, self.rows - 2)
+        return row, row + 1, (steps - 10_000 * row) * _PARTS // 10_000
+
+
 class Network(NamedTuple):
     """What gives each element's scale index, and mean, in floats and for integers.
 
@@ -122,6 +175,7 @@ class Network(NamedTuple):
       path: below "params", where its parameters lie; a frozen codec does without them.
       renamed: name in `nodes` -> name in `decoded`, where they differ.
       params: the way back from `weights`, so that a frozen codec can go on learning.
+      ahead: a latent to whose share in the means those of the network are added.
     """
 
     nodes: Sequence[integer.Node]
@@ -130,6 +184,7 @@ class Network(NamedTuple):
     path: tuple[str, ...]
     renamed: Mapping[str, str] = {}
     params: Callable[[Mapping[str, integer.Weights]], Mapping[str, Any]] | None = None
+    ahead: Ahead | None = None
 
     def inputs(self, decoded) -> dict:
         names = integer.input_names(self.nodes)
@@ -139,6 +194,28 @@ class Network(NamedTuple):
     def reach(self) -> integer.Reach:
         found = integer.reach(self.nodes)
         return found._replace(factors=tuple((self.renamed.get(n, n), f) for n, f in found.factors))
+
+    def quantised(self, variables, sample, ranges: Sequence[integer.Range]) -> dict[str, Any]:
+        """Its integers; sample: latents as it sees them."""
+        weights = self.weights(_at(variables["params"], self.path))
+        arrays = integer.quantise(self.nodes, weights, self.inputs(sample), ranges)
+        if self.ahead is not None:
+            arrays["ahead"] = {"factors": self.ahead.whole(variables)}
+        return arrays
+
+    def thawed(self, arrays, channels: Mapping[str, int], ranges: Sequence[integer.Range]):
+        """Its parameters again."""
+        assert self.params
+        last = np.array([one.step for one in ranges])
+        return self.params(approximate(self.nodes, arrays, self.inputs(channels), last))
+
+    def needs(self, shapes, channels: Mapping[str, int], outputs: int) -> dict:
+        """Forms of its integers, see `Segment`."""
+        own = needs.of_network(self.nodes, shapes, self.inputs(channels), outputs)
+        if self.ahead is not None:
+            count = channels[self.ahead.latent]
+            own["ahead", "factors"] = ((self.ahead.rows, count), "int32")
+        return own
 
 
 def conditional(
@@ -162,9 +239,10 @@ def conditional(
     """
 
     def prior(variables, decoded, of_shape):
-        real = ops.crop_to(network.real(variables, network.inputs(decoded)), *of_shape[1:3])
-        index, centre = _split(real, of_shape[-1], mean)
+        real = network.real(variables, network.inputs(decoded))
+        index, centre = _split(ops.crop_to(real, *of_shape[1:3]), count, mean)
         index = entropy.index_of(index) if scales else index
+        centre = centre + network.ahead.means(variables, decoded) if network.ahead else centre
         bits = lambda y: entropy.gaussian_bits(y, index, centre, most)  # noqa: E731
         return Prior(bits, entropy.table_index(index), centre)
 
@@ -172,34 +250,33 @@ def conditional(
         arrays = variables["integer"][name]
         bounds = network.inputs(decoded["bounds"]) if "bounds" in decoded else None
         whole = integer.run(network.nodes, arrays, network.inputs(decoded), bounds)
-        index, centre = _split(ops.crop_to(whole, *of_shape[1:3]), of_shape[-1], mean)
+        index, centre = _split(ops.crop_to(whole, *of_shape[1:3]), count, mean)
         index = _rows(arrays["scales"]["between"], index) if scales else index
+        if network.ahead is not None:
+            centre = centre + network.ahead.exact(arrays["ahead"]["factors"], decoded)
         centre = None if centre is None else centre.astype(jnp.float32) / MEAN_STEPS
         return Prior(lambda y: entropy.gaussian_bits(y, index, centre, most), index, centre)
 
     def freeze(variables, sample):
-        weights = network.weights(_at(variables["params"], network.path))
-        samples = network.inputs(sample_of_passes(segment, sample))
-        arrays = integer.quantise(network.nodes, weights, samples, ranges)
+        arrays = network.quantised(variables, sample_of_passes(segment, sample), ranges)
         return tables.gaussian_tables(), arrays | ({"scales": scale_steps()} if scales else {})
 
     def thaw(arrays, channels):
-        of_inputs = network.inputs(dict(channels) | {"known": count})
-        last = np.array([one.step for one in ranges])
-        assert network.params
-        return network.params(approximate(network.nodes, arrays, of_inputs, last))
+        return network.thawed(arrays, dict(channels) | {"known": count}, ranges)
 
     def integers(shapes, channels):
-        inputs = network.inputs(dict(channels) | {"known": count})
         own = {("scales", "between"): ((TOP_INDEX,), "int32")} if scales else {}
-        return own | needs.of_network(network.nodes, shapes, inputs, len(ranges))
+        return own | network.needs(shapes, dict(channels) | {"known": count}, len(ranges))
 
     count = shape(1, 1)[2]
     ranges = _ranges(count, mean, scales)
-    reach = network.reach
-    segment = Segment(name, shape, prior, freeze, exact, layer, network.path, passes, reach)
+    segment = Segment(name, shape, prior, freeze, exact, layer, network.path, passes)
     return segment._replace(
-        rows=len(tables.SCALES), integers=integers, thaw=thaw if network.params else None
+        reach=network.reach,
+        rows=len(tables.SCALES),
+        integers=integers,
+        thaw=thaw if network.params else None,
+        asks=bool(network.ahead),
     )
 
 

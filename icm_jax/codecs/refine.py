@@ -6,7 +6,10 @@ better latents than the network gave (Campos et al. 2019, "Content adaptive opti
 image compression"). Rounding is annealed as in Yang, Bamler and Mandt 2020 (`ops.quantise`).
 
     bits + λ · squared error        for the eye: λ is what the model itself pays at this quality
-    bits + cost(image)              for a machine: whatever an `Aim` says, as `measure.aimed` does
+    bits + cost(image or feature)   for a machine: whatever an `Aim` says, as `measure.aimed` does
+
+Of codecs with several outputs those latents are refined for an image that nothing else is made of,
+so that a base layer stays what it is; for a feature all that it is made of, and its bits alone.
 
 Steps are taken in floats, with the networks that the integers of a frozen codec stand for, and in
 windows (`tiles`); neighbouring ones share a margin in which each sees its own.
@@ -46,12 +49,29 @@ class Aim(NamedTuple):
     """Something else than the eye for which a picture is coded.
 
     Attributes:
-      cost: (variables, image float32 [1, H, W, 3] on 0...255) -> what its flaws are worth, in bits,
-        float32 []. Its `repr` names it among compiled programs. variables: arrays on the host.
+      cost: (variables, output float32 [1, h, w, C]) -> what its flaws are worth, in bits, float32
+        []. Its `repr` names it among compiled programs. variables: arrays on the host.
+      output: of the codec: "image", on 0...255, or "feature", of the image padded to the grid.
     """
 
     cost: Callable[[Any, jax.Array], jax.Array]
     variables: Any
+    output: str = "image"
+
+
+class _Wanted(NamedTuple):
+    """What latents are refined for.
+
+    Attributes:
+      output: of the codec. segments: whose latents change. layers: whose bits count.
+      cost: of an aim, or None. shape: of the output, (height, width).
+    """
+
+    output: str
+    segments: tuple[str, ...]
+    layers: int
+    cost: Callable[[Any, jax.Array], jax.Array] | None
+    shape: tuple[int, int]
 
 
 def refined(
@@ -70,14 +90,14 @@ def refined(
       condition: "quality". steps: how many, of all latents of a window.
       aim: what for; then the image is taken in one window. None: the eye.
 
-    Raises: IcmError for a codec of one rate, whose λ nobody knows, or one that has no tiling or no
-      image.
+    Raises: IcmError for a codec of one rate, whose λ nobody knows, or one that has no tiling or not
+      the output.
     """
     import tqdm
 
-    tiling = frozen.codec.tiling
-    if tiling is None or "image" not in frozen.codec.outputs:
-        raise IcmError("this model's latents cannot be refined: it has no tiling, or no image")
+    tiling, output = frozen.codec.tiling, "image" if aim is None else aim.output
+    if tiling is None or output not in frozen.codec.outputs:
+        raise IcmError(f"this model's latents cannot be refined: it has no tiling, or no {output}")
     codec, variables = thawed(frozen)
     price = np.float32(0)
     if aim is None:
@@ -91,7 +111,7 @@ def refined(
     if aim is not None:
         windows = (tiles.one_window(sides, MARGIN),)
     weights = variables if aim is None else (variables, jax.device_put(aim.variables))
-    static = codec, None if aim is None else (aim.cost, shape)
+    static = codec, _wanted(codec, output, aim and aim.cost, shape, sides)
 
     def of_window(part: Part):
         """y before and after, and what each position of both costs."""
@@ -113,6 +133,20 @@ def refined(
         return dict(latents)
     slices = walk.slices(codec, tiling.segments, found)
     return slices | walk.rest_of(frozen.codec, frozen.on_device, found, condition, windows)
+
+
+def _wanted(codec: Codec, output: str, cost, shape: tiles.Size, padded: tiles.Size) -> _Wanted:
+    """Args: shape, padded: sides of the image, and as the codec pads it."""
+    assert codec.tiling
+    reads = {back.output: back for back in codec.tiling.back}
+    own = reads[output].segments
+    layers = 1 + max(segment.layer for segment in codec.segments if segment.name in own)
+    if output == "image":
+        others = {n for back in codec.tiling.back if back.output != output for n in back.segments}
+        own = tuple(name for name in own if name not in others)
+    else:
+        shape = padded[0] // reads[output].step, padded[1] // reads[output].step
+    return _Wanted(output, own, layers, cost, shape)
 
 
 def steps_of(effort: int) -> int:
@@ -154,6 +188,8 @@ def _price(frozen: "FrozenCodec", image, condition, windows) -> np.float32:
     codec, variables = thawed(frozen)
     at = np.clip(float(condition["quality"][0]), _APART, 1 - _APART)
     padded = ops.pad_to(image, tiling.grid)
+    sides = padded.shape[1:3]
+    wanted = _wanted(codec, "image", None, image.shape[1:3], sides)
     totals = []
     for quality in (at - _APART, at + _APART):
         near = {"quality": np.full(1, quality, np.float32)}
@@ -163,10 +199,9 @@ def _price(frozen: "FrozenCodec", image, condition, windows) -> np.float32:
         given = {"image": (padded, 1), "real": (real, 1), "latent": (y, tiling.factor)}
 
         def of_window(part: Part, near=near):
-            inputs = part, near, part.arrays["latent"], np.float32(1)
-            return programs.run(_parts_of_costs, (codec,), variables, inputs)
+            inputs = part, near, part.arrays["latent"]
+            return programs.run(_parts_of_costs, (codec, wanted), variables, inputs)
 
-        sides = padded.shape[1:3]
         maps = tiles.in_windows(of_window, given, sides, tiling.factor, MARGIN, windows)
         totals.append(maps.sum(axis=(0, 1, 2), dtype=np.float64))
     (bits, error), (more, less) = totals
@@ -199,14 +234,17 @@ def _schedule(step: int, steps: int) -> _Moment:
 # What is compiled: the codec and what else is fixed, variables, inputs.
 
 
-def _refining_step(codec, aim, variables, inputs):
+def _refining_step(codec, wanted, variables, inputs):
     import optax  # here, for what is not refined does without
 
     part, condition, state, price, moment = inputs
     options = dict(key=jax.random.key(moment.number), temperature=moment.temperature)
+    channels = {segment.name: segment.shape(1, 1)[2] for segment in codec.segments}
+    moves = [np.full(channels[n], n in wanted.segments) for n in codec.tiling.segments]
 
     def total(y):
-        return _costs(codec, aim, variables, part, condition, y, price, **options).sum()
+        y = jnp.where(np.concatenate(moves), y, jax.lax.stop_gradient(y))
+        return _costs(codec, wanted, variables, part, condition, y, price, **options).sum()
 
     scale: Any = optax.scale_by_adam()
     own: Any = optax.ScaleByAdamState(moment.number - 1, state.first, state.second)
@@ -215,46 +253,50 @@ def _refining_step(codec, aim, variables, inputs):
     return _Adam(state.y - moment.rate * update, own.mu, own.nu)
 
 
-def _costs_of_latents(codec, aim, variables, inputs):
+def _costs_of_latents(codec, wanted, variables, inputs):
     part, condition, y, price = inputs
-    return _costs(codec, aim, variables, part, condition, y, price)[..., None]
+    return _costs(codec, wanted, variables, part, condition, y, price)[..., None]
 
 
-def _parts_of_costs(codec, variables, inputs):
-    bits, error, _ = _coded(codec, variables, *inputs[:3])
-    return jnp.stack([bits, error], axis=-1)
+def _parts_of_costs(codec, wanted, variables, inputs):
+    bits, image = _coded(codec, wanted, variables, *inputs)
+    return jnp.stack([bits, _errors(codec, inputs[0], image)], axis=-1)
 
 
-def _costs(codec, aim, variables, part, condition, y, price, **options):
+def _costs(codec, wanted, variables, part, condition, y, price, **options):
     """Of each position of y, in bits: float32 [N, h, w]."""
-    if aim is None:
-        bits, error, _ = _coded(codec, variables, part, condition, y, **options)
-        return bits + price * error
-    (cost, shape), (own, others) = aim, variables
-    bits, _, image = _coded(codec, own, part, condition, y, **options)
-    height, width = shape
-    of_all = cost(others, image[:, :height, :width])
-    return bits + of_all / bits[0].size
+    own, others = (variables, None) if wanted.cost is None else variables
+    bits, output = _coded(codec, wanted, own, part, condition, y, **options)
+    if wanted.cost is None:
+        return bits + price * _errors(codec, part, output)
+    height, width = wanted.shape
+    return bits + wanted.cost(others, output[:, :height, :width]) / bits[0].size
 
 
-def _coded(codec, variables, part, condition, y, **options):
-    """Bits and squared error of each position of y, float32 [N, h, w]; the image."""
+def _coded(codec, wanted, variables, part, condition, y, **options):
+    """Bits of each position of y, float32 [N, h, w]; the output."""
     factor = codec.tiling.factor
     shape = tuple(factor * side for side in y.shape[1:3])
-    inputs = {"latent": y, **condition}
-    images = codec._replace(outputs={"image": codec.outputs["image"]})
+    segments = tuple(segment for segment in codec.segments if segment.layer < wanted.layers)
+    outputs = {wanted.output: codec.outputs[wanted.output]}
     with tiles.within(part, "latent"):
-        found = forward(images, variables, inputs, shape, **options)
-    image = found.outputs["image"]
-    error = jnp.square(image - part.arrays["image"].astype(jnp.float32)).sum(-1)
-    error = _gathered(error * part.arrays["real"][..., 0].astype(jnp.float32), factor)
+        inputs = {"latent": y, **condition}
+        seen = codec._replace(outputs=outputs, segments=segments)
+        found = forward(seen, variables, inputs, shape, **options)
     height, width = y.shape[1:3]
     bits = jnp.zeros(y.shape[:3], jnp.float32)
     for values in found.maps.values():  # a hyper-latent's are spread over what it stands for
         times = -(-height // values.shape[1])
         spread = jnp.repeat(jnp.repeat(values, times, 1), times, 2) / times**2
         bits = bits + spread[:, :height, :width]
-    return ops.clear_outside(bits[..., None], part.bounds["latent"])[..., 0], error, image
+    bits = ops.clear_outside(bits[..., None], part.bounds["latent"])[..., 0]
+    return bits, found.outputs[wanted.output]
+
+
+def _errors(codec, part, image):
+    """Squared errors of the pixels that each position of y stands for, float32 [N, h, w]."""
+    error = jnp.square(image - part.arrays["image"].astype(jnp.float32)).sum(-1)
+    return _gathered(error * part.arrays["real"][..., 0].astype(jnp.float32), codec.tiling.factor)
 
 
 def _gathered(x, factor: int):

@@ -248,16 +248,17 @@ def slice_segment(
     path: tuple[str, ...],
     hyper: str = "z",
     layer: int = 0,
+    ahead: priors.Ahead | None = None,
 ) -> Segment:
     """The segment of one of a module's slices.
 
     Args:
       real: of `priors.Network`. path: below "params", where the module's parameters lie.
-      hyper: name of the hyper-latent. layer: of the file.
+      hyper: name of the hyper-latent. layer: of the file. ahead: of `priors.Network`.
     """
     channels, own = module.slices[number], module.parameters_of(number)
     place = (*path, f"parameters_{number}")
-    network = priors.Network(own.nodes, real, own.weights, place, {"z": hyper}, own.params)
+    network = priors.Network(own.nodes, real, own.weights, place, {"z": hyper}, own.params, ahead)
     passes = checkerboard if number < module.checkered else None
     shape = priors.halvings(4, channels)
     return priors.conditional(

@@ -133,6 +133,11 @@ def _integers(variables, segment: Segment):
     return variables if own is None else {"integer": {segment.name: own}}
 
 
+def _condition(segment: Segment, decoded: Mapping) -> dict[str, np.ndarray]:
+    """The quality, for a prior that asks for it: other programs serve every codec's."""
+    return {"quality": decoded["quality"]} if segment.asks and "quality" in decoded else {}
+
+
 def slices(codec: Codec, names: Sequence[str], y) -> dict[str, Any]:
     """Latents that stand side by side, by name."""
     channels = {segment.name: segment.shape(1, 1)[2] for segment in codec.segments}
@@ -202,11 +207,12 @@ def prior(
         rows, mean = _whole_prior(codec, number, shape, variables, decoded)
         return np.asarray(rows), None if mean is None else np.asarray(mean)
     given = {name: (decoded[name], _ELEMENT * n) for name, n in reach.factors}
-    weights = _integers(variables, segment)
+    weights, condition = _integers(variables, segment), _condition(segment, decoded)
     options = None if weights is variables else programs.quick
 
     def of_window(part: Part):
-        return programs.run(_prior_of_window, (codec, number), weights, part, options=options)
+        inputs = part, condition
+        return programs.run(_prior_of_window, (codec, number), weights, inputs, options=options)
 
     sides = _ELEMENT * shape[1], _ELEMENT * shape[2]
     halo, squares = _ELEMENT * reach.halo, tiles.squares(sizes or tiles.SIZES)
@@ -252,13 +258,13 @@ def _whole_prior(codec, number, shape, variables, decoded):
     return prior.index, prior.mean
 
 
-def _prior_of_window(codec, number, variables, part):
-    segment = codec.segments[number]
+def _prior_of_window(codec, number, variables, inputs):
+    (part, condition), segment = inputs, codec.segments[number]
     name, factor = segment.reach.factors[0]
     count, *sides = part.arrays[name].shape[:3]
     height, width = (factor * side for side in sides)
     channels = segment.shape(1, 1)[2]
-    decoded = part.arrays | {"bounds": part.bounds}
+    decoded = part.arrays | condition | {"bounds": part.bounds}
     prior = segment.prior(variables, decoded, (count, height, width, channels))
     return prior.index, prior.mean
 
@@ -321,8 +327,10 @@ def _maps_in_windows(codec: Codec, variables, inputs, sizes) -> dict[str, np.nda
         factors = {**dict(segment.reach.factors), segment.name: 1}
         given = {name: (decoded[name], _ELEMENT * factor) for name, factor in factors.items()}
 
-        def of_window(part: Part, number=number):
-            return programs.run(_bits_of_window, (codec, number), variables, part)
+        inputs = _condition(segment, decoded)
+
+        def of_window(part: Part, number=number, inputs=inputs):
+            return programs.run(_bits_of_window, (codec, number), variables, (part, inputs))
 
         sides, halo = [_ELEMENT * side for side in latent.shape[1:3]], segment.reach.halo
         maps = tiles.in_windows(
@@ -332,10 +340,10 @@ def _maps_in_windows(codec: Codec, variables, inputs, sizes) -> dict[str, np.nda
     return found
 
 
-def _bits_of_window(codec, number, variables, part):
-    segment = codec.segments[number]
+def _bits_of_window(codec, number, variables, inputs):
+    (part, condition), segment = inputs, codec.segments[number]
     latent = part.arrays[segment.name]
-    decoded = part.arrays | {"bounds": part.bounds}
+    decoded = part.arrays | condition | {"bounds": part.bounds}
     prior = segment.prior(variables, decoded, latent.shape)
     return prior.bits(latent).sum(axis=3, keepdims=True)
 

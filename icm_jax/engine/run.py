@@ -45,15 +45,18 @@ class Point:
       model: of "icm" the codec file; "": the model in the package.
       data: fields of the data set whose validation split is scored; None: the run's own, or for
         "detect" the detector's.
+      effort: of files that "detect" scores; above 0 they are refined for the detector.
     """
 
     kind: str
     quality: float | None = None
     data: Mapping[str, Any] | None = None
     model: str = ""
+    effort: int = 0
 
     def __str__(self) -> str:
         words = self.kind, self.model, "" if self.quality is None else f"{self.quality:g}"
+        words = *words, f"effort {self.effort}" if self.effort else ""
         text = " ".join(filter(None, words))
         return text if self.data is None else f"{text} on {place_of(self.data)}"
 

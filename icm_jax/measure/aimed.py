@@ -9,6 +9,7 @@ Kullback-Leibler divergence from them is the cost (`icm_jax.tasks.detection.dive
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,9 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from icm_jax import ops
 from icm_jax.codecs import bitstream
+from icm_jax.codecs.codec import Codec
+from icm_jax.codecs.layered import base_quality
 from icm_jax.codecs.refine import Aim
-from icm_jax.codecs.scalable import DETECTOR
+from icm_jax.codecs.scalable import DETECTOR, LATENT, detector_of
 from icm_jax.data.geometry import GREY, letterbox
 from icm_jax.measure import darknet
 from icm_jax.nets.detector import Detector, Part
@@ -84,6 +88,28 @@ def at_detector(
     return Aim(cost, {"detector": variables, "outputs": outputs, "price": price})
 
 
+class Tail(NamedTuple):
+    """The cost of an `Aim` at a decoded feature: of what a detector's tail makes of it."""
+
+    detector: Detector
+
+    def __call__(self, variables: Mapping[str, Any], feature: jax.Array) -> jax.Array:
+        """Bits for a feature float32 [1, h, w, F]; variables: of `at_feature`."""
+        part = Part(self.detector, self.detector.split)
+        found = part.apply(variables["detector"], feature, train=False)
+        return variables["price"] * divergence(variables["outputs"], found)[0]
+
+
+def at_feature(
+    detector: Detector, variables: Mapping[str, Any], image: np.ndarray, quality: float
+) -> Aim:
+    """The aim of a base layer that codes the feature of a picture, uint8 [H, W, 3], whose sides
+    are multiples of the codec's grid; `quality` is the base's, others as of `at_detector`."""
+    sides = image.shape[0], image.shape[1]
+    whole = at_detector(detector, variables, image, sides, quality, (0, 0, *sides))
+    return Aim(Tail(detector), whole.variables, "feature")
+
+
 def at_weights(weights: str | os.PathLike) -> Callable[..., Aim]:
     """(image uint8 [H, W, 3] or [H, W], quality or None) -> the aim at a detector of Darknet's.
 
@@ -100,6 +126,24 @@ def at_weights(weights: str | os.PathLike) -> Callable[..., Aim]:
     return of_image
 
 
+def at_own(frozen: bitstream.FrozenCodec) -> Callable[..., Aim]:
+    """As `at_weights`, at the detector that a codec in layers holds, which reads its base.
+
+    Raises: IcmError if it holds none.
+    """
+    detector = detector_of(frozen.codec)
+    grid, trees = math.lcm(detector.grid, LATENT), frozen.variables
+    own = {name: tree[DETECTOR] for name, tree in trees.items() if DETECTOR in tree}
+
+    def of_image(image: np.ndarray, quality: float | None) -> Aim:
+        image = np.repeat(image[..., None], 3, axis=-1) if image.ndim == 2 else image
+        quality = bitstream.DEFAULT_QUALITY if quality is None else quality
+        quality = base_quality(frozen.codec, quality)
+        return at_feature(detector, own, ops.pad_to(image[None], grid)[0], quality)
+
+    return of_image
+
+
 def of_task(
     config: ConfigDict,
     variables: Mapping[str, Any],
@@ -112,6 +156,31 @@ def of_task(
     detector = build_detector(config.detector, config.classes)
     own = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
     return at_detector(detector, own, image, canvas, quality, extent)
+
+
+def of_streams(
+    config: ConfigDict,
+    variables: Mapping[str, Any],
+    codec: Codec,
+    images: np.ndarray,
+    quality: float | None,
+) -> list[Aim]:
+    """The aims of a codec's own files at such a detector: of its feature, or else of its image.
+
+    Args:
+      config, variables: as of `of_task`. images: uint8 [N, H, W, 3], H and W multiples of the grid.
+      quality: of the codec; None, of one rate: as 50.
+    """
+    quality = bitstream.DEFAULT_QUALITY if quality is None else quality
+    if "feature" not in codec.outputs:
+        whole = images.shape[1:3], (0, 0, *images.shape[1:3])
+        return [of_task(config, variables, image, *whole, quality) for image in images]
+    detector, quality = (
+        build_detector(config.detector, config.classes),
+        base_quality(codec, quality),
+    )
+    own = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
+    return [at_feature(detector, own, image, quality) for image in images]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,6 +3,8 @@ files, and what they cost."""
 
 import functools
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,8 @@ def through_stream(
     layers: int | None = None,
     *,
     same: bool = True,
+    effort: int = 0,
+    aims: Sequence[Aim] = (),
 ) -> tuple[np.ndarray, list[dict]]:
     """(what the decoder gives, sizes in bytes and times of each image), by way of real bytes.
 
@@ -38,41 +42,53 @@ def through_stream(
       layers: cut files off after so many before they are decoded and measured.
       same: there are more images, all of one size, so a program for it is worth compiling; if not,
         they are coded in windows, see `icm_jax.codecs.tiles`.
+      effort, aims: with an effort above 0 files are refined, each for its aim; then no bits are
+        estimated, for that is of unrefined ones.
 
     Raises: IcmError if decoding does not give back the encoder's latents.
     """
     whole = tiles.one_window((images.shape[1], images.shape[2]), 64)
     windows = () if same else (*tiles.SIZES, whole)
     began = time.perf_counter()
-    streams = bitstream.encode(frozen, images, quality=quality, windows=windows)
+    how: dict[str, Any] = dict(quality=quality, windows=windows)
+    if effort:
+        refined = [
+            bitstream.encode(frozen, image[None], effort=effort, aim=aim, **how)
+            for image, aim in zip(images, aims, strict=True)
+        ]
+        streams = [data for (data,) in refined]
+    else:
+        streams = bitstream.encode(frozen, images, **how)
     encoded = time.perf_counter()
     if layers:
         streams = [container.prefix(data, layers) for data in streams]
     features = bitstream.decode(frozen, streams, output, layers=layers, windows=windows)
     decoded = time.perf_counter()
-    estimated = bitstream.estimate(frozen, images, quality=quality, windows=windows)
-    segments = [s for s in frozen.codec.segments if layers is None or s.layer < layers]
-    sizes = []
-    for row, data in enumerate(streams):
-        found = container.unpack(data, layers).layers
-        strings = [string for layer in found for string in layer.strings]
-        bits = sum(float(estimated[segment.name][row]) for segment in segments)
-        part = {
-            "pixels": images[row, ..., 0].size,
-            "bpp": len(data),
-            "bpp_estimated": bits / 8,
-            "bpp_header": container.overhead(data, layers),
-            "encode_ms": 1e3 * (encoded - began) / len(streams),
-            "decode_ms": 1e3 * (decoded - encoded) / len(streams),
-        }
-        left = iter(strings)
-        for segment in segments:
-            count = walk.strings_of(segment, (1, *segment.shape(*images.shape[1:3])))
-            part[f"bpp_{segment.name}"] = sum(len(next(left)) for _ in range(count))
-        sizes.append(part)
     if not np.isfinite(features).all():
         raise IcmError("decoded features are not finite; the codec's training has failed")
+    estimated = {} if effort else bitstream.estimate(frozen, images, **how)
+    times = [1e3 * spent / len(streams) for spent in (encoded - began, decoded - encoded)]
+    sizes = []
+    for row, data in enumerate(streams):
+        bits = {name: float(values[row]) for name, values in estimated.items()}
+        size = _of_stream(frozen, data, images.shape[1:3], layers, bits)
+        sizes.append(size | dict(zip(("encode_ms", "decode_ms"), times, strict=True)))
     return features, sizes
+
+
+def _of_stream(frozen: FrozenCodec, data: bytes, shape, layers, estimated: dict) -> dict:
+    """Sizes in bytes of a file; shape: of its image. estimated: bits of each segment, or {}."""
+    segments = [s for s in frozen.codec.segments if layers is None or s.layer < layers]
+    found = container.unpack(data, layers).layers
+    strings = iter([string for layer in found for string in layer.strings])
+    part = {"pixels": shape[0] * shape[1], "bpp": len(data)}
+    if estimated:
+        part["bpp_estimated"] = sum(estimated[segment.name] for segment in segments) / 8
+    part["bpp_header"] = container.overhead(data, layers)
+    for segment in segments:
+        count = walk.strings_of(segment, (1, *segment.shape(*shape)))
+        part[f"bpp_{segment.name}"] = sum(len(next(strings)) for _ in range(count))
+    return part
 
 
 def of_pictures(sizes: list[dict], batch: dict) -> list[dict]:

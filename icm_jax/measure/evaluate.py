@@ -13,7 +13,8 @@ Each point of `run.evaluate` gives a record, by the scorer of its kind in `SCORE
     picture      every image -> bytes of the frozen codec -> decoded image against the original
     detect       the detector of the run `run.detector` on what the codec gives: on the decoded
                  feature, read from the first layer of the file alone, or on the decoded image
-                 (of the detector's data, if the point names no other)
+                 (of the detector's data, if the point names no other); with an effort, of files
+                 that are refined for that detector (`icm_jax.measure.aimed`)
     speed        batches of so many images from files to predictions: `throughput.measure`
 
 Pictures are compared at their full size or, where the run has a `side`, as the middle of that size,
@@ -23,17 +24,17 @@ that the data set has them (`icm_jax.measure.segments`).
 
 A record is a flat dict, kept in records.json of the run's folder: the fields of `run.labels` (the
 curve of "picture", "detect" and "speed" is "image", "detect" and "speed"), run, seed, asked (the
-point), fingerprint (of the codec file, where there is one; of "icm" its own), kind
-("stream" for all that went through a codec's bytes, or as the point's), quality,
-images, bpp (measured), top1 / top5, miou and pixel_accuracy, by the task's protocol map50 / map,
-voc2007 or voc2010 (`icm_jax.measure.precision`), of masks of objects also mask_map50 / mask_map
+point), fingerprint (of the codec file, where there is one; of "icm" its own), kind ("stream" for
+all that went through a codec's bytes, or as the point's), quality, images, bpp (measured), top1 /
+top5, miou and pixel_accuracy, by the task's protocol map50 / map, voc2007 or voc2010
+(`icm_jax.measure.precision`), of masks of objects also mask_map50 / mask_map
 (`icm_jax.measure.instances`), or psnr, ssim_db and ms_ssim_db (means over images, of a similarity s
 as -10 log10(1 - s)); of these and of bpp also "draws" (see `icm_jax.measure.draws`); where classes
 are averaged, "by_class": {name: IoU or precision}, of objects "by_size": {"small", "medium",
 "large": map}, of masks of them "mask_by_class" and "mask_by_size"; of pixels with boxes bpp_source,
 that of the files they are read from; of files also bpp_without_tables (of JPEG less its tables, of
-"icm" less its header); of streams also bpp_estimated, bpp_header,
-bpp_<segment>, worst_gap_bytes (the most by which an image's bytes exceed its estimate + 1 %),
+"icm" less its header); of streams also bpp_header, bpp_<segment>, unless they are refined
+bpp_estimated and worst_gap_bytes (the most by which an image's bytes exceed its estimate + 1 %),
 encode_ms and decode_ms (median of an image, networks included); of "speed" what
 `throughput.measure` gives.
 """
@@ -344,7 +345,10 @@ def detections(asked: Asked) -> dict:
     def score(batch: dict, tally: Score) -> list[dict]:
         count = int(batch["valid"].sum())
         images, quality = batch["image"][:count], asked.point.quality
-        given, sizes = coded.through_stream(frozen, images, output, quality, layers)
+        how: dict[str, Any] = dict(effort=asked.point.effort)
+        if asked.point.effort:
+            how["aims"] = aimed.of_streams(config, variables, frozen.codec, images, quality)
+        given, sizes = coded.through_stream(frozen, images, output, quality, layers, **how)
         given = given if output == "feature" else given.clip(0, 255)
         inputs = {output: _padded(given, len(batch["image"]))}
         truth = batch | own_truth(source, batch, masks=False)

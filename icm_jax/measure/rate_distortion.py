@@ -44,24 +44,35 @@ class Subject(NamedTuple):
     Attributes:
       curve: its name; of a classical format its key in `RIVALS`. quality: None of a single rate.
       codec: with the output "image", or None for a classical format. model: its name, or "".
+      effort: of its files.
     """
 
     curve: str
     quality: float | None
     codec: FrozenCodec | None = None
     model: str = ""
+    effort: int = 0
 
 
-def ours(models: dict[str, FrozenCodec], qualities: Sequence[float]) -> list[Subject]:
+def ours(
+    models: dict[str, FrozenCodec], qualities: Sequence[float], efforts: Sequence[int] = (0,)
+) -> list[Subject]:
     """The points of our models: a curve each at `qualities`; models of one rate are one curve
-    together. The curve is "icm", or of several has the model's name."""
+    together. The curve is "icm", or of several has the model's name; with an effort it says so.
+
+    Raises: IcmError for an effort above 0 of a model of one rate.
+    """
     single = [name for name, codec in models.items() if not codec.codec.qualities]
+    if single and any(efforts):
+        raise IcmError(f"{', '.join(single)}: a model of one rate takes no --effort; leave it out")
     several = len(models) - len(single) + bool(single) > 1
     subjects = [Subject("icm", None, models[name], name) for name in single]
     for name, codec in models.items():
         if codec.codec.qualities:
             curve = name if several else "icm"
-            subjects += [Subject(curve, quality, codec, name) for quality in qualities]
+            for effort in efforts:
+                title = f"{curve} effort {effort}" if effort else curve
+                subjects += [Subject(title, q, codec, name, effort) for q in qualities]
     return subjects
 
 
@@ -84,8 +95,8 @@ def rivals(names: Sequence[str] | None = None) -> list[Subject]:
 
 def measured(subject: Subject, image: np.ndarray, name: str) -> dict:
     """The row of one image: "image" (its name), "codec" (the curve), "model", "quality", "bytes",
-    "bpp", "bpp_estimated" (by the entropy model, of ours alone), "psnr" [dB], "ms_ssim" (None of
-    images that are too small for it), "encode_ms" and "decode_ms".
+    "bpp", "bpp_estimated" (by the entropy model, of ours without effort), "psnr" [dB], "ms_ssim"
+    (None of images that are too small for it), "encode_ms" and "decode_ms".
 
     Args:
       image: uint8 [H, W, 3], or [H, W]; the other formats code it as [H, W, 3] either way.
@@ -95,14 +106,14 @@ def measured(subject: Subject, image: np.ndarray, name: str) -> dict:
     codec, quality = subject.codec, subject.quality
     began = time.perf_counter()
     if codec is not None:
-        data = codec.compress(image, quality)
+        data = codec.compress(image, quality, subject.effort)
     else:
         data = classical.encode(colour, subject.curve, quality)
     encoded = time.perf_counter()
     given = classical.decode(data) if codec is None else codec.decompress(data)
     decoded = time.perf_counter()
     estimated = None
-    if codec is not None:
+    if codec is not None and not subject.effort:
         bits = bitstream.estimate(codec, colour[None], quality=quality)
         estimated = sum(float(value[0]) for value in bits.values()) / (height * width)
     reference = image if given.ndim == image.ndim else colour

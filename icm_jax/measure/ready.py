@@ -238,6 +238,8 @@ def _check_point(
             raise FieldError(("evaluate", "quality"), point.quality, told, run.name)
     if kind == "stream" and codec is not None and codec.qualities:
         raise IcmError(f"{run.name} {point} needs a codec of one rate, and this one has qualities")
+    if point.effort:
+        check({"effort": point.effort}, {"effort": whole(0, 3)}, "evaluate", **place)
     if kind == "detect":
         there = run.detector in names or _has(pathlib.Path(base) / run.detector, DONE)
         if not run.detector or not there:

@@ -11,7 +11,8 @@ those of YOLOv3-tiny few directions matter to what follows.
 
 A codec with qualities sees every λ between two ends, as in `image_compression`. Where it begins as
 a trained picture codec, the picture's transforms may be kept as they are (`fixed`), and the picture
-is not looked at in training (v = 0).
+is not looked at in training (v = 0); nor is the feature where the base is kept, too (w = u = 0):
+what is left is the rate, of which the enhancement's prior learns what the base has told it.
 """
 
 import math
@@ -48,7 +49,9 @@ def scalable_compression(config: ConfigDict) -> Task:
     front, tail = Part(detector, end=detector.split), Part(detector, detector.split)
     weights = _checked_weights(config, codec, detector)
     looks, fixed = weights["picture_weight"] > 0, tuple(config.get("fixed", ()))
-    seen = codec if looks else codec._replace(outputs=Outputs(feature=codec.outputs["feature"]))
+    feels = weights["feature_weight"] + weights["output_weight"] > 0
+    wanted = ["image"] * looks + ["feature"] * feels
+    seen = codec._replace(outputs=Outputs(**{name: codec.outputs[name] for name in wanted}))
 
     def loss(variables, batch, key, step):
         del step
@@ -63,19 +66,19 @@ def scalable_compression(config: ConfigDict) -> Task:
             inputs["quality"], lmbda = views.qualities(keys[2], constants["log_lambdas"], len(x))
         rounds, shape = config.straight_through, x.shape[1:3]
         result = forward(seen, variables, inputs, shape, straight_through=rounds, key=keys[1])
-        f_hat, pixels = result.outputs["feature"], math.prod(views.sides(config.size))
+        pixels = math.prod(views.sides(config.size))
         found = _rates(codec, result.bits, pixels)
         rate, distortion = sum(found.values()), 0.0
         if looks:
             found["mse"] = jnp.square(x - result.outputs["image"]).mean(axis=(1, 2, 3))
             distortion += constants["picture_weight"] * found["mse"]
-        of_feature = jnp.square(f - f_hat).mean(axis=(1, 2, 3))
-        found["distortion_f"] = of_feature / (jnp.square(f).mean() + 1e-12)
-        distortion += constants["feature_weight"] * found["distortion_f"]
-        if weights["output_weight"]:
-            both = [apply(tail, variables, DETECTOR, given, False)[0] for given in (f, f_hat)]
-            found["divergence"] = divergence(*both) * LATENT**2 / pixels
-            distortion += constants["output_weight"] * found["divergence"]
+        if feels:
+            found["distortion_f"] = _relative(f, f_hat := result.outputs["feature"])
+            distortion += constants["feature_weight"] * found["distortion_f"]
+            if weights["output_weight"]:
+                both = [apply(tail, variables, DETECTOR, given, False)[0] for given in (f, f_hat)]
+                found["divergence"] = divergence(*both) * LATENT**2 / pixels
+                distortion += constants["output_weight"] * found["divergence"]
         even = jnp.sqrt(jnp.exp(constants["log_lambdas"][-1]) / lmbda)
         total = ((rate + lmbda * distortion) * even).mean()
         return total, Aux({name: value.mean() for name, value in found.items()}, {})
@@ -105,6 +108,11 @@ def _checked_weights(config: ConfigDict, codec, detector) -> dict:
     weights = {"log_lambdas": np.log(ends), "feature_weight": config.feature_weight}
     optional = dict(output_weight=0.0, picture_weight=1.0)
     return weights | {name: config.get(name, value) for name, value in optional.items()}
+
+
+def _relative(f, f_hat):
+    """Squared error of a feature over its mean square, float32 [N]."""
+    return jnp.square(f - f_hat).mean(axis=(1, 2, 3)) / (jnp.square(f).mean() + 1e-12)
 
 
 def _rates(codec, bits, pixels: int) -> dict:
