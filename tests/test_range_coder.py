@@ -158,6 +158,23 @@ def test_bytes_equal_the_prose(message):
     np.testing.assert_array_equal(range_coder.decode(data, index, tables), values)
 
 
+@pytest.mark.parametrize("coder", CODERS)
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(messages(always_escape=True), st.integers(1, 5))
+def test_a_string_decodes_in_parts(coder, message, length):
+    values, index, tables = arrays(*message)
+    data = range_coder.encode(values, index, tables)
+    decoder, parts = range_coder.Decoder(data, tables, coder), range(0, len(index), length)
+    found = [decoder.take(index[at : at + length]) for at in parts]
+    np.testing.assert_array_equal(np.concatenate([*found, np.zeros(0, np.int32)]), values)
+    assert decoder.take(index[:0], ends=True).shape == (0,)
+    if len(parts) > 1:  # some of it is not read
+        decoder = range_coder.Decoder(data + b"\1\1\1", tables, coder)
+        decoder.take(index[:length])
+        with pytest.raises(IcmError, match="truncated, altered"):
+            decoder.take(index[:0], ends=True)
+
+
 def test_long_carries():
     """Messages whose interval keeps straddling a power of two: the carry runs through many 0xFF."""
     row = [-16, 0, 32767, 32769, 65536]

@@ -69,9 +69,33 @@ def decode(data: bytes, indexes: np.ndarray, tables: Tables, coder: str = "nativ
       IcmError: `data` is not what `encode` can have written with these indexes and tables. The
         check is the format's own and weak; streams carry a checksum besides.
     """
-    indexes = _int32_vector(indexes, "indexes")
-    _check_rows(indexes, tables)
-    return _coder(coder)[1](bytes(data), indexes, tables)
+    return Decoder(data, tables, coder).take(indexes, ends=True)
+
+
+class Decoder:
+    """A byte string in parts, where the rows of the later symbols depend on the earlier ones.
+
+    >>> from icm_jax.coding.tables import Tables
+    >>> tables = Tables(np.array([-12, 0, 16, 4064, 4080, 4096]), np.array([0]))
+    >>> decoder = Decoder(bytes.fromhex("00fd02c0bff2a9"), tables)
+    >>> decoder.take(np.zeros(5, np.int32)).tolist()
+    [0, 1, 2, 3, -1]
+    >>> decoder.take(np.zeros(2, np.int32), ends=True).tolist()
+    [7, 1]
+    """
+
+    def __init__(self, data: bytes, tables: Tables, coder: str = "native"):
+        self._tables = tables
+        self._part = _coder(coder)[1](bytes(data), tables)
+
+    def take(self, indexes: np.ndarray, *, ends: bool = False) -> np.ndarray:
+        """The next symbols, int32 [n], of table rows int32 [n]; after the last, all has to be read.
+
+        Raises: IcmError as `decode`.
+        """
+        indexes = _int32_vector(indexes, "indexes")
+        _check_rows(indexes, self._tables)
+        return self._part(indexes, ends)
 
 
 def _encode_native(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
@@ -86,13 +110,23 @@ def _encode_native(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> 
         room = 4 * room + 256  # many escapes, of up to 126 bytes each: from the start again
 
 
-def _decode_native(data: bytes, indexes: np.ndarray, tables: Tables) -> np.ndarray:
-    stored, symbols = np.frombuffer(data, np.uint8), np.empty(len(indexes), np.int32)
-    given = stored, len(stored), indexes, len(indexes), tables.cdf, tables.rows, tables.lookup
-    status = native(_LOOPS, "decode")(*given, symbols)
-    if status != OK:
-        raise IcmError(f"cannot decode: {_REASONS[status]}")
-    return symbols
+_Part = Callable[[np.ndarray, bool], np.ndarray]
+"""(table rows int32 [n], whether they are the last) -> the next symbols int32 [n]."""
+
+
+def _decoder_native(data: bytes, tables: Tables) -> _Part:
+    loop, stored, state = native(_LOOPS, "decode"), np.frombuffer(data, np.uint8), np.zeros(4, "u8")
+    fixed = tables.cdf, tables.rows, tables.lookup
+
+    def part(indexes, ends):
+        symbols = np.empty(len(indexes), np.int32)
+        given = stored, len(stored), indexes, len(indexes), *fixed, symbols, state, int(ends)
+        status = loop(*given)
+        if status != OK:
+            raise IcmError(f"cannot decode: {_REASONS[status]}")
+        return symbols
+
+    return part
 
 
 # The official ops trust their input: an escape of 2^30 or more, and a damaged stream, keep them
@@ -108,14 +142,19 @@ def _encode_tfc(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> byt
     return ops.entropy_encode_finalize(handle).numpy()
 
 
-def _decode_tfc(data: bytes, indexes: np.ndarray, tables: Tables) -> np.ndarray:
-    ops = _tfc_ops()
-    _decode_native(data, indexes, tables)
+def _decoder_tfc(data: bytes, tables: Tables) -> _Part:
+    ops, first = _tfc_ops(), _decoder_native(data, tables)
     handle = ops.create_range_decoder(data, tables.cdf)
-    handle, values = ops.entropy_decode_index(handle, indexes, [len(indexes)], np.int32)
-    if not ops.entropy_decode_finalize(handle).numpy():
-        raise IcmError(f"cannot decode: {_REASONS[BAD_STREAM]}")
-    return (values.numpy() + tables.offsets[indexes].astype(np.int64)).astype(np.int32)
+
+    def part(indexes, ends):
+        nonlocal handle
+        first(indexes, ends)
+        handle, values = ops.entropy_decode_index(handle, indexes, [len(indexes)], np.int32)
+        if ends and not ops.entropy_decode_finalize(handle).numpy():
+            raise IcmError(f"cannot decode: {_REASONS[BAD_STREAM]}")
+        return (values.numpy() + tables.offsets[indexes].astype(np.int64)).astype(np.int32)
+
+    return part
 
 
 def _tfc_ops():
@@ -130,8 +169,8 @@ def _tfc_ops():
 
 
 _CODERS: dict[str, tuple[Callable, Callable]] = {
-    "native": (_encode_native, _decode_native),
-    "tfc": (_encode_tfc, _decode_tfc),
+    "native": (_encode_native, _decoder_native),
+    "tfc": (_encode_tfc, _decoder_tfc),
 }
 
 

@@ -20,8 +20,8 @@ _LENGTH, _BITS, _OFFSET, _ESCAPE = (np.uint32(column) for column in range(1, 5))
 _FULL = np.uint64((1 << 32) - 1)
 _LOW = np.uint64((1 << 16) - 1)
 # Numbers without a sign spare instructions; differences go modulo 2^32.
-_U8, _U16, _U32, _I32, _I64 = (
-    f"CPointer({name})" for name in ("uint8", "uint16", "uint32", "int32", "int64")
+_U8, _U16, _U32, _U64, _I32, _I64 = (
+    f"CPointer({name})" for name in ("uint8", "uint16", "uint32", "uint64", "int32", "int64")
 )
 
 
@@ -205,13 +205,17 @@ def encode(symbols, indexes, count, cdf, rows, out, room, stop):
         n += 1
 
 
-@entry(f"int64({_U8}, int64, {_U32}, int64, {_U32}, {_U32}, {_U16}, {_I32})")
-def decode(data, size, indexes, count, cdf, rows, lookup, symbols):
-    """Decodes `count` symbols out of `size` bytes -> status."""
-    base, last, at = _0, _FULL, 4
-    within = _two_bytes(data, size, 0) << _16 | _two_bytes(
-        data, size, 2
-    )  # the word read, less base
+@entry(f"int64({_U8}, int64, {_U32}, int64, {_U32}, {_U32}, {_U16}, {_I32}, {_U64}, int64)")
+def decode(data, size, indexes, count, cdf, rows, lookup, symbols, state, ends):
+    """Decodes `count` symbols out of `size` bytes -> status.
+
+    It goes on from `state`, four zeros at first, and leaves it there for more symbols; if they are
+    the last, `ends`, the end is checked.
+    """
+    base, last, within, at = state[0], state[1], state[2], np.int64(state[3])
+    if at == 0:
+        last, at = _FULL, 4
+        within = _two_bytes(data, size, 0) << _16 | _two_bytes(data, size, 2)  # the word, less base
     for n in range(count):
         row = indexes[n] * _ROW
         bits = np.uint64(rows[row + _BITS])
@@ -238,5 +242,6 @@ def decode(data, size, indexes, count, cdf, rows, lookup, symbols):
             if value + offset != np.int32(value + offset):
                 return BAD_STREAM
         symbols[n] = value + offset
+    state[0], state[1], state[2], state[3] = base, last, within, np.uint64(at)
     word = (base + within) & _FULL
-    return OK if _ends_well(base, last, word, at, size) else BAD_STREAM
+    return OK if not ends or _ends_well(base, last, word, at, size) else BAD_STREAM
