@@ -25,7 +25,7 @@ from zoo import exported, saved
 
 from icm_jax.codecs import bitstream, compressai_codec, model_file
 from icm_jax.codecs.codec import forward
-from icm_jax.codecs.compressai import ARCHITECTURES
+from icm_jax.codecs.compressai import ARCHITECTURES, SERIAL
 from icm_jax.data.images import read_rgb
 from icm_jax.data.sources import SUFFIXES
 from icm_jax.files import listed, read
@@ -33,6 +33,7 @@ from icm_jax.weights import compressai, convert
 from icm_jax.weights.tensors import tensors
 
 BATCH, SIDE, RATE = 8, 128, 1e-3
+PLAIN = tuple(name for name in ARCHITECTURES if name not in SERIAL)
 
 
 def trained(codec, folder: str, steps: int, weight: float, limit: int = 300) -> dict:
@@ -87,7 +88,7 @@ def compared(path, found, pictures) -> None:
 
     kinds = dict(
         zip(
-            ARCHITECTURES,
+            PLAIN,
             (theirs.FactorizedPrior, theirs.ScaleHyperprior, theirs.MeanScaleHyperprior),
             strict=True,
         )
@@ -114,7 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description="what `icm import` costs")
     parser.add_argument("photos", help="folder to train on")
     parser.add_argument("pictures", help="folder to calibrate and count on")
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default=ARCHITECTURES[2])
+    parser.add_argument("--architecture", choices=PLAIN, default=PLAIN[2])
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--channels", type=int, default=48)
     parser.add_argument("--steps", type=int, default=2000)

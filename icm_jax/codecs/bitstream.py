@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import numbers
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ import numpy as np
 
 from icm_jax.codecs import ahead, programs, refine, tiles, walk
 from icm_jax.codecs.codec import Codec, as_float16, frozen_priors
-from icm_jax.coding import container, range_coder
+from icm_jax.codecs.strings import Reader, Writer
+from icm_jax.coding import container
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
 
@@ -211,22 +211,12 @@ def _written(frozen: FrozenCodec, latents, header, condition, coder: str, window
         latent = latents[segment.name]
         if segment.layer == len(layers):
             layers.append(([], 0))
-
-        def coded(chosen, rows, mean, segment=segment, latent=latent):
-            """The symbols of a pass; its string goes to the layer."""
-            with np.errstate(invalid="ignore"):
-                symbols = np.rint(latent[chosen] - mean)
-            if not np.isfinite(symbols).all() or np.abs(symbols).max(initial=0) > 2**29:
-                raise IcmError(f"latent {segment.name!r} is not finite or too large; retrain")
-            symbols = symbols.astype(np.int32)
-            strings, crc = layers[-1]
-            strings.append(range_coder.encode(symbols, rows, frozen.tables[segment.name], coder))
-            layers[-1] = strings, zlib.crc32(symbols.astype("<i4").tobytes(), crc)
-            return symbols
-
+        strings, crc = layers[-1]
+        writer = Writer(segment, latent, crc)
         decoded[segment.name] = walk.in_passes(
-            codec, number, frozen.on_device, latent.shape, decoded, coded, windows
+            codec, number, frozen.on_device, latent.shape, decoded, writer, windows
         )
+        layers[-1] = strings + writer.strings(frozen.tables[segment.name], coder), writer.crc
     return container.pack(header, layers)
 
 
@@ -266,17 +256,11 @@ def decode_latents(
     for at, (own, layer) in enumerate(zip(numbers, stream.layers, strict=True)):
         crc, strings = 0, iter(layer.strings)
         for number in own:
-            tables = frozen.tables[codec.segments[number].name]
-
-            def read(chosen, rows, mean, tables=tables, strings=strings):
-                """The symbols of a pass, out of the layer's next string."""
-                nonlocal crc
-                symbols = range_coder.decode(next(strings), rows, tables, coder)
-                crc = zlib.crc32(symbols.astype("<i4").tobytes(), crc)
-                return symbols
-
-            latent = walk.in_passes(codec, number, frozen.on_device, shapes[number], decoded, read)
-            decoded[codec.segments[number].name] = latent
+            segment, shape = codec.segments[number], shapes[number]
+            reader = Reader(segment, strings, frozen.tables[segment.name], coder, crc)
+            latent = walk.in_passes(codec, number, frozen.on_device, shape, decoded, reader)
+            reader.end()
+            decoded[segment.name], crc = latent, reader.crc
         if container.seal(stream.head, layer.strings, crc) != layer.seal:
             raise IcmError(
                 f"layer {at + 1} did not decode to the latents that were encoded: the stream was "

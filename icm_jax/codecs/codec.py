@@ -24,6 +24,7 @@ from icm_jax import ops
 from icm_jax.codecs import tiles
 from icm_jax.coding.tables import Tables
 from icm_jax.errors import IcmError
+from icm_jax.nets import context
 from icm_jax.nets.integer import Reach
 
 LARGEST, LONGEST = 1 << 14, 1 << 9
@@ -50,13 +51,35 @@ PriorOf = Callable[[Any, Mapping[str, jax.Array], tuple[int, ...]], Prior]
 """(variables, decoded, shape [N, h, w, C]) -> Prior."""
 
 
+class Causal(NamedTuple):
+    """A prior that sees, at each position, what is decoded around it: `icm_jax.nets.context`.
+
+    It is a `PriorOf` of the whole latent, which `decoded` then has to hold.
+
+    Attributes:
+      name: of its segment.
+      once: (variables, decoded, shape [N, h, w, C]) -> [N, h, w, K], what it knows without.
+      each: (variables, what `once` gives, what is seen) at any positions, [N, P, Q, K] and
+        [N, P, Q, 12 C] -> Prior of them.
+    """
+
+    name: str
+    once: Callable[[Any, Mapping[str, jax.Array], tuple[int, ...]], jax.Array]
+    each: Callable[[Any, jax.Array, jax.Array], Prior]
+
+    def __call__(self, variables, decoded, shape) -> Prior:
+        seen = context.around(decoded[self.name], jnp)
+        return self.each(variables, self.once(variables, decoded, shape), seen)
+
+
 class Segment(NamedTuple):
     """One latent; `icm_jax.codecs.priors` makes the usual ones.
 
     Attributes:
       name: its key in the dictionaries of latents; not "quality", "known" nor "bounds".
       shape: (height, width) of the image -> (h, w, C) of the latent.
-      prior: in floats, for training and for `freeze`.
+      prior: in floats, for training and for `freeze`; if it is `Causal`, the latent is coded wave
+        by wave, in one string.
       freeze: (host variables, sample latents {segment: [N, h, w, C]}) -> (Tables, arrays for
         `variables["integer"][name]` or None).
       exact: the prior that a frozen codec has: index and mean come from integers alone, out of
@@ -298,14 +321,17 @@ def forward(
     maps: dict[str, jax.Array] = {}
     for number, segment in enumerate(codec.segments):
         of_segment = None if key is None else jax.random.fold_in(key, number)
-        values, bits = _quantised(
-            segment,
-            variables,
-            latents[segment.name],
-            decoded,
-            functools.partial(ops.quantise, key=of_segment, temperature=temperature),
-            straight_through and key is not None,
-        )
+        if isinstance(segment.prior, Causal) and key is None:
+            values, bits = _in_waves(segment.prior, variables, latents[segment.name], decoded)
+        else:
+            values, bits = _quantised(
+                segment,
+                variables,
+                latents[segment.name],
+                decoded,
+                functools.partial(ops.quantise, key=of_segment, temperature=temperature),
+                straight_through and key is not None,
+            )
         decoded[segment.name], maps[segment.name] = values, bits.sum(axis=3)
     outputs = {name: output(variables, decoded, shape) for name, output in codec.outputs.items()}
     bits = {name: values.sum(axis=(1, 2)) for name, values in maps.items()}
@@ -313,11 +339,24 @@ def forward(
     return Forward(outputs, bits, latents, maps)
 
 
+def _in_waves(prior: Causal, variables, latent, decoded):
+    """(what decoding gives of a latent, the bits of each element), wave by wave."""
+    once = prior.once(variables, decoded, latent.shape)
+
+    def decided(latent, once, seen):
+        return ops.quantise(latent, prior.each(variables, once, seen).mean)
+
+    values = context.in_waves(latent, once, decided)
+    return values, prior.each(variables, once, context.around(values, jnp)).bits(values)
+
+
 def _quantised(segment: Segment, variables, latent, decoded, quantise, rounds: bool):
     """(what decoding gives of a latent, the bits of each element), pass by pass."""
     masks = pass_masks(segment, latent.shape)
     values, total = jnp.zeros_like(latent), jnp.zeros(latent.shape, jnp.float32)
     known = np.zeros(latent.shape[1:], bool)
+    if isinstance(segment.prior, Causal):  # in training: all positions see noise around them
+        decoded = {**decoded, segment.name: quantise(latent)}
     for mask in masks:
         prior = segment.prior(variables, seen(segment, decoded, values, known), latent.shape)
         noisy = quantise(latent, prior.mean)

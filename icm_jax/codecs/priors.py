@@ -251,7 +251,7 @@ def conditional(
         bounds = network.inputs(decoded["bounds"]) if "bounds" in decoded else None
         whole = integer.run(network.nodes, arrays, network.inputs(decoded), bounds)
         index, centre = _split(ops.crop_to(whole, *of_shape[1:3]), count, mean)
-        index = _rows(arrays["scales"]["between"], index) if scales else index
+        index = rows_of(arrays["scales"]["between"], index) if scales else index
         if network.ahead is not None:
             centre = centre + network.ahead.exact(arrays["ahead"]["factors"], decoded)
         centre = None if centre is None else centre.astype(jnp.float32) / MEAN_STEPS
@@ -294,7 +294,7 @@ def scale_steps() -> dict[str, np.ndarray]:
     return {"between": np.ceil(between * SCALE_STEPS).astype(np.int32)}
 
 
-def _rows(between: jax.Array, scales: jax.Array) -> jax.Array:
+def rows_of(between: jax.Array, scales: jax.Array) -> jax.Array:
     """The table rows, int32, of scales in whole steps."""
     return jnp.searchsorted(between, scales, side="right").astype(jnp.int32)
 

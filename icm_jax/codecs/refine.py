@@ -26,7 +26,7 @@ import numpy as np
 
 from icm_jax import ops
 from icm_jax.codecs import programs, tiles, walk
-from icm_jax.codecs.codec import Codec, forward
+from icm_jax.codecs.codec import Causal, Codec, forward
 from icm_jax.codecs.tiles import Part
 from icm_jax.errors import IcmError
 
@@ -158,7 +158,12 @@ def steps_of(effort: int) -> int:
 
 @functools.lru_cache(2)
 def thawed(frozen: "FrozenCodec") -> tuple[Codec, Any]:
-    """A frozen codec with priors in floats, and the variables that they need, on the device."""
+    """A frozen codec with priors in floats, and the variables that they need, on the device.
+
+    Raises: IcmError for a `Causal` prior, in windows of which positions lack those before them.
+    """
+    if any(isinstance(segment.prior, Causal) for segment in frozen.codec.segments):
+        raise IcmError("this model's latents cannot be refined: it has a context model")
     segments = tuple(s._replace(prior=s.real or s.prior) for s in frozen.codec.segments)
     device = jax.local_devices()[0]
     return frozen.codec._replace(segments=segments), jax.device_put(floats(frozen), device)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from icm_jax import ops
-from icm_jax.codecs import programs, tiles
-from icm_jax.codecs.codec import Codec, Segment, forward, pass_masks, seen
+from icm_jax.codecs import causal, programs, tiles
+from icm_jax.codecs.codec import Causal, Codec, Segment, forward, pass_masks, seen
 from icm_jax.codecs.tiles import Part
 
 TOGETHER = 8
@@ -38,11 +38,15 @@ def in_passes(
     Args:
       codec: with exact priors. number: of the segment. variables: on the device.
       decoded: the latents before, and "quality".
-      symbols_of: (places of a pass in the latent, their table rows int32 [n], their means float32
-        [n]) -> the integers int32 [n], in the order row, column, channel.
+      symbols_of: (places of a pass, or wave, in the latent: what indexes it; their table rows int32
+        [n], their means float32 [n]) -> the integers int32 [n], in the order row, column, channel.
       sizes: of windows, see `tiles`.
     """
     segment = codec.segments[number]
+    if isinstance(segment.prior, Causal):
+        once, _ = prior(codec, number, shape, variables, decoded, sizes)
+        own = _integers(variables, segment)
+        return causal.walked(codec, number, own, shape, once, symbols_of)
     values = np.zeros(shape, np.float32)
     known = np.zeros(shape[1:], bool)
     for mask in pass_masks(segment, shape):
@@ -197,7 +201,8 @@ def prior(
     decoded: Mapping[str, np.ndarray],
     sizes: Sequence[tiles.Size] = tiles.SIZES,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Table rows, int32 of `shape`, and means, float32 of `shape` or None."""
+    """Table rows, int32 of `shape`, and means, float32 of `shape` or None; of a `Causal` prior
+    what it knows `once`, and None."""
     segment = codec.segments[number]
     reach = segment.reach
     if reach is None:
@@ -265,7 +270,10 @@ def _prior_of_window(codec, number, variables, inputs):
     height, width = (factor * side for side in sides)
     channels = segment.shape(1, 1)[2]
     decoded = part.arrays | condition | {"bounds": part.bounds}
-    prior = segment.prior(variables, decoded, (count, height, width, channels))
+    shape = count, height, width, channels
+    if isinstance(segment.prior, Causal):
+        return segment.prior.once(variables, decoded, shape), None
+    prior = segment.prior(variables, decoded, shape)
     return prior.index, prior.mean
 
 
@@ -320,9 +328,13 @@ def _maps_in_windows(codec: Codec, variables, inputs, sizes) -> dict[str, np.nda
     decoded, found = dict(condition), {}
     for number, segment in enumerate(codec.segments):
         latent = latents[segment.name]
-        _, mean = prior(codec, number, latent.shape, variables, decoded, sizes)
-        mean = np.float32(0) if mean is None else mean
-        decoded[segment.name] = np.rint(latent - mean) + mean
+
+        def rounded(chosen, rows, mean, latent=latent):
+            del rows
+            return np.rint(latent[chosen].ravel() - mean).astype(np.int32)
+
+        given = codec, number, variables, latent.shape, decoded, rounded, sizes
+        decoded[segment.name] = in_passes(*given)
         assert segment.reach
         factors = {**dict(segment.reach.factors), segment.name: 1}
         given = {name: (decoded[name], _ELEMENT * factor) for name, factor in factors.items()}

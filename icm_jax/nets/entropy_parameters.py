@@ -144,7 +144,7 @@ _SCALE_LAYERS = ("TransposedUp_0", "TransposedUp_1", "Conv_0")
 def scale_synthesis_weights(params) -> dict[str, integer.Weights]:
     """A trained `ScaleSynthesis` as the weights of `scale_synthesis_nodes`."""
     *ups, last = (params[name] for name in _SCALE_LAYERS)
-    weights = [integer.Weights(_sub_pixel(up["kernel"]), np.tile(up["bias"], 4)) for up in ups]
+    weights = [integer.Weights(sub_pixel(up["kernel"]), np.tile(up["bias"], 4)) for up in ups]
     weights.append(integer.Weights(last["kernel"], last["bias"]))
     return {f"layer_{number}": layer for number, layer in enumerate(weights)}
 
@@ -155,12 +155,12 @@ def scale_synthesis_params(weights: Mapping[str, integer.Weights]) -> dict:
     for number, name in enumerate(_SCALE_LAYERS):
         kernel, bias = weights[f"layer_{number}"]
         if number < 2:
-            kernel, bias = _transposed(kernel), bias.reshape(4, -1).mean(axis=0)
+            kernel, bias = transposed(kernel), bias.reshape(4, -1).mean(axis=0)
         found[name] = dict(kernel=kernel, bias=bias)
     return found
 
 
-def _sub_pixel(kernel: np.ndarray) -> np.ndarray:
+def sub_pixel(kernel: np.ndarray) -> np.ndarray:
     """The kernel [3, 3, C, 4F] that, before depth to space, does what [5, 5, C, F] of a
     `TransposedUp` does: element r of a pair of rows sees row t of the 3 by place r + 4 - 2t."""
     _, _, channels, features = kernel.shape
@@ -169,8 +169,8 @@ def _sub_pixel(kernel: np.ndarray) -> np.ndarray:
     return pairs.transpose(0, 2, 4, 1, 3, 5).reshape(3, 3, channels, 4 * features)
 
 
-def _transposed(kernel: np.ndarray) -> np.ndarray:
-    """What `_sub_pixel` takes back."""
+def transposed(kernel: np.ndarray) -> np.ndarray:
+    """What `sub_pixel` takes back."""
     _, _, channels, features = kernel.shape
     pairs = np.asarray(kernel).reshape(3, 3, channels, 2, 2, features // 4)
     padded = pairs.transpose(0, 3, 1, 4, 2, 5)[::-1, :, ::-1].reshape(6, 6, channels, -1)

@@ -150,51 +150,68 @@ class _Residual(ops.Module):
     features: int
     down: bool = False
     up: bool = False
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        features, dtype = self.features, self.dtype
         if self.up:
-            y, x = Up(self.features)(x), Up(self.features)(x)
+            y, x = Up(features, dtype)(x), Up(features, dtype)(x)
         elif self.down:
-            y, x = Down(self.features)(x), Down(self.features, 1)(x)
+            y, x = Down(features, dtype=dtype)(x), Down(features, 1, dtype=dtype)(x)
         else:
-            y = nn.Conv(self.features, (3, 3))(ops.inside(x))
-        y = nn.Conv(self.features, (3, 3))(ops.inside(nn.leaky_relu(y)))
+            y = nn.Conv(features, (3, 3), dtype=dtype)(ops.inside(x))
+        y = nn.Conv(features, (3, 3), dtype=dtype)(ops.inside(nn.leaky_relu(y)))
         resampled = self.up or self.down
-        return end_of_block(x + (GDN(inverse=self.up)(y) if resampled else nn.leaky_relu(y)))
+        y = GDN(inverse=self.up, dtype=dtype)(y) if resampled else nn.leaky_relu(y)
+        return end_of_block(x + y)
 
 
 class ResidualAnalysis(ops.Module):
     """The analysis of Cheng et al. 2020, which Choi and Bajić 2022 build on (docs/papers.md 4).
 
     Attributes:
-      channels: M, of the latent. widths: at 1/2, 1/4 and 1/8 of the sides.
+      channels: M, of the latent. widths: at 1/2, 1/4 and 1/8 of the sides. middle: what is taken
+      from pixels on 0...1.
     """
 
     channels: int
     widths: tuple[int, ...]
+    dtype: Any = jnp.float32
+    middle: float = 0.5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """float [N, H, W, 3] on 0...255, sides multiples of 16 -> float32 [N, H/16, W/16, M]."""
-        x = x / 255.0 - 0.5
+        x = (x / 255.0 - self.middle).astype(self.dtype)
         for width in self.widths:
-            x = _Residual(width)(_Residual(width, down=True)(x))
-        return Down(self.channels)(x)
+            plain, down = (_Residual(width, down=d, dtype=self.dtype) for d in (False, True))
+            x = plain(down(x))
+        return Down(self.channels, dtype=self.dtype)(x).astype(jnp.float32)
 
 
 class ResidualSynthesis(ops.Module):
-    """The mirror of a `ResidualAnalysis` with these widths: sub-pixel convolutions, inverse GDN."""
+    """The mirror of a `ResidualAnalysis` with these widths: sub-pixel convolutions, inverse GDN.
+
+    Attributes: first: begin with a convolution to the last width; else y has as many channels.
+    """
 
     widths: tuple[int, ...]
+    dtype: Any = jnp.float32
+    middle: float = 0.5
+    first: bool = True
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
         """float [N, h, w, M] -> float32 [N, 16h, 16w, 3] on 0...255, not clipped."""
-        x = nn.Conv(self.widths[-1], (3, 3))(ops.inside(y))
+        dtype, x = self.dtype, y.astype(self.dtype)
+        if self.first:
+            x = nn.Conv(self.widths[-1], (3, 3), dtype=dtype)(ops.inside(x))
         for width in self.widths[::-1]:
-            x = _Residual(width, up=True)(_Residual(x.shape[-1])(x))
-        return 255.0 * (Up(3)(_Residual(self.widths[0])(x)) + 0.5)
+            up = _Residual(width, up=True, dtype=dtype)
+            x = up(_Residual(x.shape[-1], dtype=dtype)(x))
+        x = Up(3, dtype)(_Residual(self.widths[0], dtype=dtype)(x)).astype(jnp.float32)
+        return 255.0 * (x + self.middle)
 
 
 class BaseAnalysis(ops.Module):
@@ -286,3 +303,18 @@ class HyperAnalysis(ops.Module):
         x = activation(nn.Conv(self.channels, (3, 3))(ops.inside(y)))
         x = activation(Down(self.channels, 5)(x))
         return Down(self.channels, 5)(x)
+
+
+class DeepHyperAnalysis(ops.Module):
+    """y -> z at a quarter of its sides: five 3×3 convolutions, leaky ReLU between them, the third
+    and the fifth with stride 2 (the hyperprior of Cheng et al. 2020 in CompressAI)."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        for number, halves in enumerate((False, False, True, False, True)):
+            y = nn.leaky_relu(y) if number else y
+            conv = Down(self.channels) if halves else nn.Conv(self.channels, (3, 3))
+            y = conv(ops.inside(y))
+        return y

@@ -1,18 +1,29 @@
 """Writes compressai/*.npz: what CompressAI's own classes compute with the weights of `drawn`.
 
-    python tests/golden/write_compressai.py   (with compressai==1.2.8 and torch)
+    python tests/golden/write_compressai.py [NAME ...]   (with compressai==1.2.8 and torch)
 
 Nothing is downloaded. A file has the state dict, rounded to float16 ("state/KEY"), an image, and of
 `forward` in test mode, float32 in the order [h, w, C]: the latents, what the hyper-synthesis says,
 the likelihoods, and every third row of the picture, on 0...1.
+
+With a context model `forward` rounds y itself, while `compress` and `decompress` round its distance
+from the mean. Files of these models have y_hat and the picture of the latter two, and what
+CompressAI's layers say of this y_hat: scales and means, and its likelihoods.
 """
 
 import pathlib
+import sys
 import zlib
 
 import numpy as np
 import torch
-from compressai.models import FactorizedPrior, MeanScaleHyperprior, ScaleHyperprior
+from compressai.models import (
+    Cheng2020Anchor,
+    FactorizedPrior,
+    JointAutoregressiveHierarchicalPriors,
+    MeanScaleHyperprior,
+    ScaleHyperprior,
+)
 
 FOLDER = pathlib.Path(__file__).parent / "compressai"
 WIDTH, CHANNELS = 8, 12
@@ -20,7 +31,10 @@ MODELS = {
     "bmshj2018-factorized": FactorizedPrior,
     "bmshj2018-hyperprior": ScaleHyperprior,
     "mbt2018-mean": MeanScaleHyperprior,
+    "mbt2018": JointAutoregressiveHierarchicalPriors,
+    "cheng2020-anchor": lambda width, channels: Cheng2020Anchor(width),
 }
+SERIAL = ("mbt2018", "cheng2020-anchor")
 EVERY = 3
 
 
@@ -34,7 +48,7 @@ def image() -> np.ndarray:
     return (total + 110).clip(0, 255).astype(np.uint8)
 
 
-def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def drawn(name: str, shape: tuple[int, ...], transposed: bool) -> np.ndarray:
     """The parameter of this name. Some of GDN's lie below their bound, and medians between whole
     numbers."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -50,7 +64,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if "factor" in name:
         return rng.normal(0, 0.5, shape)
     if len(shape) == 4:
-        transposed = name.startswith(("g_s", "h_s.0", "h_s.2"))
+        transposed = transposed and name.startswith(("g_s", "h_s.0", "h_s.2"))
         inputs = shape[0] / 4 if transposed else shape[1]
         return rng.normal(0, (2 / (inputs * shape[2] * shape[3])) ** 0.5, shape)
     return rng.normal(0, 0.2, shape)
@@ -75,24 +89,46 @@ def made(name: str):
     """(the network, the image as it takes it)."""
     network = MODELS[name](WIDTH, CHANNELS).eval()
     for key, value in network.named_parameters():
-        value.data = halved(torch.from_numpy(drawn(key, tuple(value.shape))))
+        of_key = drawn(key, tuple(value.shape), name != "cheng2020-anchor")
+        value.data = halved(torch.from_numpy(of_key))
     x = torch.from_numpy(image()).permute(2, 0, 1)[None] / 255
-    sizes = np.geomspace(0.08, 9.0, CHANNELS)  # of y's channels
+    channels = WIDTH if name == "cheng2020-anchor" else CHANNELS
+    sizes = np.geomspace(0.08, 9.0, channels)  # of y's channels
     spread(network.g_a[6], network.g_a(x), sizes, 0.1 * sizes)
-    for at in (0, 2, 4, 6):
+    if name == "cheng2020-anchor":  # inverse GDN about squares what is large
+        for at in (1, 3, 5):
+            block, given = network.g_s[at], network.g_s[:at](torch.round(network.g_a(x)))
+            first = block.leaky_relu(block.subpel_conv(given))
+            spread(block.conv, block.conv(first), np.full(WIDTH, 0.5), 0.0)
+            spread(block.upsample[0], block.upsample[0](given), np.full(4 * WIDTH, 0.7), 0.0)
+        last = network.g_s[7][0]
+        spread(last, last(network.g_s[:7](torch.round(network.g_a(x)))), np.full(12, 0.2), 0.5)
+    for at in (0, 2, 4, 6) if name != "cheng2020-anchor" else ():
         size, middle = (0.2, 0.5) if at == 6 else (0.3, 0.0)
         output = network.g_s[: at + 1](torch.round(network.g_a(x)))
         spread(network.g_s[at], output, torch.full((output.shape[1],), size), middle)
     if name == "bmshj2018-factorized":
         return network, x
-    y = network.g_a(x) if name == "mbt2018-mean" else network.g_a(x).abs()
-    spread(network.h_a[4], network.h_a(y), np.full(WIDTH, 2.5), 0.3)
-    said = network.h_s[:5](torch.round(network.h_a(y)))
+    y = network.g_a(x).abs() if name == "bmshj2018-hyperprior" else network.g_a(x)
+    spread(network.h_a[-1], network.h_a(y), np.full(WIDTH, 2.5), 0.3)
+    z = torch.round(network.h_a(y))
+    said = network.h_s[: 5 if name != "cheng2020-anchor" else 9](z)
     wanted, middle = 0.15 * sizes, 1.3 * sizes
-    if name == "mbt2018-mean":
+    if name != "bmshj2018-hyperprior":
         wanted, middle = np.tile(wanted, 2), np.append(middle, 0.1 * sizes)
-    spread(network.h_s[4], said, wanted, middle)
+    if name not in SERIAL:
+        spread(network.h_s[4], said, wanted, middle)
+        return network, x
+    spread(network.h_s[-1], said, np.ones(2 * channels), 0.0)
+    spread(network.context_prediction, told(network, y, z)[0], np.ones(2 * channels), 0.0)
+    spread(network.entropy_parameters[4], told(network, y, z)[1], wanted, middle)
     return network, x
+
+
+def told(network, y: torch.Tensor, z: torch.Tensor):
+    """(what the context model says of y, scales and means)."""
+    context = network.context_prediction(torch.round(y))
+    return context, network.entropy_parameters(torch.cat((network.h_s(z), context), dim=1))
 
 
 def computed(name: str) -> dict[str, np.ndarray]:
@@ -109,10 +145,18 @@ def computed(name: str) -> dict[str, np.ndarray]:
         if hasattr(network, key):
             getattr(network, key).register_forward_hook(keep(key))
     result = network(x)
-    found |= {f"likelihoods/{k}": value for k, value in result["likelihoods"].items()}
+    likelihoods = dict(result["likelihoods"])
+    network.update()
+    if name in SERIAL:
+        network.g_s.register_forward_pre_hook(lambda module, given: found.update(y_hat=given[0]))
+        result = network.decompress(**network.compress(x))
+        both = torch.cat((found["h_s"], network.context_prediction(found["y_hat"])), dim=1)
+        found["entropy_parameters"] = network.entropy_parameters(both)
+        scales, means = found["entropy_parameters"].chunk(2, 1)
+        _, likelihoods["y"] = network.gaussian_conditional(found["y_hat"], scales, means=means)
+    found |= {f"likelihoods/{k}": value for k, value in likelihoods.items()}
     found["x_hat"] = result["x_hat"][:, :, ::EVERY]
     arrays = {k: v.numpy()[0].transpose(1, 2, 0) for k, v in found.items()}
-    network.update()
     for key, value in network.state_dict().items():
         value = value.numpy()
         arrays[f"state/{key}"] = value.astype(np.float16 if value.dtype == np.float32 else "i4")
@@ -122,7 +166,7 @@ def computed(name: str) -> dict[str, np.ndarray]:
 def main():
     torch.manual_seed(0)
     FOLDER.mkdir(exist_ok=True)
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         with torch.inference_mode():
             np.savez_compressed(FOLDER / f"{name}.npz", **computed(name))
 
