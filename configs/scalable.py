@@ -31,7 +31,9 @@ detector's precision over the bits of the base layer, and the picture's quality 
 
 `layered` are codecs that begin as a picture codec, one of every rate per kind
 (`icm_jax.codecs.layered`); the report's reference is the first of them. "conditional" keeps the
-picture as that codec has it, and learns the base, and the priors of the enhancement, alone.
+picture as that codec has it, and learns the base, and the priors of the enhancement, alone; with
+`train_base=False` those priors alone, which needs no photographs with objects. With an `effort` the
+bases that the detector reads are refined for it, file by file (docs/refining.md).
 
 A kind is a name, with C_b, C_e and hyperpriors of `model.codec`, or has its own:
 ("split", 48, 96, 1) is Choi and Bajić's codec as published, whose base layer holds all of the
@@ -172,6 +174,7 @@ def coco_tiny() -> dict:
     first = ("conditional", slices, slices, 2), ("split", slices[:2], slices[2:], 1)
     config["layered"].update(size=256, kinds=(*first, ("split", slices[:2], slices[2:], 2)))
     config["layered"]["codec"].update(through="image", share=0.25)
+    config["layered"].update(train_base=False, effort=1, qualities=(20, 40, 60, 80, 100))
     config["single"].update(channels=sum(sizes), lambdas=SMALL_LAMBDAS[:5])
     config["train"].update(steps=3000, following_steps=1000, batch_size=8, save_every=1000)
     config["train"].update(keep_every=1000)

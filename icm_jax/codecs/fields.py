@@ -101,6 +101,7 @@ CODECS: dict[str, Table] = {
         "share": optional(number(above=0, most=1)),
         "through": optional(one_of(*layered.THROUGH)),
         "dtype": optional(DTYPE),
+        "ahead": optional(FLAG),
     },
 }
 """Of `icm_jax.codecs.CODECS`. One of your own may be added to both; it may be left out here."""

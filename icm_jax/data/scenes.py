@@ -14,11 +14,13 @@ drawing are never taken for these.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import io
 import math
 import os
+import sys
 import warnings
 import zlib
 
@@ -114,7 +116,8 @@ def prepared(data_dir: str | os.PathLike, **sizes) -> tfds.core.DatasetBuilder:
     name = "px{size}_n{train}_{validation}_s{seed}_q{quality}".format(**dataclasses.asdict(config))
     drawn = zlib.crc32(draw(config.seed, "train", 0, 64)["image"].tobytes())
     config = dataclasses.replace(config, name=f"{name}_{drawn:08x}")
-    with warnings.catch_warnings():
+    # TFDS tells of it on standard output, which belongs to results.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         make = functools.partial(
             Scenes, data_dir=os.path.expanduser(data_dir), config=config, file_format="array_record"
