@@ -1,5 +1,6 @@
 """Mesh, placement of parameters, and host batches as global arrays: 1 device to N processes."""
 
+import itertools
 import math
 import pickle
 from typing import Any, TypeVar
@@ -94,9 +95,11 @@ def gathered(mine: dict[int, T]) -> list[T]:
     """
     if jax.process_count() > 1:
         data = np.frombuffer(pickle.dumps(mine), np.uint8)
+        _wait_for_all()
         sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int64))
         padded = np.zeros(int(sizes.max()), np.uint8)
         padded[: len(data)] = data
+        _wait_for_all()
         rows = multihost_utils.process_allgather(padded)
         for row, size in zip(rows, sizes, strict=True):  # bytes of this very program's processes
             mine = mine | pickle.loads(row[: int(size)].tobytes())
@@ -107,4 +110,22 @@ def as_first(value: bool) -> bool:
     """What process 0 says, on every process: files that it alone writes appear to all at once."""
     if jax.process_count() == 1:
         return value
+    _wait_for_all()
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def _wait_for_all() -> None:
+    """Until every process has come to the next exchange, and so has what the one before gave.
+
+    Exchanges in a row have met in jaxlib 0.5.3: gloo then ends a process, as it finds a message of
+    another length. It is the coordinator that they wait at, without gloo.
+    """
+    from orbax.checkpoint import multihost  # here, for most of what is imported does without
+
+    multihost.get_barrier_sync_fn()(key=f"icm_jax/{next(_exchanges)}", timeout_ms=_PATIENCE)
+
+
+_exchanges = itertools.count()
+"""They are the same on all processes, and so are their numbers."""
+_PATIENCE = 24 * 60 * 60 * 1000
+"""Milliseconds that one process waits for what others still have to score."""
