@@ -16,6 +16,7 @@ from icm_jax.codecs.scalable import detected
 from icm_jax.coding import container
 from icm_jax.errors import IcmError
 from icm_jax.nets.detector import Part
+from icm_jax.report import latents
 from icm_jax.tasks import build_task
 from icm_jax.weights import start_from
 
@@ -140,6 +141,17 @@ def test_the_base_alone_gives_the_feature():
     whole, alone = (bitstream.decode(own, [d], "feature", layers=1) for d in (data, first))
     np.testing.assert_array_equal(whole, alone)
     assert alone.shape == (1, 8, 12, DETECTOR.feature.channels) and len(first) < len(data)
+
+
+def test_the_report_counts_the_bits_of_layers_at_a_quality():
+    """The fibres that it compares are of the slices that others tell of, costs those of coding."""
+    own = small_codec("conditional")
+    assert latents.layer_latents(own.codec) == ["b0", "y0"]
+    inputs = {"image": images(2, 64, 32, 3), "quality": np.full(2, 0.5, np.float32)}
+    _, costs = latents._costs(own, inputs)
+    expected = jax.jit(lambda v: forward(own.codec, v, inputs, (64, 32)).bits)(own.on_device)
+    for name, bits in expected.items():
+        np.testing.assert_allclose(costs[name].sum(), bits[0], rtol=1e-3)
 
 
 def test_means_begin_at_what_the_base_says():

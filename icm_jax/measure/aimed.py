@@ -175,10 +175,8 @@ def of_streams(
     if "feature" not in codec.outputs:
         whole = images.shape[1:3], (0, 0, *images.shape[1:3])
         return [of_task(config, variables, image, *whole, quality) for image in images]
-    detector, quality = (
-        build_detector(config.detector, config.classes),
-        base_quality(codec, quality),
-    )
+    detector = build_detector(config.detector, config.classes)
+    quality = base_quality(codec, quality)
     own = {name: tree[DETECTOR] for name, tree in variables.items() if DETECTOR in tree}
     return [at_feature(detector, own, image, quality) for image in images]
 
